@@ -1,0 +1,56 @@
+// Keys and values of the heads at hand in the layout of the tile kernels.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/tile_kernels.h"
+
+namespace vdit {
+
+inline const char* row_of(const View4& t, int64_t b, int64_t n, int64_t h) {
+  const int64_t offset = b * t.stride[0] + n * t.stride[1] + h * t.stride[2];
+  return static_cast<const char*>(t.data) + offset * (t.dtype == DType::f32 ? 4 : 2);
+}
+inline char* row_of_mut(const View4& t, int64_t b, int64_t n, int64_t h) { return const_cast<char*>(row_of(t, b, n, h)); }
+
+inline int round_up(int64_t n, int64_t to) { return static_cast<int>((n + to - 1) / to * to); }
+
+// One sequence of keys of one head: the main sequence or a segment.
+struct PackedSequence {
+  View4 k, v;
+  int64_t batch = 0, head = 0, length = 0;
+  const int32_t* order = nullptr;
+  int64_t valid_length = 0;  // keys with an original index at or above it do not exist
+  bool backward = false;
+
+  int64_t panels = 0;
+  bool direct_v = false;  // v is read in place
+  KeyValues kv{};
+  std::vector<uint32_t> valid;
+  std::unique_ptr<float[]> memory;
+
+  void allocate(const TileKernels& kernels, int head_dim, int row);
+  void pack(const TileKernels& kernels, int head_dim, int row, int64_t first_panel, int64_t end_panel);
+  static int64_t floats(const TileKernels& kernels, int64_t length, int head_dim, int row, bool backward);
+};
+
+// A key/value head and everything its query heads read: the main sequence first, then the segments.
+struct Source {
+  int64_t batch, kv_head, head_begin, head_end;
+  std::vector<PackedSequence> sequences;
+};
+
+// All sources of a call; one per kv head, or one per query head where kv_order differs between heads.
+std::vector<Source> list_sources(const AttentionParams& p, bool backward);
+
+// Allocates and packs sources [begin, end) in parallel.
+void pack_sources(const AttentionParams& p, std::vector<Source>* sources, size_t begin, size_t end,
+                  const ParallelFor& parallel);
+
+// How many sources from `begin` on fit the packing budget (at least one).
+size_t sources_in_budget(const AttentionParams& p, const std::vector<Source>& sources, size_t begin);
+
+}  // namespace vdit

@@ -1,0 +1,97 @@
+// Attention of one tile of queries over a list of key panels, forward and backward.
+#include "cpu/isa/stage.h"
+
+namespace VDIT_NS {
+
+using vdit::KeyValues;
+
+static void score_stage(const TileShape& shape, const float* a, int lda, const float* panels, const PanelRef* refs,
+                        int n, float* scores) {
+  const int64_t panel_size = static_cast<int64_t>(shape.head_dim) * NR;
+  for (int p = 0; p < n;) {
+    int end = p + 1;
+    while (end < n && refs[end].panel == refs[end - 1].panel + 1) ++end;
+    gemm<false>(shape.rows, (end - p) * NR, shape.head_dim, a, lda, panels + refs[p].panel * panel_size, NR, panel_size,
+                scores + p * NR, kStageKeys);
+    p = end;
+  }
+}
+
+void attention_forward_tile(const TileShape& shape, const float* q, const KeyValues& kv, const PanelRef* refs, int n,
+                            const int32_t* mask_bits, float* scores, float* m, float* l, float* o) {
+  const int row = shape.row;
+  for (int first = 0; first < n; first += kStagePanels) {
+    const PanelRef* stage = refs + first;
+    const int panels = n - first < kStagePanels ? n - first : kStagePanels;
+    const int width = panels * NR;
+    score_stage(shape, q, row, kv.k_panels, stage, panels, scores);
+    mask_stage(shape, stage, panels, mask_bits, scores);
+    for (int i = 0; i < shape.rows; ++i) {
+      float* s = scores + i * kStageKeys;
+      vf top = load(s);
+      for (int j = VL; j < width; j += VL) {
+        const vf x = load(s + j);
+        top = x > top ? x : top;
+      }
+      const float stage_max = reduce_max(top);
+      const float new_max = stage_max > m[i] ? stage_max : m[i];
+      const vf shift = splat(new_max == -kInf ? 0.f : new_max);
+      vf sum = vf{};
+      for (int j = 0; j < width; j += VL) {
+        const vf e = exp2_nonpositive(load(s + j) - shift);
+        sum += e;
+        store(s + j, e);
+      }
+      if (new_max > m[i]) {
+        const float a = m[i] == -kInf ? 0.f : exp2_nonpositive(splat(m[i] - new_max))[0];
+        l[i] *= a;
+        m[i] = new_max;
+        float* oi = o + static_cast<int64_t>(i) * row;
+        for (int j = 0; j < row; j += VL) store(oi + j, load(oi + j) * a);
+      }
+      l[i] += reduce_sum(sum);
+    }
+    for (int p = 0; p < panels;) {
+      const Stretch t = next_stretch(stage, panels, p);
+      gemm<true>(shape.rows, row, t.keys, scores + t.column, kStageKeys, kv.v_rows + t.key * kv.v_stride, kv.v_stride,
+                 NR, o, row);
+      p = t.end;
+    }
+  }
+}
+
+void attention_backward_tile(const TileShape& shape, const float* q, const float* dout, const float* lse2,
+                             const float* delta, const KeyValues& kv, const PanelRef* refs, int n,
+                             const int32_t* mask_bits, float* scratch, float* dq, float* dk, float* dv) {
+  const int row = shape.row;
+  float* scores = scratch;
+  float* dscores = scratch + vdit::kTileRows * kStageKeys;
+  for (int first = 0; first < n; first += kStagePanels) {
+    const PanelRef* stage = refs + first;
+    const int panels = n - first < kStagePanels ? n - first : kStagePanels;
+    const int width = panels * NR;
+    score_stage(shape, q, row, kv.k_panels, stage, panels, scores);
+    score_stage(shape, dout, row, kv.v_panels, stage, panels, dscores);
+    mask_stage(shape, stage, panels, mask_bits, scores);
+    for (int i = 0; i < shape.rows; ++i) {
+      float* s = scores + i * kStageKeys;
+      float* d = dscores + i * kStageKeys;
+      const vf norm = splat(lse2[i]), dot = splat(delta[i]);
+      for (int j = 0; j < width; j += VL) {
+        const vf x = load(s + j) - norm;
+        const vf p = exp2_nonpositive(x);
+        store(s + j, p);
+        store(d + j, p == 0.f ? vf{} : p * (load(d + j) - dot));
+      }
+    }
+    for (int p = 0; p < panels;) {
+      const Stretch t = next_stretch(stage, panels, p);
+      gemm<true>(shape.rows, row, t.keys, dscores + t.column, kStageKeys, kv.k_rows + t.key * row, row, NR, dq, row);
+      gemm<true, true>(t.keys, row, shape.rows, scores + t.column, kStageKeys, dout, row, NR, dv + t.key * row, row);
+      gemm<true, true>(t.keys, row, shape.rows, dscores + t.column, kStageKeys, q, row, NR, dk + t.key * row, row);
+      p = t.end;
+    }
+  }
+}
+
+}  // namespace VDIT_NS

@@ -1,0 +1,56 @@
+// Rows of fp32, fp16 or bf16 to and from fp32, and keys into the panel layout; also the table of this build's kernels.
+#include "cpu/isa/float16.h"
+#include "cpu/isa/stage.h"
+
+namespace VDIT_NS {
+
+void attention_forward_tile(const TileShape&, const float*, const vdit::KeyValues&, const PanelRef*, int,
+                            const int32_t*, float*, float*, float*, float*);
+void attention_backward_tile(const TileShape&, const float*, const float*, const float*, const float*,
+                             const vdit::KeyValues&, const PanelRef*, int, const int32_t*, float*, float*, float*,
+                             float*);
+
+using vdit::DType;
+
+template <class T>
+static void load_typed(const void* src, int64_t stride, int n, float scale, float* dst) {
+  const T* s = static_cast<const T*>(src);
+  if (stride == 1) {
+    for (int i = 0; i < n; ++i) dst[i] = to_float(s[i]) * scale;
+  } else {
+    for (int i = 0; i < n; ++i) dst[i] = to_float(s[i * stride]) * scale;
+  }
+}
+
+template <class T>
+static void store_typed(const float* src, int n, void* dst, int64_t stride) {
+  T* d = static_cast<T*>(dst);
+  for (int i = 0; i < n; ++i) from_float(src[i], d[i * stride]);
+}
+
+static void load_row(const void* src, DType dtype, int64_t stride, int n, float scale, float* dst) {
+  switch (dtype) {
+    case DType::f32: return load_typed<float>(src, stride, n, scale, dst);
+    case DType::f16: return load_typed<f16>(src, stride, n, scale, dst);
+    case DType::bf16: return load_typed<bf16>(src, stride, n, scale, dst);
+  }
+}
+
+static void store_row(const float* src, int n, void* dst, DType dtype, int64_t stride) {
+  switch (dtype) {
+    case DType::f32: return store_typed<float>(src, n, dst, stride);
+    case DType::f16: return store_typed<f16>(src, n, dst, stride);
+    case DType::bf16: return store_typed<bf16>(src, n, dst, stride);
+  }
+}
+
+// rows: NR keys, ld floats apart; panel: [head_dim][NR].
+static void transpose_panel(const float* rows, int64_t ld, int head_dim, float* panel) {
+  for (int d = 0; d < head_dim; ++d)
+    for (int j = 0; j < NR; ++j) panel[d * NR + j] = rows[j * ld + d];
+}
+
+extern const vdit::TileKernels kernels;
+const vdit::TileKernels kernels = {NR, load_row, store_row, transpose_panel, attention_forward_tile, attention_backward_tile};
+
+}  // namespace VDIT_NS

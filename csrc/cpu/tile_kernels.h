@@ -1,0 +1,57 @@
+// The interface between the driver (one baseline build) and the tile kernels (one build per instruction set).
+// Plain data and function pointers only: inline library code instantiated in an AVX-512 unit could be merged by the
+// linker into the copy that an AVX2 machine runs.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/types.h"
+
+namespace vdit {
+
+constexpr int kTileRows = 96;   // query rows per work item; a multiple of every micro-kernel height (4, 6, 12)
+constexpr int kStageKeys = 64;  // keys whose scores are held at once; a multiple of every panel width (8, 16, 32)
+
+// One panel of `panel_keys` consecutive keys, and which of them may be read.
+struct PanelRef {
+  int32_t panel;
+  uint32_t valid;  // bit j: key panel*panel_keys + j
+  int32_t mask;    // -1, or word offset of the run's bit mask
+  int32_t shift;   // partial runs: key 0 of the panel relative to the start of the run (may be negative)
+  int32_t words;   // partial runs: mask words per row
+};
+
+// Keys and values of one head in fp32. Rows are padded with zeros to `row` floats.
+struct KeyValues {
+  const float* k_panels;  // [panels][D][panel_keys]
+  const float* v_panels;  // backward only
+  const float* k_rows;    // backward only: [keys][row]
+  const float* v_rows;    // [keys], v_stride floats apart
+  int64_t v_stride;
+};
+
+struct TileShape {
+  int rows, head_dim, row;  // row = head_dim rounded up to the panel width
+  int mask_row;             // row of the plan's tile at which these rows start
+};
+
+struct TileKernels {
+  int panel_keys;
+  void (*load_row)(const void* src, DType dtype, int64_t stride, int n, float scale, float* dst);
+  void (*store_row)(const float* src, int n, void* dst, DType dtype, int64_t stride);
+  void (*transpose_panel)(const float* rows, int64_t ld, int head_dim, float* panel);
+  // Online softmax of `shape.rows` queries over the listed panels. q is scaled by scale*log2(e); m, l and o carry over.
+  void (*forward)(const TileShape& shape, const float* q, const KeyValues& kv, const PanelRef* refs, int n,
+                  const int32_t* mask_bits, float* scratch, float* m, float* l, float* o);
+  // lse2: base-2 LSE, +inf for empty rows. Adds into dq, dk, dv (rows of shape.row floats); dk is scaled by log2(e).
+  void (*backward)(const TileShape& shape, const float* q, const float* dout, const float* lse2, const float* delta,
+                   const KeyValues& kv, const PanelRef* refs, int n, const int32_t* mask_bits, float* scratch,
+                   float* dq, float* dk, float* dv);
+};
+
+constexpr int kForwardScratch = kTileRows * kStageKeys;
+constexpr int kBackwardScratch = 2 * kTileRows * kStageKeys;
+
+const TileKernels& tile_kernels();  // the best set for this processor
+
+}  // namespace vdit
