@@ -1,0 +1,127 @@
+"""DraftAttention: attention between average-pooled patches decides which patch pairs are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._tokens import Axes, Tiling, cut, pool, tiling, video_tokens
+from .base import Planner
+
+if TYPE_CHECKING:
+    from ..context import LayerContext
+    from ..plan import AttentionPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft(Planner):
+    """DraftAttention (Shen et al., arXiv 2505.14708).
+
+    Video queries and keys are averaged over patches of `pool` tokens of a frame; attention between the averages (the
+    draft) estimates the attention weights between patches. Per batch item and head the smallest `sparsity` of all
+    draft entries are dropped, over the whole map at once, so that a head may spend its budget where it needs it.
+    Tokens are permuted so that a patch is contiguous.
+
+    Different from the paper's code: every query patch keeps at least its strongest key patch; a frame need not be a
+    multiple of the pool (patch sides then differ by one token, and the softmax counts every patch with its number of
+    keys); text may come first or last; pooling and scores are fp32; scores are compared as logarithms, where small
+    probabilities do not collapse into ties at zero; NaN scores are kept, so that NaN inputs give NaN outputs as in
+    dense attention.
+
+    Knobs besides those of `Planner`:
+        sparsity: fraction of the video-to-video patch pairs to drop, in [0, 1). Text and sinks are kept on top.
+        pool: (ph, pw), largest height and width of a patch in tokens.
+        pool_t: most frames per patch.
+
+    Raises:
+        ValueError, TypeError: a bad knob; in `plan`, a pool larger than the grid (`decide` reports it as a reason for
+            dense).
+    """
+
+    name: ClassVar[str] = "draft"
+
+    sparsity: float = 0.75
+    pool: tuple[int, int] = (8, 16)
+    pool_t: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("sparsity", _checks.fraction("sparsity", self.sparsity))
+        self._set("pool", _checks.counts("pool", self.pool, 2))
+        self._set("pool_t", _checks.count("pool_t", self.pool_t, least=1))
+
+    def decide(self, ctx: LayerContext) -> str | None:
+        return super().decide(ctx) or self._misfit(ctx)
+
+    def _misfit(self, ctx: LayerContext) -> str | None:
+        frames, height, width = ctx.grid
+        if self.pool[0] > height or self.pool[1] > width:
+            return f"pool {self.pool} is larger than the {height}×{width} token frame"
+        return f"pool_t {self.pool_t} is larger than the {frames} frames" if self.pool_t > frames else None
+
+    @torch.no_grad()
+    def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
+        from ..plan import AttentionPlan
+
+        self.check_inputs(q, k, ctx)
+        if misfit := self._misfit(ctx):
+            raise ValueError(f"{misfit}; choose a smaller pool")
+        tiles = self._tiling(ctx, q.device)
+        mask = tiles.complete(select(self.draft(q, k, ctx), self.sparsity))
+        return AttentionPlan.from_block_mask(
+            mask, tiles.lengths, tiles.lengths, q_order=tiles.order, kv_order=tiles.order
+        )
+
+    def draft(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
+        """Logarithm of the estimated attention weight of one key token, fp32 [B, H, query patches, key patches].
+
+        Exact when q and k are constant inside every patch (and there is no text): exp of it, times the number of keys
+        in the patch, sums to 1 along the last axis.
+        """
+        axes, tiles = self.axes(ctx.grid), self._tiling(ctx, q.device)
+        sizes = tiles.lengths[tiles.video].float()
+        pooled_q, pooled_k = (pool(video_tokens(x, ctx), axes, sizes) for x in (q, k))
+        group = q.shape[2] // k.shape[2]
+        if group > 1:
+            pooled_k = pooled_k.repeat_interleave(group, 1)
+        scores = (pooled_q * q.shape[-1] ** -0.5) @ pooled_k.mT
+        return scores - torch.logsumexp(scores + sizes.log(), -1, keepdim=True)
+
+    def axes(self, grid: tuple[int, int, int]) -> Axes:
+        """Patch sides along the frame, row and column axis."""
+        frames, height, width = grid
+        return cut(frames, self.pool_t), cut(height, self.pool[0]), cut(width, self.pool[1])
+
+    def _tiling(self, ctx: LayerContext, device: torch.device) -> Tiling:
+        key = ("draft tiles", self, tuple(ctx.grid), ctx.text, ctx.text_first, device)
+        if key not in ctx.state:
+            ctx.state[key] = tiling(
+                self.axes(ctx.grid), text=ctx.text, text_first=ctx.text_first, sinks=self.sinks, device=device
+            )
+        tiles: Tiling = ctx.state[key]
+        return tiles
+
+
+def select(scores: Tensor, sparsity: float) -> Tensor:
+    """Keep the largest entries of each [nq, nk] map, thresholded over the whole map, and the maximum of every row.
+
+    With n = nq·nk and k = int(sparsity · n), everything not below the k-th smallest value stays: n − k + 1 entries
+    when all differ (all n when k = 0), ties at the threshold included, plus row maxima. NaN counts as large.
+
+    Args:
+        scores: [..., nq, nk], any float dtype.
+        sparsity: in [0, 1).
+    Returns:
+        bool, the shape of `scores`.
+    """
+    flat = scores.flatten(-2)
+    drop = int(sparsity * flat.shape[-1])
+    if drop == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = flat.kthvalue(drop, -1).values
+    below = (scores < threshold[..., None, None]) & (scores < scores.amax(-1, keepdim=True))
+    return ~below

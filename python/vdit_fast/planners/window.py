@@ -1,0 +1,242 @@
+"""Window attention: every head reads either near frames or near places, chosen by a short look at its attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._tokens import Axes, Tiling, cut, tiling
+from .base import Planner
+
+if TYPE_CHECKING:
+    from ..context import LayerContext
+    from ..plan import AttentionPlan
+
+Widths = tuple[int, int, int]
+KINDS = ("spatial", "temporal")
+MAJOR = {"spatial": (0, 1, 2), "temporal": (1, 2, 0)}  # tile order in which that window is one run, or a few
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window(Planner):
+    """Spatial and temporal windows per head, in the spirit of Sparse VideoGen (Xi et al., arXiv 2502.01776).
+
+    The video grid is cut into tiles of `tile` tokens (pieces of an axis differ by at most one token). A query tile
+    reads the key tiles in a window around it; at the border the window is shifted inward, so that all queries read
+    equally many tiles (as in Sliding Tile Attention, arXiv 2502.04507).
+      * A *spatial* head reads whole frames: m of the n frame tiles. Density m/n.
+      * A *temporal* head reads all frames around its own place: my × mx of the ny × nx places. Density my·mx / (ny·nx).
+    m, and my × mx from a chain of nested, nearly square windows, are chosen so that the density comes nearest to 1 −
+    sparsity.
+
+    Both kinds share one tiling, so that one plan and one launch serve all heads. Each head orders the tiles by its
+    own kind: frame by frame for spatial heads, place by place (all frames of a place in a row) for temporal ones. The
+    density is the same in any order, but a window is then one key run (spatial) or one per row of places (temporal)
+    instead of up to n·my runs: at 21×45×80 tokens and sparsity 0.75 a temporal tile has 4 runs instead of 44. On a CPU
+    that is 1.4 times as fast with 32-token tiles and makes no difference with the default ones.
+
+    Knobs besides those of `Planner`:
+        sparsity: fraction of the video-to-video pairs to drop, in [0, 1). Text and sinks are kept on top.
+        window_spatial, window_temporal: (frames, rows, columns) in tokens instead of the width derived from
+            `sparsity` for that kind; rounded up to whole tiles, 0 = the whole axis.
+        tile: (tt, th, tw) in tokens; larger than the grid means the whole axis.
+        heads: "auto", "spatial", "temporal", or a tuple with one of the last two words per query head.
+            "auto" computes the attention of `rows` query tokens and gives each head (per batch item) the window that
+            holds more of its attention mass. That happens at the first sparse step of a generation, per layer and
+            guidance branch.
+        rows: sampled query tokens of "auto".
+        refresh: look again every `refresh` steps; 0 = only once per generation (also while the step is unknown).
+
+    Raises:
+        ValueError, TypeError: a bad knob; in `plan`, `heads` of another length than the model's heads.
+    """
+
+    name: ClassVar[str] = "window"
+
+    sparsity: float = 0.75
+    window_spatial: Widths | None = None
+    window_temporal: Widths | None = None
+    tile: Widths = (2, 8, 8)
+    heads: str | tuple[str, ...] = "auto"
+    rows: int = 64
+    refresh: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("sparsity", _checks.fraction("sparsity", self.sparsity))
+        for knob in ("window_spatial", "window_temporal"):
+            if getattr(self, knob) is not None:
+                self._set(knob, _checks.counts(knob, getattr(self, knob), 3, least=0))
+        self._set("tile", _checks.counts("tile", self.tile, 3))
+        if isinstance(self.heads, list | tuple):
+            self._set("heads", tuple(_checks.choice(f"heads[{i}]", word, KINDS) for i, word in enumerate(self.heads)))
+            if not self.heads:
+                raise ValueError('heads is empty; give one word per head, or "auto", "spatial" or "temporal"')
+        else:
+            _checks.choice("heads", self.heads, ("auto", *KINDS))
+        self._set("rows", _checks.count("rows", self.rows, least=1))
+        self._set("refresh", _checks.count("refresh", self.refresh))
+
+    # ------------------------------------------------------------------ geometry
+    def axes(self, grid: tuple[int, int, int]) -> Axes:
+        """Piece lengths of the frame, row and column axis."""
+        frames, height, width = (cut(n, size) for n, size in zip(grid, self.tile, strict=True))
+        return frames, height, width
+
+    def widths(self, grid: tuple[int, int, int]) -> dict[str, Widths]:
+        """The window of each kind in tiles along (frames, rows, columns), as used for this grid."""
+        axes = self.axes(grid)
+        full = tuple(map(len, axes))
+        found = {}
+        for kind, given in (("spatial", self.window_spatial), ("temporal", self.window_temporal)):
+            if given is not None:
+                t, y, x = (min(math.ceil(w / s), n) if w else n for w, s, n in zip(given, self.tile, full, strict=True))
+                found[kind] = (t, y, x)
+                continue
+            if kind == "spatial":
+                options = [(m, full[1], full[2]) for m in range(1, full[0] + 1)]
+            else:
+                options = [(full[0], my, mx) for my, mx in _growing(axes[1], axes[2])]
+            target = 1 - self.sparsity
+            found[kind] = min(options, key=lambda w: (abs(_density(axes, w) - target), -_density(axes, w)))
+        return found
+
+    # ------------------------------------------------------------------ plan
+    @torch.no_grad()
+    def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
+        self.check_inputs(q, k, ctx)
+        if self.heads == "auto":
+            return self._build(self._chosen(q, k, ctx), ctx, q.device)
+        words = self.heads if isinstance(self.heads, tuple) else (self.heads,)
+        if isinstance(self.heads, tuple) and len(words) != q.shape[2]:
+            raise ValueError(f"heads lists {len(words)} heads but q has {q.shape[2]}; give one word per head")
+        key = ("window plan", self, tuple(ctx.grid), ctx.text, ctx.text_first, q.device)
+        if key not in ctx.state:
+            with torch.inference_mode(False):
+                temporal = torch.tensor([[word == "temporal" for word in words]], device=q.device)
+                ctx.state[key] = self._build(temporal, ctx, q.device)
+        plan: AttentionPlan = ctx.state[key]
+        return plan
+
+    def _build(self, temporal: Tensor, ctx: LayerContext, device: torch.device) -> AttentionPlan:
+        """The plan of bool [1|B, 1|H], True where the head is temporal."""
+        from ..plan import AttentionPlan
+
+        (space, space_map), (time, time_map) = (self._kind(kind, ctx, device) for kind in KINDS)
+        one, two = temporal[..., None], temporal[..., None, None]
+        order = torch.where(one, time.order, space.order)
+        sizes = torch.where(one, time.lengths, space.lengths)
+        return AttentionPlan.from_clusters(torch.where(two, time_map, space_map), sizes, sizes, order, order)
+
+    def _kind(self, kind: str, ctx: LayerContext, device: torch.device) -> tuple[Tiling, Tensor]:
+        """Tiles in the order of this kind, and its map bool [blocks, blocks]."""
+        key = ("window tiles", self, kind, tuple(ctx.grid), ctx.text, ctx.text_first, device)
+        if key not in ctx.state:
+            axes, major = self.axes(ctx.grid), MAJOR[kind]
+            with torch.inference_mode(False):
+                tiles = tiling(
+                    axes, major=major, text=ctx.text, text_first=ctx.text_first, sinks=self.sinks, device=device
+                )
+                t, y, x = (_band(len(p), w, device) for p, w in zip(axes, self.widths(ctx.grid)[kind], strict=True))
+                grid = t[:, None, None, :, None, None] & y[:, None, None, :, None] & x[:, None, None, :]
+                keep = grid.permute(*major, *(3 + i for i in major)).flatten(3).flatten(0, 2)
+                ctx.state[key] = (tiles, tiles.complete(keep))
+        found: tuple[Tiling, Tensor] = ctx.state[key]
+        return found
+
+    # ------------------------------------------------------------------ choice of heads
+    def _chosen(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
+        """bool [B, H] of this layer and branch, True = temporal; from the state, or measured now."""
+        step = ctx.step
+        key = ("window heads", self, ctx.layer, step.branch, step.expert, step.frame_block)
+        same = (step.generation, tuple(ctx.grid), ctx.text, ctx.text_first, q.shape[0], q.shape[2], q.device)
+        known = ctx.state.get(key)
+        if known is None or known[0] != same or (self.refresh and step.step - known[1] >= self.refresh):
+            mass = self.masses(q, k, ctx)
+            known = ctx.state[key] = (same, step.step, mass[..., 1] > mass[..., 0])
+        temporal: Tensor = known[2]
+        return temporal
+
+    @torch.no_grad()
+    def masses(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
+        """Attention mass inside the spatial and the temporal window, mean of the sampled rows: fp32 [B, H, 2].
+
+        Padding keys (`ctx.kv_len`) get no mass; text keys, read by everyone, count for neither window.
+        """
+        batch, tokens, heads, dim = q.shape
+        sample = self._sample(ctx.n_video, q.device)
+        inside = self._inside(sample, ctx, q.device)  # [rows, n_video, 2]
+        first = ctx.text if ctx.text_first else 0
+        rows = q.index_select(1, sample + first).float() * dim**-0.5
+        padding = None
+        if ctx.kv_len is not None:
+            padding = torch.arange(tokens, device=q.device) >= ctx.kv_len.to(q.device).view(-1, 1, 1, 1)
+        group = heads // k.shape[2]
+        found = []
+        for j in range(k.shape[2]):  # one key head at a time keeps the scores small
+            scores = rows[:, :, j * group : (j + 1) * group].transpose(1, 2) @ k[:, None, :, j].float().mT
+            if padding is not None:
+                scores = scores.masked_fill(padding, -math.inf)
+            mass = torch.softmax(scores, -1).narrow(-1, first, ctx.n_video)  # [B, group, rows, n_video]
+            found.append((mass.flatten(0, 1).transpose(0, 1) @ inside).mean(0).view(batch, group, 2))
+        return torch.cat(found, 1)
+
+    def _sample(self, n_video: int, device: torch.device) -> Tensor:
+        """Video tokens to look at. Golden-ratio steps: as even as equal steps, never in phase with the columns."""
+        if self.rows >= n_video:
+            return torch.arange(n_video, device=device)
+        golden = (math.sqrt(5) - 1) / 2
+        return torch.tensor([int((i + 0.5) * golden % 1.0 * n_video) for i in range(self.rows)], device=device)
+
+    def _inside(self, sample: Tensor, ctx: LayerContext, device: torch.device) -> Tensor:
+        """fp32 [rows, n_video, 2]: 1 where a sampled query reads the video key by the spatial / temporal window."""
+        _, height, width = ctx.grid
+        place = (sample // (height * width), sample // width % height, sample % width)
+        kinds = []
+        for kind in KINDS:
+            bands = []
+            for axis, (pieces, w) in enumerate(zip(self.axes(ctx.grid), self.widths(ctx.grid)[kind], strict=True)):
+                lengths = torch.tensor(pieces, device=device)
+                tile = torch.repeat_interleave(
+                    torch.arange(len(pieces), device=device), lengths, output_size=sum(pieces)
+                )
+                bands.append(_band(len(pieces), w, device)[tile[place[axis]]][:, tile])
+            t, y, x = bands
+            kinds.append((t[:, :, None, None] & y[:, None, :, None] & x[:, None, None, :]).flatten(1))
+        inside = torch.stack(kinds, -1)
+        if self.sinks:
+            inside[:, : self.sinks * height * width] = True
+        return inside.float()
+
+
+def _band(tiles: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """bool [tiles, tiles]: `width` tiles around each, shifted inward at the borders."""
+    at = torch.arange(tiles, device=device)
+    start = (at - width // 2).clamp(0, tiles - width)[:, None]
+    return (at >= start) & (at < start + width)
+
+
+def _density(axes: Axes, width: Widths) -> float:
+    """Pairs in the window / all pairs, exact for unequal pieces."""
+    share = 1.0
+    for pieces, w in zip(axes, width, strict=True):
+        n = len(pieces)
+        read = [sum(pieces[s : s + w]) for s in (min(max(i - w // 2, 0), n - w) for i in range(n))]
+        share *= sum(p * r for p, r in zip(pieces, read, strict=True)) / sum(pieces) ** 2
+    return share
+
+
+def _growing(rows: tuple[int, ...], columns: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Nested windows in tiles from (1, 1) to everything, growing the side that has fewer tokens."""
+    my = mx = 1
+    chain = [(my, mx)]
+    while (my, mx) != (len(rows), len(columns)):
+        taller = mx == len(columns) or (my < len(rows) and my * rows[0] <= mx * columns[0])
+        my, mx = (my + 1, mx) if taller else (my, mx + 1)
+        chain.append((my, mx))
+    return chain
