@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "cpu/attention_pack.h"
 #include "cpu/attention_plan.h"
@@ -17,7 +18,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 struct Scratch {
   std::vector<float> q, scores, o;
   std::vector<PanelRef> refs;
-  float m[kTileRows], l[kTileRows];
+  float m[kTileRows], l[kTileRows * kSumLanes];
 };
 
 void run_item(const AttentionParams& p, const ForwardOutputs& out, const Source& source, const WorkItem& item,
@@ -36,8 +37,8 @@ void run_item(const AttentionParams& p, const ForwardOutputs& out, const Source&
                      head_dim, p.scale * kLog2e, q);
     std::fill(q + head_dim, q + row, 0.f);
     s->m[r] = -kInf;
-    s->l[r] = 0.f;
   }
+  std::fill(s->l, s->l + item.rows * kSumLanes, 0.f);
   std::fill(s->o.begin(), s->o.begin() + static_cast<int64_t>(item.rows) * row, 0.f);
 
   const TileShape shape{item.rows, head_dim, row, item.mask_row};
@@ -55,13 +56,15 @@ void run_item(const AttentionParams& p, const ForwardOutputs& out, const Source&
   for (int r = 0; r < item.rows; ++r) {
     const int64_t t = token(r), at = (item.batch * heads + item.head) * lq + t;
     float* o = s->o.data() + static_cast<int64_t>(r) * row;
-    const bool empty = s->m[r] == -kInf && s->l[r] == 0.f;
-    float scale = empty ? 0.f : 1.f / s->l[r];
+    const float* lanes = s->l + r * kSumLanes;
+    const float sum = std::accumulate(lanes, lanes + kSumLanes, 0.f);
+    const bool empty = s->m[r] == -kInf && sum == 0.f;
+    float scale = empty ? 0.f : 1.f / sum;
     if (p.row_scale != nullptr && !empty) scale *= p.row_scale[at];
     for (int d = 0; d < head_dim; ++d) o[d] *= scale;
     kernels.store_row(o, head_dim, row_of_mut(out.out, item.batch, t, item.head), out.out.dtype,
                       out.out.stride[3]);
-    out.lse[at] = empty ? -kInf : (s->m[r] + std::log2(s->l[r])) * kLn2;
+    out.lse[at] = empty ? -kInf : (s->m[r] + std::log2(sum)) * kLn2;
   }
 }
 

@@ -90,6 +90,27 @@ PlanView DensePlan::view() const {
   return v;
 }
 
+CoveredPlan::CoveredPlan(const PlanView& plan, int64_t lq)
+    : tiles(plan.tiles, plan.tiles + 3 * plan.num_tiles), run_ptr(plan.run_ptr, plan.run_ptr + plan.num_tiles + 1) {
+  std::vector<std::vector<bool>> owned(static_cast<size_t>(plan.batch * plan.heads),
+                                       std::vector<bool>(static_cast<size_t>(lq)));
+  for (int64_t t = 0; t < plan.num_tiles; ++t) {
+    const auto first = owned[static_cast<size_t>(plan.tiles[3 * t])].begin() + plan.tiles[3 * t + 1];
+    std::fill(first, first + plan.tiles[3 * t + 2], true);
+  }
+  for (size_t bh = 0; bh < owned.size(); ++bh) {
+    for (int64_t row = 0; row < lq;) {
+      const auto from = owned[bh].begin() + row;
+      const int64_t next = std::find(from, owned[bh].end(), !*from) - owned[bh].begin();
+      if (!*from) {
+        tiles.insert(tiles.end(), {static_cast<int32_t>(bh), static_cast<int32_t>(row), static_cast<int32_t>(next - row)});
+        run_ptr.push_back(run_ptr.back());
+      }
+      row = next;
+    }
+  }
+}
+
 TileIndex::TileIndex(const PlanView& plan)
     : plan_(plan),
       first_(static_cast<size_t>(plan.batch * plan.heads + 1)),

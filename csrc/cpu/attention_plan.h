@@ -21,6 +21,12 @@ struct DensePlan {
   PlanView view() const;
 };
 
+// The plan with a run-less tile over every stretch of rows that no tile owns: such rows still read the segments.
+struct CoveredPlan {
+  std::vector<int32_t> tiles, run_ptr;
+  CoveredPlan(const PlanView& plan, int64_t lq);
+};
+
 // At most kTileRows query rows of one head.
 struct WorkItem {
   int32_t batch, head, tile, q_start, rows, mask_row;

@@ -1,10 +1,13 @@
 // attention and attention_backward: argument checks, parameters, device dispatch.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -55,6 +58,7 @@ OrderView order_of(const Optional& t, const char* name, const Tensor& q) {
 struct Call {
   AttentionParams params;
   std::optional<DensePlan> dense;
+  std::optional<CoveredPlan> covered;
   std::vector<int64_t> kv_len;
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& tiles, const Optional& run_ptr,
@@ -76,7 +80,14 @@ struct Call {
     VDIT_CHECK(segment_k.size() == segment_v.size(), "attention: segments have ", segment_k.size(), " keys but ",
                segment_v.size(), " values");
     for (size_t i = 0; i < segment_k.size(); ++i) add_segment(segment_k[i], segment_v[i], i, q, k);
+    if (!params.segments.empty()) {
+      covered.emplace(params.plan, q.size(1));
+      params.plan.num_tiles = static_cast<int64_t>(covered->run_ptr.size()) - 1;
+      params.plan.tiles = covered->tiles.data();
+      params.plan.run_ptr = covered->run_ptr.data();
+    }
   }
+  Call(const Call&) = delete;  // params points into the other members
 
   static void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
     for (auto [t, name] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) {

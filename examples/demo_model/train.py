@@ -156,7 +156,7 @@ def main() -> None:
             print(json.dumps(row), file=log, flush=True)
             print(row, flush=True)
             running.clear()
-        if step % 200 == 0 or spent >= budget:
+        if step % 100 == 0 or spent >= budget:
             state = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "ema": ema}
             torch.save({**state, "step": step, "spent": spent, "seen": seen}, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)

@@ -28,28 +28,25 @@ void attention_forward_tile(const TileShape& shape, const float* q, const KeyVal
     mask_stage(shape, stage, panels, mask_bits, scores);
     for (int i = 0; i < shape.rows; ++i) {
       float* s = scores + i * kStageKeys;
+      float* sum = l + i * vdit::kSumLanes;
       vf top = load(s);
-      for (int j = VL; j < width; j += VL) {
-        const vf x = load(s + j);
-        top = x > top ? x : top;
-      }
-      const float stage_max = reduce_max(top);
-      const float new_max = stage_max > m[i] ? stage_max : m[i];
-      const vf shift = splat(new_max == -kInf ? 0.f : new_max);
-      vf sum = vf{};
-      for (int j = 0; j < width; j += VL) {
-        const vf e = exp2_nonpositive(load(s + j) - shift);
-        sum += e;
-        store(s + j, e);
-      }
-      if (new_max > m[i]) {
+      for (int j = VL; j < width; j += VL) top = max_or_second(load(s + j), top);
+      if (any_greater(top, splat(m[i]))) {
+        const float new_max = reduce_max(top);
         const float a = m[i] == -kInf ? 0.f : exp2_nonpositive(splat(m[i] - new_max))[0];
-        l[i] *= a;
         m[i] = new_max;
+        store(sum, load(sum) * a);
         float* oi = o + static_cast<int64_t>(i) * row;
         for (int j = 0; j < row; j += VL) store(oi + j, load(oi + j) * a);
       }
-      l[i] += reduce_sum(sum);
+      const vf shift = splat(m[i] == -kInf ? 0.f : m[i]);
+      vf total = load(sum);
+      for (int j = 0; j < width; j += VL) {
+        const vf e = exp2_nonpositive(load(s + j) - shift);
+        total += e;
+        store(s + j, e);
+      }
+      store(sum, total);
     }
     for (int p = 0; p < panels;) {
       const Stretch t = next_stretch(stage, panels, p);

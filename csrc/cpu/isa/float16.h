@@ -1,4 +1,5 @@
-// 16-bit floats to fp32 and back, round to nearest even, NaN stays NaN. Compiled per instruction set: no std:: templates.
+// 16-bit floats to fp32 and back, round to nearest even, NaN stays NaN. Compiled per instruction set: no std::
+// templates.
 #pragma once
 #include <cstdint>
 #include <cstring>

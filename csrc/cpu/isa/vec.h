@@ -3,6 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 namespace VDIT_NS {
 
@@ -27,6 +30,29 @@ static inline void store(float* p, vf v) { *reinterpret_cast<vf_u*>(p) = v; }
 static inline vf splat(float x) { return x - vf{}; }
 static inline vi splat_i(int32_t x) { return x - vi{}; }
 
+// Lane-wise a > b ? a : b: a NaN in b is returned, one in a is not.
+static inline vf max_or_second(vf a, vf b) {
+#if VDIT_VL == 16 && defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif VDIT_VL == 8 && defined(__AVX__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static inline bool any_greater(vf a, vf b) {
+#if VDIT_VL == 16 && defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif VDIT_VL == 8 && defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+#else
+  for (int i = 0; i < VL; ++i)
+    if (a[i] > b[i]) return true;
+  return false;
+#endif
+}
+
 static inline float reduce_max(vf v) {
   float m = v[0];
   for (int i = 1; i < VL; ++i) m = v[i] > m ? v[i] : m;
@@ -38,23 +64,19 @@ static inline float reduce_sum(vf v) {
   return s;
 }
 
-// 2^x for x <= about 1, relative error 2e-7; exactly 0 below -126 (so also for -inf), NaN stays NaN.
+// 2^x for x <= about 1, relative error 2.3e-7 (minimax polynomial of degree 5); exactly 0 at -127 and below, so also
+// for -inf. NaN stays NaN (its low nine payload bits must be clear, as in every NaN that arithmetic makes).
 static inline vf exp2_nonpositive(vf x) {
-  const vf lo = splat(-126.f);
-  const vf c = x < lo ? lo : x;
-  vf r = c + 12582912.f;  // 1.5 * 2^23: round to nearest integer
-  const vi n = (vi)r - 0x4B400000;
-  r -= 12582912.f;
-  const vf f = c - r;
-  vf p = splat(1.5403530e-4f);
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
+  const vf c = max_or_second(splat(-127.f), x);
+  const vf r = c + 12582912.f;  // 1.5 * 2^23: the low bits of r are c rounded to an integer
+  const vf f = c - (r - 12582912.f);
+  vf p = splat(1.32764718e-3f);
+  p = p * f + 9.67554154e-3f;
+  p = p * f + 5.55071328e-2f;
+  p = p * f + 2.40221197e-1f;
+  p = p * f + 6.93146967e-1f;
   p = p * f + 1.0f;
-  const vf e = (vf)((vi)p + (n << 23));
-  return x < lo ? vf{} : e + (x - x);
+  return (vf)((vi)p + ((vi)r << 23));
 }
 
 // c[M x NR] (+)= a * b. a: element (i, k) at a[i*a_row + k*a_col]; b: row k at b + k*b_row; c: rows c_row apart.

@@ -24,8 +24,11 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         A row that is empty (−inf) in every part gets out 0 and lse −inf. NaN in an input reaches the output.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not match, or the number of parts is not 1 to 32.
+        ValueError: there is no part.
+        RuntimeError: shapes, dtypes or devices do not match, or there are more than 32 parts.
     """
+    if not outs or not lses:  # without a tensor the dispatcher cannot pick a device
+        raise ValueError(f"merge: {len(outs)} outs and {len(lses)} lses; pass at least one part")
     return torch.ops.vdit_fast.merge(list(outs), list(lses))
 
 

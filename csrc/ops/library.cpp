@@ -1,0 +1,16 @@
+// The schema of every operator in torch.ops.vdit_fast. Kernels are registered next to their code, in the other files.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(vdit_fast, m) {
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? tiles, Tensor? run_ptr, Tensor? runs, "
+      "Tensor? mask_bits, Tensor? q_order, Tensor? kv_order, int plan_batch, int plan_heads, float scale, "
+      "Tensor? row_scale, Tensor? kv_len, Tensor[] segment_k, Tensor[] segment_v) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor? tiles, Tensor? run_ptr, Tensor? runs, Tensor? mask_bits, Tensor? q_order, Tensor? kv_order, int "
+      "plan_batch, int plan_heads, float scale, "
+      "Tensor? row_scale, Tensor? kv_len, Tensor[] segment_k, Tensor[] segment_v) -> "
+      "(Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+  m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
+}
