@@ -54,8 +54,7 @@ void run_item(const AttentionParams& p, const BackwardInputs& in, const Backward
   const int32_t* order = p.plan.q_order.row(item.batch, item.head);
   auto token = [&](int r) -> int64_t { return order != nullptr ? order[item.q_start + r] : item.q_start + r; };
   auto load = [&](const View4& t, int64_t n, float scale, float* dst) {
-    kernels.load_row(row_of(t, item.batch, n, item.head), t.dtype, t.stride[3], head_dim, scale,
-                     dst);
+    kernels.load_row(row_of(t, item.batch, n, item.head), t.dtype, t.stride[3], head_dim, scale, dst);
   };
   for (int r = 0; r < item.rows; ++r) {
     const int64_t t = token(r), at = (item.batch * heads + item.head) * lq + t, offset = static_cast<int64_t>(r) * row;
@@ -88,8 +87,8 @@ void run_item(const AttentionParams& p, const BackwardInputs& in, const Backward
   for (int r = 0; r < item.rows; ++r) {
     float* dq = s->dq.data() + static_cast<int64_t>(r) * row;
     for (int d = 0; d < head_dim; ++d) dq[d] *= p.scale;
-    kernels.store_row(dq, head_dim, row_of_mut(out.dq, item.batch, token(r), item.head),
-                      out.dq.dtype, out.dq.stride[3]);
+    kernels.store_row(dq, head_dim, row_of_mut(out.dq, item.batch, token(r), item.head), out.dq.dtype,
+                      out.dq.stride[3]);
   }
 }
 
@@ -141,7 +140,8 @@ void attention_backward_cpu(const AttentionParams& p, const BackwardInputs& in, 
     parallel(static_cast<int64_t>(work.size()), [&](int64_t i) {
       static thread_local Scratch scratch;
       for (const WorkItem& item : work[static_cast<size_t>(i)])
-        run_item(p, in, out, sources[static_cast<size_t>(item.source)], item, partials[static_cast<size_t>(i)], &scratch);
+        run_item(p, in, out, sources[static_cast<size_t>(item.source)], item, partials[static_cast<size_t>(i)],
+                 &scratch);
     });
     // One after the other: a segment shared by the batch is added to by several sources.
     for (size_t i = begin; i < end; ++i) {

@@ -33,8 +33,8 @@ void run_item(const AttentionParams& p, const ForwardOutputs& out, const Source&
   auto token = [&](int r) -> int64_t { return order != nullptr ? order[item.q_start + r] : item.q_start + r; };
   for (int r = 0; r < item.rows; ++r) {
     float* q = s->q.data() + static_cast<int64_t>(r) * row;
-    kernels.load_row(row_of(p.q, item.batch, token(r), item.head), p.q.dtype, p.q.stride[3],
-                     head_dim, p.scale * kLog2e, q);
+    kernels.load_row(row_of(p.q, item.batch, token(r), item.head), p.q.dtype, p.q.stride[3], head_dim, p.scale * kLog2e,
+                     q);
     std::fill(q + head_dim, q + row, 0.f);
     s->m[r] = -kInf;
   }
@@ -62,8 +62,7 @@ void run_item(const AttentionParams& p, const ForwardOutputs& out, const Source&
     float scale = empty ? 0.f : 1.f / sum;
     if (p.row_scale != nullptr && !empty) scale *= p.row_scale[at];
     for (int d = 0; d < head_dim; ++d) o[d] *= scale;
-    kernels.store_row(o, head_dim, row_of_mut(out.out, item.batch, t, item.head), out.out.dtype,
-                      out.out.stride[3]);
+    kernels.store_row(o, head_dim, row_of_mut(out.out, item.batch, t, item.head), out.out.dtype, out.out.stride[3]);
     out.lse[at] = empty ? -kInf : (s->m[r] + std::log2(sum)) * kLn2;
   }
 }

@@ -14,7 +14,9 @@ inline const char* row_of(const View4& t, int64_t b, int64_t n, int64_t h) {
   const int64_t offset = b * t.stride[0] + n * t.stride[1] + h * t.stride[2];
   return static_cast<const char*>(t.data) + offset * (t.dtype == DType::f32 ? 4 : 2);
 }
-inline char* row_of_mut(const View4& t, int64_t b, int64_t n, int64_t h) { return const_cast<char*>(row_of(t, b, n, h)); }
+inline char* row_of_mut(const View4& t, int64_t b, int64_t n, int64_t h) {
+  return const_cast<char*>(row_of(t, b, n, h));
+}
 
 inline int round_up(int64_t n, int64_t to) { return static_cast<int>((n + to - 1) / to * to); }
 

@@ -17,16 +17,16 @@ std::string text(const T&... parts) {
 std::string check_order(const char* name, const OrderView& order, int64_t batch, int64_t heads, int64_t n) {
   if (order.data == nullptr) return {};
   if (order.n != n || (order.batch != 1 && order.batch != batch) || (order.heads != 1 && order.heads != heads))
-    return text("plan.", name, " has shape [", order.batch, ", ", order.heads, ", ", order.n, "], expected [1 or ", batch,
-                ", 1 or ", heads, ", ", n, "]");
+    return text("plan.", name, " has shape [", order.batch, ", ", order.heads, ", ", order.n, "], expected [1 or ",
+                batch, ", 1 or ", heads, ", ", n, "]");
   std::vector<bool> seen(static_cast<size_t>(n));
   for (int64_t row = 0; row < order.batch * order.heads; ++row) {
     std::fill(seen.begin(), seen.end(), false);
     const int32_t* p = order.data + row * n;
     for (int64_t i = 0; i < n; ++i) {
       if (p[i] < 0 || p[i] >= n || seen[static_cast<size_t>(p[i])])
-        return text("plan.", name, " row ", row, " is not a permutation of 0..", n - 1, " (position ", i, " holds ", p[i],
-                    ")");
+        return text("plan.", name, " row ", row, " is not a permutation of 0..", n - 1, " (position ", i, " holds ",
+                    p[i], ")");
       seen[static_cast<size_t>(p[i])] = true;
     }
   }
@@ -38,8 +38,8 @@ std::string check_order(const char* name, const OrderView& order, int64_t batch,
 std::string check_plan(const PlanView& plan, int64_t batch, int64_t heads, int64_t lq, int64_t lk, int64_t num_runs,
                        int64_t mask_words) {
   if ((plan.batch != 1 && plan.batch != batch) || (plan.heads != 1 && plan.heads != heads))
-    return text("plan was made for batch ", plan.batch, " and ", plan.heads, " heads, but the tensors have batch ", batch,
-                " and ", heads, " heads (1 broadcasts)");
+    return text("plan was made for batch ", plan.batch, " and ", plan.heads, " heads, but the tensors have batch ",
+                batch, " and ", heads, " heads (1 broadcasts)");
   if (plan.run_ptr[0] != 0) return text("plan.run_ptr[0] is ", plan.run_ptr[0], ", expected 0");
   // A row that two tiles own would be written twice.
   std::vector<std::vector<bool>> owned(static_cast<size_t>(plan.batch * plan.heads));
@@ -65,8 +65,8 @@ std::string check_plan(const PlanView& plan, int64_t batch, int64_t heads, int64
                     " keys; was the plan made for another shape?");
       previous = kv + n;
       if (mask < -1 || (mask >= 0 && mask + len * ((n + 31) / 32) > mask_words))
-        return text("plan.runs[", r, "] needs mask words ", mask, "..", mask + len * ((n + 31) / 32), ", mask_bits has ",
-                    mask_words);
+        return text("plan.runs[", r, "] needs mask words ", mask, "..", mask + len * ((n + 31) / 32),
+                    ", mask_bits has ", mask_words);
     }
   }
   std::string error = check_order("q_order", plan.q_order, batch, heads, lq);
@@ -103,7 +103,8 @@ CoveredPlan::CoveredPlan(const PlanView& plan, int64_t lq)
       const auto from = owned[bh].begin() + row;
       const int64_t next = std::find(from, owned[bh].end(), !*from) - owned[bh].begin();
       if (!*from) {
-        tiles.insert(tiles.end(), {static_cast<int32_t>(bh), static_cast<int32_t>(row), static_cast<int32_t>(next - row)});
+        tiles.insert(tiles.end(),
+                     {static_cast<int32_t>(bh), static_cast<int32_t>(row), static_cast<int32_t>(next - row)});
         run_ptr.push_back(run_ptr.back());
       }
       row = next;
@@ -121,7 +122,8 @@ TileIndex::TileIndex(const PlanView& plan)
   std::vector<int64_t> next(first_.begin(), first_.end() - 1);
   for (int64_t t = 0; t < plan.num_tiles; ++t) {
     tiles_[static_cast<size_t>(next[static_cast<size_t>(plan.tiles[3 * t])]++)] = static_cast<int32_t>(t);
-    for (int64_t r = plan.run_ptr[t]; r < plan.run_ptr[t + 1]; ++r) keys_[static_cast<size_t>(t)] += plan.runs[3 * r + 1];
+    for (int64_t r = plan.run_ptr[t]; r < plan.run_ptr[t + 1]; ++r)
+      keys_[static_cast<size_t>(t)] += plan.runs[3 * r + 1];
   }
 }
 
@@ -137,8 +139,8 @@ void TileIndex::append_items(int64_t b, int64_t h, int32_t source, std::vector<W
     const int32_t step = std::min<int32_t>(kTileRows, ((len + parts - 1) / parts + 11) / 12 * 12);
     for (int32_t row = 0; row < len; row += step) {
       const int32_t rows = std::min(step, len - row);
-      items->push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), tile, start + row, rows, row, source,
-                        rows * (keys + 1)});
+      items->push_back(
+          {static_cast<int32_t>(b), static_cast<int32_t>(h), tile, start + row, rows, row, source, rows * (keys + 1)});
     }
   }
 }

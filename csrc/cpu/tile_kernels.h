@@ -41,8 +41,8 @@ struct TileKernels {
   void (*load_row)(const void* src, DType dtype, int64_t stride, int n, float scale, float* dst);
   void (*store_row)(const float* src, int n, void* dst, DType dtype, int64_t stride);
   void (*transpose_panel)(const float* rows, int64_t ld, int head_dim, float* panel);
-  // Online softmax of `shape.rows` queries over the listed panels. q is scaled by scale*log2(e). m (row maximum), l (row
-  // sum in kSumLanes parts, of which the first panel_keys/2 are used) and o carry over from call to call.
+  // Online softmax of `shape.rows` queries over the listed panels. q is scaled by scale*log2(e). m (row maximum), l
+  // (row sum in kSumLanes parts, of which the first panel_keys/2 are used) and o carry over from call to call.
   void (*forward)(const TileShape& shape, const float* q, const KeyValues& kv, const PanelRef* refs, int n,
                   const int32_t* mask_bits, float* scratch, float* m, float* l, float* o);
   // lse2: base-2 LSE, +inf for empty rows. Adds into dq, dk, dv (rows of shape.row floats); dk is scaled by log2(e).

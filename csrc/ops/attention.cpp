@@ -37,8 +37,8 @@ void check_int_list(const Tensor& t, const char* name, int64_t columns, const Te
   VDIT_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous() && same_device(t, q), "attention: plan.", name,
              " must be a contiguous int32 tensor on ", device_text(q), ", got ", dtype_text(t.scalar_type()), " on ",
              device_text(t), "; move the plan with plan.to(device)");
-  VDIT_CHECK(columns == 0 ? t.dim() == 1 : t.dim() == 2 && t.size(1) == columns, "attention: plan.", name, " has shape ",
-             shape_text(t), ", expected [n", columns == 0 ? "]" : ", " + std::to_string(columns) + "]");
+  VDIT_CHECK(columns == 0 ? t.dim() == 1 : t.dim() == 2 && t.size(1) == columns, "attention: plan.", name,
+             " has shape ", shape_text(t), ", expected [n", columns == 0 ? "]" : ", " + std::to_string(columns) + "]");
 }
 
 OrderView order_of(const Optional& t, const char* name, const Tensor& q) {
@@ -91,7 +91,8 @@ struct Call {
 
   static void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
     for (auto [t, name] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) {
-      VDIT_CHECK(t->dim() == 4, "attention: ", name, " has shape ", shape_text(*t), "; expected [batch, tokens, heads, dim]");
+      VDIT_CHECK(t->dim() == 4, "attention: ", name, " has shape ", shape_text(*t),
+                 "; expected [batch, tokens, heads, dim]");
       VDIT_CHECK(t->scalar_type() == q.scalar_type(), "attention: ", name, " is ", dtype_text(t->scalar_type()),
                  " but q is ", dtype_text(q.scalar_type()), "; convert them to one dtype");
       VDIT_CHECK(same_device(*t, q), "attention: ", name, " is on ", device_text(*t), " but q is on ", device_text(q));
@@ -100,10 +101,10 @@ struct Call {
     }
     VDIT_CHECK(k.size(1) == v.size(1) && k.size(2) == v.size(2), "attention: k has shape ", shape_text(k),
                " but v has ", shape_text(v));
-    VDIT_CHECK(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "attention: ", q.size(2), " query heads are not a multiple of ",
-               k.size(2), " key/value heads");
-    VDIT_CHECK(q.size(3) >= 1 && q.size(3) <= kMaxHeadDim, "attention: head dim is ", q.size(3), "; supported are 1 to ",
-               kMaxHeadDim);
+    VDIT_CHECK(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "attention: ", q.size(2),
+               " query heads are not a multiple of ", k.size(2), " key/value heads");
+    VDIT_CHECK(q.size(3) >= 1 && q.size(3) <= kMaxHeadDim, "attention: head dim is ", q.size(3),
+               "; supported are 1 to ", kMaxHeadDim);
     const int64_t limit = std::numeric_limits<int32_t>::max() / 4;
     VDIT_CHECK(q.size(1) <= limit && k.size(1) <= limit, "attention: more than ", limit, " tokens in one sequence");
   }
@@ -144,8 +145,8 @@ struct Call {
     }
     plan.q_order = order_of(q_order, "q_order", q);
     plan.kv_order = order_of(kv_order, "kv_order", q);
-    const std::string error = check_plan(plan, q.size(0), q.size(2), q.size(1), k.size(1), runs->size(0),
-                                         mask_bits ? mask_bits->size(0) : 0);
+    const std::string error =
+        check_plan(plan, q.size(0), q.size(2), q.size(1), k.size(1), runs->size(0), mask_bits ? mask_bits->size(0) : 0);
     VDIT_CHECK(error.empty(), "attention: ", error);
   }
 
@@ -168,9 +169,9 @@ struct Call {
       VDIT_CHECK(t->dim() == 4 && t->scalar_type() == q.scalar_type() && same_device(*t, q) &&
                      (t->size(0) == 1 || t->size(0) == q.size(0)) && t->size(1) == sk.size(1) &&
                      t->size(0) == sk.size(0) && t->size(2) == k.size(2) && t->size(3) == q.size(3),
-                 "attention: segments[", i, "].", name, " is ", dtype_text(t->scalar_type()), " ", shape_text(*t), " on ",
-                 device_text(*t), "; expected ", dtype_text(q.scalar_type()), " [1 or ", q.size(0), ", tokens, ", k.size(2),
-                 ", ", q.size(3), "] on ", device_text(q));
+                 "attention: segments[", i, "].", name, " is ", dtype_text(t->scalar_type()), " ", shape_text(*t),
+                 " on ", device_text(*t), "; expected ", dtype_text(q.scalar_type()), " [1 or ", q.size(0),
+                 ", tokens, ", k.size(2), ", ", q.size(3), "] on ", device_text(q));
     }
     params.segments.push_back({view_of(sk, "attention: segment k"), view_of(sv, "attention: segment v")});
   }
@@ -234,7 +235,7 @@ Gradients attention_backward_cpu_op(const Tensor& dout, const Optional& dlse, co
     grads.segments.push_back({view_of(dsk.back(), "dk"), view_of(dsv.back(), "dv")});
   }
   attention_backward_cpu(call.params, in, grads, parallel_for_each);
-  auto narrow = [&](Tensor t) {
+  auto narrow = [&](const Tensor& t) {
     return q.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, q.scalar_type());
   };
   for (auto* list : {&dsk, &dsv})

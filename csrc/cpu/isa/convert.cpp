@@ -51,6 +51,7 @@ static void transpose_panel(const float* rows, int64_t ld, int head_dim, float* 
 }
 
 extern const vdit::TileKernels kernels;
-const vdit::TileKernels kernels = {NR, load_row, store_row, transpose_panel, attention_forward_tile, attention_backward_tile};
+const vdit::TileKernels kernels = {
+    NR, load_row, store_row, transpose_panel, attention_forward_tile, attention_backward_tile};
 
 }  // namespace VDIT_NS

@@ -1,8 +1,8 @@
 // What the forward and the backward tile kernels share: bit masks over a stage of panels, and runs of adjacent panels.
 #pragma once
 
-#include "cpu/tile_kernels.h"
 #include "cpu/isa/vec.h"
+#include "cpu/tile_kernels.h"
 
 namespace VDIT_NS {
 
@@ -56,10 +56,10 @@ static inline void mask_stage(const TileShape& shape, const PanelRef* refs, int 
 // Adjacent panels of a stage as one stretch of keys, without the unreadable keys at its two ends: those are never
 // multiplied, so that a NaN in a neighbour that was not selected cannot leak through 0 * NaN.
 struct Stretch {
-  int begin;       // first panel in the stage
-  int end;         // one past the last
-  int column;      // first key within the stage's scores
-  int64_t key;     // first key of the sequence
+  int begin;    // first panel in the stage
+  int end;      // one past the last
+  int column;   // first key within the stage's scores
+  int64_t key;  // first key of the sequence
   int keys;
 };
 

@@ -1,0 +1,41 @@
+# Finds nvcc. Sets VDIT_HAVE_CUDA. CUDA kernels need nvcc only: neither a GPU nor a CUDA build of torch.
+set(VDIT_CUDA AUTO CACHE STRING "build the CUDA kernels: AUTO (if nvcc is found), ON or OFF")
+set(VDIT_CUDA_ARCHS "80-real;89-real;90-real;90-virtual" CACHE STRING
+    "targets of the portable CUDA kernels; keep one -virtual for GPUs newer than the list")
+set_property(CACHE VDIT_CUDA PROPERTY STRINGS AUTO ON OFF)
+string(TOUPPER "${VDIT_CUDA}" vdit_cuda)
+if(NOT vdit_cuda MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "vdit_fast: VDIT_CUDA is '${VDIT_CUDA}'; it must be AUTO, ON or OFF")
+endif()
+
+set(VDIT_HAVE_CUDA OFF)
+if(NOT vdit_cuda STREQUAL "OFF")
+  if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+    find_program(VDIT_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
+    if(VDIT_NVCC)
+      set(CMAKE_CUDA_COMPILER ${VDIT_NVCC})
+    endif()
+  endif()
+  set(CMAKE_CUDA_ARCHITECTURES OFF) # each target names its own
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.3)
+      message(FATAL_ERROR "vdit_fast: nvcc ${CMAKE_CUDA_COMPILER_VERSION} is too old, 12.3 is the oldest supported; "
+        "point CUDACXX at a newer nvcc or set VDIT_CUDA=OFF for a CPU-only build")
+    endif()
+    set(VDIT_HAVE_CUDA ON)
+  elseif(vdit_cuda STREQUAL "ON")
+    message(FATAL_ERROR "vdit_fast: VDIT_CUDA=ON, but no working nvcc was found. Set CUDACXX to the nvcc program or "
+      "CUDA_HOME to the CUDA toolkit, or set VDIT_CUDA=AUTO to build for the CPU only")
+  endif()
+endif()
+
+if(VDIT_HAVE_CUDA)
+  message(STATUS "vdit_fast: CUDA kernels ON (nvcc ${CMAKE_CUDA_COMPILER_VERSION}; ${VDIT_CUDA_ARCHS})")
+elseif(vdit_cuda STREQUAL "OFF")
+  message(STATUS "vdit_fast: CUDA kernels OFF (VDIT_CUDA=OFF): CPU-only build")
+else()
+  message(STATUS "vdit_fast: CUDA kernels OFF (no working nvcc found; set CUDACXX or CUDA_HOME if there is one): CPU-only build")
+endif()

@@ -1,0 +1,16 @@
+"""Makes video diffusion transformers fast: sparse attention plans, their kernels, and one call that plugs them in."""
+
+from __future__ import annotations
+
+from ._load import load as _load
+
+_info = _load()
+
+# The operators must be loaded before the modules that register fakes and gradients for them.
+from . import reference  # noqa: E402
+from .ops import attention, merge  # noqa: E402
+from .plan import AttentionPlan  # noqa: E402
+
+build_info = _info.build_info
+
+__all__ = ["AttentionPlan", "attention", "build_info", "merge", "reference"]
