@@ -13,13 +13,15 @@ constexpr int kWarp = 32;
 constexpr int kRowsPerBlock = 8;  // one warp per row
 
 // Lane i ends up with the weight of part i: parts fit into one warp, so the softmax over them is two shuffles trees.
-__device__ float row_weights(const MergeParams& p, int64_t b, int64_t l, int64_t h, int lane, float& lse) {
+// `seen`: whether this lane's part read any key in this row; one that did not may hold anything.
+__device__ float row_weights(const MergeParams& p, int64_t b, int64_t l, int64_t h, int lane, float& lse, bool& seen) {
   const float none = -INFINITY;
   float x = none;
   if (lane < p.parts) {
     const MergePart& part = p.part[lane];
     x = part.lse[b * part.lse_stride[0] + h * part.lse_stride[1] + l * part.lse_stride[2]];
   }
+  seen = x != none;
   float top = x;  // fmaxf drops a NaN, but the sum below brings it back
   for (int step = kWarp / 2; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
   const bool infinite = top == none || top == INFINITY;
@@ -42,7 +44,9 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock) merge_kernel(const __gri
     const int64_t l = row / p.heads % p.length;
     const int64_t b = row / p.heads / p.length;
     float lse;
-    const float weight = row_weights(p, b, l, h, lane, lse);
+    bool seen;
+    const float weight = row_weights(p, b, l, h, lane, lse, seen);
+    const unsigned parts_seen = __ballot_sync(~0u, seen);
     if (lane == 0) p.lse[(b * p.heads + h) * p.length + l] = lse;
     T* out = static_cast<T*>(p.out) + row * p.dim;
     for (int64_t base = 0; base < p.dim; base += kWarp) {  // every lane stays in: the shuffles need the whole warp
@@ -50,13 +54,12 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock) merge_kernel(const __gri
       float sum = 0.0f;
       for (int i = 0; i < p.parts; ++i) {
         const float w = __shfl_sync(~0u, weight, i);
-        if (d >= p.dim) continue;
+        if (d >= p.dim || (parts_seen >> i & 1u) == 0) continue;
         const MergePart& part = p.part[i];
         const int64_t at = b * part.out_stride[0] + l * part.out_stride[1] + h * part.out_stride[2];
         sum += w * float(static_cast<const T*>(part.out)[at + d * part.out_stride[3]]);
       }
-      // An empty row is exactly 0 even where its parts hold NaN.
-      if (d < p.dim) out[d] = T(lse == -INFINITY ? 0.0f : sum);
+      if (d < p.dim) out[d] = T(sum);
     }
   }
 }

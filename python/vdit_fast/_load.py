@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import warnings
 from pathlib import Path
 from types import ModuleType
 
 OLDEST_TORCH = (2, 10)
+ISAS = ("generic", "avx2", "avx512")
 LIBRARY_NAME = "libvdit_ops.so"
 _REINSTALL = "reinstall it: pip install --force-reinstall --no-deps vdit-fast (in a checkout: pip install -e .)"
 
@@ -23,6 +26,7 @@ def load() -> ModuleType:
     """
     _check_torch()
     info = _import_info()
+    _check_isa()
     # The compiled files lie together also in an editable install, where the Python files are elsewhere. Not __file__:
     # pybind11 returns the first copy of a module when a second copy is imported, and only the spec tells them apart.
     # Resolved, so that a path through a link is recognised as the library that is loaded already.
@@ -42,6 +46,12 @@ def _check_torch() -> None:
     match = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if match is None or (int(match[1]), int(match[2])) < OLDEST_TORCH:
         raise ImportError(f"vdit_fast needs torch >= {need}, found {torch.__version__}: pip install 'torch>={need}'")
+
+
+def _check_isa() -> None:
+    wish = os.environ.get("VDIT_CPU_ISA")
+    if wish is not None and wish not in ISAS:
+        warnings.warn(f"VDIT_CPU_ISA={wish!r} is ignored; it may be {', '.join(ISAS)}", stacklevel=4)
 
 
 def _import_info() -> ModuleType:

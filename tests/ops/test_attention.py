@@ -174,6 +174,17 @@ def test_keys_out_of_reach_never_touch_the_result():
         assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
 
 
+def test_gaps_between_runs_in_one_stage_are_not_read():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 64, 1, 64) for _ in range(3))
+    for gap in ([10, 10, 44], [15, 1, 48], [16, 1, 47], [31, 2, 31], [5, 50, 9]):
+        plan = AttentionPlan.from_block_mask(torch.tensor([[True, False, True]]), [64], gap)
+        hole = slice(gap[0], gap[0] + gap[1])
+        dirty_k, dirty_v = k.clone(), v.clone()
+        dirty_k[:, hole], dirty_v[:, hole] = torch.nan, torch.nan
+        assert torch.equal(vdit_fast.attention(q, k, v, plan), vdit_fast.attention(q, dirty_k, dirty_v, plan)), gap
+
+
 def test_nan_and_inf_arrive_where_softmax_puts_them():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 70, 1, 64) for _ in range(3))

@@ -63,6 +63,7 @@ BAD_TENSORS = {
     "k and v lengths": (lambda q, k, v: (q, k, v[:, :-1]), r"k has shape .* but v has"),
     "heads": (lambda q, k, v: (q[:, :, :1], k, v), "not a multiple"),
     "head dim": (lambda q, k, v: tuple(t.repeat(1, 1, 1, 5) for t in (q, k, v)), "head dim is 320"),
+    "no head dim": (lambda q, k, v: tuple(t[..., :0] for t in (q, k, v)), "head dim is 0"),
     "no kv heads": (lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), "not a multiple"),
 }
 

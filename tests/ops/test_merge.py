@@ -246,3 +246,15 @@ def test_cuda_matches_cpu(dtype: torch.dtype) -> None:
     out, lse = merge([o.cuda() for o in outs], [x.cuda() for x in lses])
     torch.testing.assert_close(out.cpu(), want_out, rtol=torch.finfo(dtype).eps, atol=1e-6)
     torch.testing.assert_close(lse.cpu(), want_lse, rtol=1e-6, atol=1e-6)
+
+
+def test_a_part_without_keys_may_hold_anything():
+    """Beside a part that has keys in the same row: its NaN must not be multiplied by the weight 0."""
+    torch.manual_seed(0)
+    outs = [torch.randn(1, 5, 2, 64) for _ in range(2)]
+    lses = [torch.randn(1, 2, 5) for _ in range(2)]
+    lses[1][0, 1, 3] = -torch.inf
+    outs[1][0, 3, 1] = torch.nan
+    out, lse = merge(outs, lses)
+    assert torch.equal(out[0, 3, 1], outs[0][0, 3, 1]) and lse[0, 1, 3] == lses[0][0, 1, 3]
+    assert out.isfinite().all()

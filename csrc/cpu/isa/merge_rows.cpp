@@ -50,6 +50,8 @@ void rows(const vdit::MergeParams& p, int64_t first, int64_t last) {
       // An empty row is exactly 0 even where its parts hold NaN: they are not read.
       for (int i = 0; i < p.parts && lse != -INFINITY; ++i) {
         const vdit::MergePart& part = p.part[i];
+        // A part that saw no key here may hold anything.
+        if (part.lse[b * part.lse_stride[0] + h * part.lse_stride[1] + l * part.lse_stride[2]] == -INFINITY) continue;
         const T* x = static_cast<const T*>(part.out) + b * part.out_stride[0] + l * part.out_stride[1] +
                      h * part.out_stride[2] + base * part.out_stride[3];
         const float w = weight[i];

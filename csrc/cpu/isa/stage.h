@@ -64,8 +64,12 @@ struct Stretch {
 };
 
 static inline Stretch next_stretch(const PanelRef* refs, int n, int begin) {
+  constexpr uint32_t kLastKey = 1u << (NR - 1);
   int end = begin + 1;
-  while (end < n && refs[end].panel == refs[end - 1].panel + 1) ++end;
+  // Two runs in neighbouring panels with a gap between them are two stretches.
+  while (end < n && refs[end].panel == refs[end - 1].panel + 1 && (refs[end - 1].valid & kLastKey) != 0 &&
+         (refs[end].valid & 1u) != 0)
+    ++end;
   const int head = __builtin_ctz(refs[begin].valid);  // valid is never 0
   const int tail = __builtin_clz(refs[end - 1].valid << (32 - NR));
   return {begin, end, begin * NR + head, static_cast<int64_t>(refs[begin].panel) * NR + head,

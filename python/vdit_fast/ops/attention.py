@@ -49,8 +49,8 @@ def attention(
         A row that may read no key is an empty row: out 0, LSE -inf.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit, or the plan was made for another shape.
-        ValueError: the plan declares segments that the call does not bring.
+        RuntimeError: shapes, dtypes or devices do not fit, or the plan's batch or heads differ or its lists are damaged.
+        ValueError: the plan is for other lengths, or declares segments that the call does not bring.
     """
     segments = list(segments or ())
     if plan is None:
@@ -66,7 +66,7 @@ def attention(
         *plan_args,
         plan_batch,
         plan_heads,
-        q.shape[-1] ** -0.5 if scale is None else scale,
+        max(q.shape[-1], 1) ** -0.5 if scale is None else scale,
         None if differentiable_scale else row_scale,
         kv_len,
         [s[0] for s in segments],

@@ -141,8 +141,7 @@ class AttentionPlan:
         """The pattern as bool ``[batch, heads, lq, lk]``, True where a query reads a key.
 
         In original token order, or with ``permuted=True`` in the order of the tiles. Segments are not part of it. The
-        memory
-        is that of the full mask: meant for tests and small shapes.
+        memory is that of the full mask: meant for tests and small shapes.
         """
         groups, device = self.batch * self.heads, self.device
         tile, runs = self._used_runs()

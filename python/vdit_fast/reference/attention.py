@@ -67,7 +67,7 @@ def attention(
     top = top.masked_fill(top == -torch.inf, 0)
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
-    empty = ~mask.any(-1)
+    empty = (scores == -torch.inf).all(-1)  # no key, or only keys of score -inf
     out = (weights @ value) / total.masked_fill(empty[..., None], 1)
     if row_scale is not None:
         out = out * row_scale.to(dtype)[..., None]
