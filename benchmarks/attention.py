@@ -44,7 +44,10 @@ def contenders(shape: Shape, with_flex: bool) -> dict[str, tuple[float, Callable
         if density != 0.25:
             continue
         full = plan.to_mask()
-        calls["torch SDPA, mask 0.25"] = 1.0, lambda full=full: scaled_dot_product_attention(*heads_first, attn_mask=full)
+        calls["torch SDPA, mask 0.25"] = (
+            1.0,
+            lambda full=full: scaled_dot_product_attention(*heads_first, attn_mask=full),
+        )
         if with_flex:
             calls["FlexAttention compiled 0.25"] = plan.density, flex(heads_first, mask)
     return calls
@@ -93,7 +96,9 @@ def measure(shape: Shape, rounds: int, with_flex: bool) -> dict[str, Any]:
             "effective_gflops": shape.flop / seconds / 1e9,
             "executed_gflops": shape.flop * density / seconds / 1e9,
             "speedup_over_sdpa": spread([a / b for a, b in zip(times["torch SDPA"], times[name], strict=True)]),
-            "speedup_over_own_dense": spread([a / b for a, b in zip(times["vdit_fast dense"], times[name], strict=True)]),
+            "speedup_over_own_dense": spread(
+                [a / b for a, b in zip(times["vdit_fast dense"], times[name], strict=True)]
+            ),
         }
     return {"shape": str(shape), "max_difference": error, "rows": rows}
 
@@ -109,7 +114,9 @@ def main() -> None:
     for shape in SUITES[args.suite]:
         result = measure(shape, args.rounds, not args.no_flex)
         results.append(result)
-        print(f"\nbatch x heads x tokens x dim = {shape}, fp32, {torch.get_num_threads()} threads, {args.rounds} rounds")
+        print(
+            f"\nbatch x heads x tokens x dim = {shape}, fp32, {torch.get_num_threads()} threads, {args.rounds} rounds"
+        )
         rows = [
             [
                 name,
@@ -122,7 +129,9 @@ def main() -> None:
             ]
             for name, row in result["rows"].items()
         ]
-        print(report.table(rows, ["", "density", "time", "GFLOP/s eff.", "executed", "over torch SDPA", "over own dense"]))
+        print(
+            report.table(rows, ["", "density", "time", "GFLOP/s eff.", "executed", "over torch SDPA", "over own dense"])
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     document = {
         "command": f"python benchmarks/attention.py --suite {args.suite} --rounds {args.rounds}",

@@ -8,9 +8,22 @@ _info = _load()
 
 # The operators must be loaded before the modules that register fakes and gradients for them.
 from . import reference  # noqa: E402
+from .accelerate import accelerate  # noqa: E402
+from .config import Config  # noqa: E402
 from .ops import attention, merge  # noqa: E402
 from .plan import AttentionPlan  # noqa: E402
+from .planners import Draft, Window  # noqa: E402
 
 build_info = _info.build_info
 
-__all__ = ["AttentionPlan", "attention", "build_info", "merge", "reference"]
+__all__ = [
+    "AttentionPlan",
+    "Config",
+    "Draft",
+    "Window",
+    "accelerate",
+    "attention",
+    "build_info",
+    "merge",
+    "reference",
+]

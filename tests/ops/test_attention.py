@@ -12,7 +12,19 @@ import vdit_fast
 from vdit_fast.plan import AttentionPlan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BUILDERS = ("none", "dense", "blocks", "ragged_blocks", "clusters", "mask", "windows", "partition", "causal", "classes", "union")
+BUILDERS = (
+    "none",
+    "dense",
+    "blocks",
+    "ragged_blocks",
+    "clusters",
+    "mask",
+    "windows",
+    "partition",
+    "causal",
+    "classes",
+    "union",
+)
 LENGTHS = (1, 2, 15, 16, 17, 31, 63, 64, 65, 96, 97, 101, 130, 193)
 
 
@@ -103,11 +115,23 @@ def test_every_builder_against_fp64(kind, dtype, batch, heads, lq, lk, dim, stri
     if "kv_len" in options:
         kv_len = torch.randint(0, lk + 1, (batch,), generator=g)
         mask &= (torch.arange(lk) < kv_len[:, None])[:, None, None]
-    segments = [(rand(b, n, h_kv, dim), rand(b, n, h_kv, dim)) for b, n in ((1, 5), (batch, 33))] if "segments" in options else []
+    segments = (
+        [(rand(b, n, h_kv, dim), rand(b, n, h_kv, dim)) for b, n in ((1, 5), (batch, 33))]
+        if "segments" in options
+        else []
+    )
     mask = torch.cat([mask, torch.ones(batch, h, lq, sum(s[0].shape[1] for s in segments), dtype=torch.bool)], -1)
     row_scale = torch.rand(batch, h, lq, generator=g) if "row_scale" in options else None
     scale = 0.05 if "scale" in options else dim**-0.5
-    problem = Problem(rand(batch, lq, h, dim), rand(batch, lk, h_kv, dim), rand(batch, lk, h_kv, dim), mask, segments, row_scale, scale)
+    problem = Problem(
+        rand(batch, lq, h, dim),
+        rand(batch, lk, h_kv, dim),
+        rand(batch, lk, h_kv, dim),
+        mask,
+        segments,
+        row_scale,
+        scale,
+    )
 
     leaves = [strided(t, stride).requires_grad_() for t in problem.leaves()]
     pairs = list(zip(leaves[3::2], leaves[4::2], strict=True))
@@ -195,7 +219,9 @@ def test_nan_and_inf_arrive_where_softmax_puts_them():
     out = vdit_fast.attention(q, k, v, plan)
     # Block by block: plain torch multiplies the zero weights of unselected keys with their infinities.
     rows = [slice(i, i + 10) for i in range(0, 70, 10)]
-    want = torch.cat([vdit_fast.reference.attention(q[:, r].double(), k[:, r].double(), v[:, r].double()) for r in rows], 1)
+    want = torch.cat(
+        [vdit_fast.reference.attention(q[:, r].double(), k[:, r].double(), v[:, r].double()) for r in rows], 1
+    )
     assert torch.equal(out.isnan(), want.isnan())
     assert torch.equal(out.isinf(), want.isinf())
     assert out.isnan().any() and out.isinf().any() and out.isfinite().any()

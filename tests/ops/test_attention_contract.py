@@ -11,7 +11,9 @@ import vdit_fast
 from vdit_fast.plan import AttentionPlan
 
 
-def tensors(batch: int = 1, lq: int = 70, lk: int = 70, heads: int = 2, dim: int = 64, grad: bool = False) -> list[torch.Tensor]:
+def tensors(
+    batch: int = 1, lq: int = 70, lk: int = 70, heads: int = 2, dim: int = 64, grad: bool = False
+) -> list[torch.Tensor]:
     torch.manual_seed(0)
     return [torch.randn(batch, n, heads, dim, requires_grad=grad) for n in (lq, lk, lk)]
 
@@ -37,7 +39,10 @@ def test_opcheck(with_plan):
 def test_fullgraph_compile_with_dynamic_shapes():
     plans = {n: block_plan(length=n) for n in (70, 99)}
     compiled = torch.compile(
-        lambda q, k, v, plan: vdit_fast.attention(q * 2, k, v, plan).relu(), fullgraph=True, dynamic=True, backend="aot_eager"
+        lambda q, k, v, plan: vdit_fast.attention(q * 2, k, v, plan).relu(),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
     )
     for n, plan in plans.items():
         q, k, v = tensors(lq=n, lk=n)

@@ -7,6 +7,7 @@ text token, the one-hot of the word beside the one-hot of its slot (cross-attent
 from __future__ import annotations
 
 import difflib
+import re
 
 import torch
 
@@ -36,7 +37,7 @@ def parse(prompt: str) -> list[tuple[str, str, str]]:
         ValueError: a word outside the vocabulary (the message names the nearest known one), or objects that are
             not ``colour shape direction``.
     """
-    words = [w for w in prompt.lower().replace(",", " ").replace(".", " ").replace(";", " ").split() if w not in FILLERS]
+    words = [w for w in re.split(r"[\s,.;]+", prompt.lower()) if w and w not in FILLERS]
     for word in words:
         if word not in WORDS:
             near = difflib.get_close_matches(word, WORDS, n=1)

@@ -1,0 +1,5 @@
+"""``python -m vdit_fast.cli``."""
+
+from vdit_fast.cli import main
+
+main()

@@ -1,0 +1,16 @@
+"""The typer application that collects the verbs."""
+
+from __future__ import annotations
+
+import typer
+
+from vdit_fast.cli.verbs import bench, compare, demo, doctor, generate, plot
+
+app = typer.Typer(
+    help="Fast attention for video diffusion transformers: check the machine, see it work, measure it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+for verb in (doctor, demo, generate, compare, bench, plot):
+    app.command(verb.__name__.rpartition(".")[2])(verb.command)

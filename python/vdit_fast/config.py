@@ -1,0 +1,185 @@
+"""The one configuration object of ``vdit_fast.accelerate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vdit_fast.presets import PRESETS
+
+if TYPE_CHECKING:
+    from vdit_fast.planners import Planner
+
+__all__ = ["Config"]
+
+_ON_UNSUPPORTED = ("dense", "error")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known word and the list of all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(names)}"
+
+
+def _check_numbers(value: Any, path: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{path} is {value}; give a finite number")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_numbers(item, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_numbers(item, f"{path}[{index}]")
+
+
+def _planner(value: Mapping[str, Any] | str) -> Planner:
+    from vdit_fast.planners.base import from_dict
+
+    data: Mapping[str, Any] = {"method": value} if isinstance(value, str) else value
+    _check_numbers(data, "attention")
+    return from_dict(data)
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(
+            "reading or writing YAML needs PyYAML: pip install 'vdit-fast[cli]', or use a .json file"
+        ) from error
+    return yaml
+
+
+@dataclass(frozen=True)
+class Config:
+    """What ``accelerate`` does to a model.
+
+    Args:
+        attention: the planner that sparsifies self/joint attention, None for dense attention through this
+            package's kernel.
+        on_unsupported: what to do with a call that cannot be served (device without a kernel, unknown mask,
+            context parallelism, ...): ``"dense"`` runs it densely the stock way and counts it in the report,
+            ``"error"`` raises.
+        verbose: log every kind of dense call once, also those the planner chose.
+
+    Raises:
+        TypeError, ValueError: a field of the wrong type or value, named with its remedy.
+    """
+
+    attention: Planner | None = None
+    on_unsupported: Literal["dense", "error"] = "dense"
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        planner = self.attention
+        if planner is not None and not (callable(getattr(planner, "plan", None)) and hasattr(planner, "decide")):
+            raise TypeError(
+                f"attention must be a planner with decide() and plan(), or None, got {type(planner).__name__}: "
+                f"{planner!r}; use Config.from_dict for the mapping form"
+            )
+        if planner is not None and dataclasses.is_dataclass(planner):
+            for item in dataclasses.fields(planner):
+                _check_numbers(getattr(planner, item.name), f"attention.{item.name}")
+        if self.on_unsupported not in _ON_UNSUPPORTED:
+            hint = _nearest(str(self.on_unsupported), _ON_UNSUPPORTED)
+            raise ValueError(f"on_unsupported is {self.on_unsupported!r}; {hint}")
+        if not isinstance(self.verbose, bool):
+            raise TypeError(f"verbose must be true or false, got {type(self.verbose).__name__}: {self.verbose!r}")
+
+    @classmethod
+    def preset(cls, name: str) -> Config:
+        """The preset ``"exact"``, ``"balanced"`` or ``"fast"``."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; {_nearest(str(name), PRESETS)}")
+        return cls.from_dict(PRESETS[name])
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Config:
+        """Build from the mapping form, e.g. ``{"attention": {"method": "draft", "sparsity": 0.75}}``."""
+        if not isinstance(data, Mapping):
+            raise TypeError(f"a configuration must be a mapping, got {type(data).__name__}: {data!r}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in data:
+            if key not in known:
+                raise ValueError(f"configuration key {key!r} is unknown; {_nearest(str(key), known)}")
+        values = dict(data)
+        attention = values.get("attention")
+        if isinstance(attention, (Mapping, str)):
+            values["attention"] = _planner(attention)
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Config:
+        """Read a ``.json``, ``.yaml`` or ``.yml`` file."""
+        file = Path(path)
+        text = file.read_text(encoding="utf-8")
+        suffix = file.suffix.lower()
+        if suffix == ".json":
+            try:
+                data = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file} is not valid JSON: {error}") from error
+        elif suffix in (".yaml", ".yml"):
+            yaml = _yaml()
+            try:
+                data = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{file} is not valid YAML: {error}") from error
+        else:
+            raise ValueError(f"{file}: the suffix {suffix!r} is unknown; use .json, .yaml or .yml")
+        return cls.from_dict({} if data is None else data)
+
+    @classmethod
+    def of(cls, value: Config | str | os.PathLike[str] | Mapping[str, Any] | None) -> Config:
+        """A Config from whatever ``accelerate`` accepts: Config, preset name, file path, mapping or None."""
+        if value is None:
+            return cls()
+        if isinstance(value, Config):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        if isinstance(value, str) and value in PRESETS:
+            return cls.preset(value)
+        if isinstance(value, (str, os.PathLike)):
+            file = Path(value)
+            if file.suffix.lower() in (".json", ".yaml", ".yml") or file.exists():
+                return cls.from_file(file)
+            raise ValueError(
+                f"config {str(value)!r} is neither a preset nor a .json/.yaml file; {_nearest(str(value), PRESETS)}"
+            )
+        raise TypeError(
+            f"config must be a Config, a preset name, a file path or a mapping, got {type(value).__name__}: {value!r}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mapping form; ``Config.from_dict`` of it is equal to this object."""
+        attention = self.attention.to_dict() if self.attention is not None else None
+        return {"attention": attention, "on_unsupported": self.on_unsupported, "verbose": self.verbose}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a ``.json``, ``.yaml`` or ``.yml`` file that ``from_file`` reads back."""
+        file = Path(path)
+        suffix = file.suffix.lower()
+        if suffix == ".json":
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
+        elif suffix in (".yaml", ".yml"):
+            text = _yaml().safe_dump(self.to_dict(), sort_keys=False)
+        else:
+            raise ValueError(f"{file}: the suffix {suffix!r} is unknown; use .json, .yaml or .yml")
+        file.write_text(text, encoding="utf-8")
+
+    def digest(self) -> str:
+        """Ten hexadecimal digits, the same for equal configurations on every machine; ``verbose`` does not count."""
+        content = {key: item for key, item in self.to_dict().items() if key != "verbose"}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:10]

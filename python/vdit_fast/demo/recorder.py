@@ -1,0 +1,62 @@
+"""A planner that runs another one and writes down what it decided, for the demo's pictures."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vdit_fast.planners.base import Planner
+
+if TYPE_CHECKING:
+    from vdit_fast.context import LayerContext
+    from vdit_fast.plan import AttentionPlan
+
+
+@dataclass
+class PlannedCall:
+    """One sparse attention call: where it happened, the density of each head, and the seconds of planning."""
+
+    step: int
+    branch: int
+    layer: int
+    density: list[float]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorder(Planner):
+    """Runs ``inner`` unchanged; ``calls`` fills up, and ``plans`` keeps the plan of every call of ``keep_layer``.
+
+    Not for production: it is one list for all models that use it, and it copies densities to the host.
+    """
+
+    inner: Planner
+    keep_layer: int = -1
+    calls: list[PlannedCall] = field(default_factory=list, compare=False, repr=False)
+    plans: list[tuple[int, AttentionPlan]] = field(default_factory=list, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for knob in fields(Planner):
+            self._set(knob.name, getattr(self.inner, knob.name))
+        self._set("name", self.inner.name)  # on the object: as a class attribute it would enter the registry
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.inner.to_dict()
+
+    def decide(self, ctx: LayerContext) -> str | None:
+        return self.inner.decide(ctx)
+
+    def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
+        start = time.perf_counter()
+        plan = self.inner.plan(q, k, ctx)
+        seconds = time.perf_counter() - start
+        density = torch.as_tensor(plan.density_per_head).float().mean(0).expand(q.size(2)).tolist()
+        self.calls.append(PlannedCall(ctx.step.step, ctx.step.branch, ctx.layer, density, seconds))
+        if ctx.layer == self.keep_layer and ctx.step.branch == 0:
+            self.plans.append((ctx.step.step, plan))
+        return plan

@@ -1,0 +1,237 @@
+"""The object ``accelerate`` returns: what is served and why not, what ran, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from vdit_fast.config import Config
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names
+from vdit_fast.models.served import begin_forward
+from vdit_fast.models.session import Session
+from vdit_fast.models.tracker import StepTracker
+from vdit_fast.summary import collect_stats, report_text
+
+__all__ = ["ATTRIBUTE", "Handle", "Root", "Skipped", "set_processor"]
+
+ATTRIBUTE = "_vdit_fast_root"
+"""Name under which a transformer keeps its ``Root``, and by it the handle, alive."""
+
+
+def set_processor(module: nn.Module, processor: Any) -> None:
+    """Exchange a module's attention processor by its public setter, or by attribute where there is none."""
+    setter = getattr(module, "set_processor", None)
+    if callable(setter):
+        setter(processor)
+    else:
+        module.processor = processor
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An attention module that is left alone."""
+
+    name: str
+    processor: str
+    reason: str
+
+
+class _BeforeForward:
+    """Forward pre-hook of a transformer: tells the session where the forward is."""
+
+    def __init__(self, session: Session, adapter: ModelAdapter, names: tuple[str, ...]) -> None:
+        self.session = session
+        self.adapter = adapter
+        self.names = names
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self.session.active:
+            return None
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        timestep = arguments.get("timestep")
+        noted = begin_forward(self.session, timestep, self.adapter.geometry(module, arguments))
+        if noted is timestep:
+            return None
+        if "timestep" in kwargs:
+            return args, kwargs | {"timestep": noted}
+        at = self.names.index("timestep")
+        return (*args[:at], noted, *args[at + 1 :]), kwargs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _BeforeForward:
+        return _BeforeForward(copy.deepcopy(self.session, memo), self.adapter, self.names)
+
+    def __reduce__(self) -> Any:
+        return _idle_hook, ()
+
+
+def _idle(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    return None
+
+
+def _idle_hook() -> Any:
+    """What a hook is in a pickle: a pickled model is the stock one."""
+    return _idle
+
+
+def _nothing() -> None:
+    return None
+
+
+class Root:
+    """One accelerated transformer, or a part of one that has no forward with a timestep above it."""
+
+    def __init__(self, module: nn.Module, session: Session, adapter: ModelAdapter, handle: Handle) -> None:
+        self.module = weakref.ref(module)
+        self.session = session
+        self.adapter = adapter
+        self.handle = handle
+        object.__setattr__(module, ATTRIBUTE, self)
+        handle.roots.append(self)
+
+    def hook(self) -> None:
+        """Attach the pre-hook that reads geometry and timestep."""
+        module = self.module()
+        assert module is not None
+        hook = _BeforeForward(self.session, self.adapter, parameter_names(type(module).forward))
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def processors(self) -> dict[str, ServedProcessor]:
+        """This session's processors that are in place, by module path."""
+        module = self.module()
+        found = {}
+        for name, child in module.named_modules() if module is not None else ():
+            processor = getattr(child, "processor", None)
+            if isinstance(processor, ServedProcessor) and processor.session is self.session:
+                found[name] = processor
+        return found
+
+    def remove(self) -> None:
+        """Put the stock processors back and take the hook off."""
+        processors = self.processors()
+        self.session.active = False
+        module = self.module()
+        if module is None:
+            return
+        for name, processor in processors.items():
+            set_processor(module.get_submodule(name), processor.stock)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _BeforeForward) and hook.session is self.session:
+                module._forward_pre_hooks.pop(key)
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if module.__dict__.get(ATTRIBUTE) is self:
+            del module.__dict__[ATTRIBUTE]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Root | None:
+        module = self.module()
+        if module is None or id(module) not in memo:
+            return None
+        handle = copy.deepcopy(self.handle, memo)
+        # The root of a copy enters the copied handle by itself: a pipeline's second transformer is copied later.
+        new = Root(memo[id(module)], copy.deepcopy(self.session, memo), self.adapter, handle)
+        memo[id(self)] = new
+        return new
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+
+class Handle:
+    """What ``accelerate`` did to a model. The model keeps it alive; it refers to the model weakly.
+
+    Usable as a context manager that removes itself. A deep copy of an accelerated model has its own handle
+    (``accelerate`` on the copy with the same configuration returns it).
+    """
+
+    def __init__(self, config: Config, tracker: StepTracker) -> None:
+        self._config = config
+        self._tracker = tracker
+        self.roots: list[Root] = []
+        self.skipped: list[Skipped] = []
+
+    @property
+    def config(self) -> Config:
+        """The configuration in use."""
+        return self._config
+
+    @property
+    def active(self) -> bool:
+        """False after ``remove``."""
+        return any(root.session.active for root in self.roots)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The accelerated transformers that still exist."""
+        return [module for module in (root.module() for root in self.roots) if module is not None]
+
+    @property
+    def host_reads(self) -> int:
+        """How often the timestep or its schedule was read from device memory."""
+        return self._tracker.host_reads
+
+    def setting_notes(self) -> dict[str, int]:
+        """Settings made on the model that change what runs, with the number of layers they concern."""
+        notes: Counter[str] = Counter()
+        for root in self.roots:
+            processors = root.processors()
+            for processor in processors.values():
+                if processor._parallel_config is not None:
+                    notes["context parallelism is enabled, the stock processor runs"] += 1
+                elif processor._attention_backend is not None:
+                    notes["an attention backend is set, served layers do not use it"] += 1
+            replaced = len(root.session.layers) - len(processors)
+            if root.session.active and root.module() is not None and replaced:
+                notes["the processor was replaced by another one after accelerate()"] += replaced
+        return dict(notes)
+
+    def reconfigure(self, config: Any) -> Handle:
+        """Use another configuration from the next call on; takes what ``accelerate`` takes. Returns this handle."""
+        self._config = Config.of(config)
+        for root in self.roots:
+            root.session.reconfigure(self._config)
+        return self
+
+    def reset(self) -> None:
+        """The next forward begins a new generation, whatever its timestep."""
+        self._tracker.reset()
+
+    def report(self) -> str:
+        """Plain text: what is served, what is left alone and why, what ran dense and why, densities and times."""
+        return report_text(self)
+
+    def stats(self) -> dict[str, Any]:
+        """The same as numbers; JSON-ready.
+
+        Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
+        ``forwards``, ``host_reads``, ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict
+        of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None
+        where the layer did not run), ``mean_density``, ``plan_seconds``, ``attention_seconds``, ``dense`` and
+        ``fallbacks`` (both reason -> calls).
+        """
+        return collect_stats(self)
+
+    def remove(self) -> None:
+        """The original model back: the same processor objects, no hooks. Safe to call again."""
+        for root in self.roots:
+            root.remove()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        new = Handle(self._config, copy.deepcopy(self._tracker, memo))
+        new.skipped = list(self.skipped)
+        memo[id(self)] = new
+        return new

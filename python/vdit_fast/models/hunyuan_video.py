@@ -1,0 +1,107 @@
+"""HunyuanVideo: dual-stream and single-stream blocks, text tokens after the video tokens.
+
+The text is padded on the right, so the stock [B, 1, 1, N] mask says no more than one number of valid keys per batch
+item. Padded queries attend like all others, as they do in the stock model. The token refiner has another processor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, rotate_pairs
+from vdit_fast.models.registry import register
+from vdit_fast.models.served import served_attention
+from vdit_fast.models.session import Geometry
+
+__all__ = ["HunyuanVideoAdapter", "HunyuanVideoProcessor"]
+
+
+def _is_key_mask(mask: Tensor) -> bool:
+    """A bool mask [B, 1, 1, N] over keys, the only form the model makes."""
+    return mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
+
+
+class HunyuanVideoProcessor(ServedProcessor):
+    """Joint attention: RMSNorm per head, RoPE on the video tokens, then [video, text]."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        known_mask = attention_mask is None or _is_key_mask(attention_mask)
+        if self.stands_aside(None if known_mask else attention_mask):
+            stock: tuple[Tensor, Tensor | None] = self.stock(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+            return stock
+        text = encoder_hidden_states.shape[1] if encoder_hidden_states is not None else 0
+        dual = attn.add_q_proj is not None and encoder_hidden_states is not None
+        if encoder_hidden_states is not None and not dual:
+            hidden_states = torch.cat((hidden_states, encoder_hidden_states), dim=1)
+        query, key, value = (
+            project(hidden_states).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        if image_rotary_emb is not None:
+            cos, sin = image_rotary_emb
+            video = query.shape[1] if dual else query.shape[1] - text
+            if video == query.shape[1]:
+                query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+            else:
+                query = torch.cat((rotate_pairs(query[:, :video], cos, sin), query[:, video:]), dim=1)
+                key = torch.cat((rotate_pairs(key[:, :video], cos, sin), key[:, video:]), dim=1)
+        if dual:
+            text_query, text_key, text_value = (
+                project(encoder_hidden_states).unflatten(2, (attn.heads, -1))
+                for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            )
+            if attn.norm_added_q is not None:
+                text_query = attn.norm_added_q(text_query)
+            if attn.norm_added_k is not None:
+                text_key = attn.norm_added_k(text_key)
+            query = torch.cat((query, text_query), dim=1)
+            key = torch.cat((key, text_key), dim=1)
+            value = torch.cat((value, text_value), dim=1)
+
+        kv_len = attention_mask[:, 0, 0].sum(-1, dtype=torch.int32) if attention_mask is not None else None
+        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
+        out = served_attention(query, key, value, self.handle, kv_len=kv_len, anchor=anchor)
+        out = out.flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return out, None
+        out, text_out = out[:, : out.shape[1] - text], out[:, out.shape[1] - text :]
+        if getattr(attn, "to_out", None) is not None:
+            out = attn.to_out[1](attn.to_out[0](out))
+        if getattr(attn, "to_add_out", None) is not None:
+            text_out = attn.to_add_out(text_out)
+        return out, text_out
+
+
+class HunyuanVideoAdapter(ModelAdapter):
+    family = "hunyuan_video"
+    processors: ClassVar[dict[str, type[ServedProcessor]]] = {"HunyuanVideoAttnProcessor2_0": HunyuanVideoProcessor}
+
+    def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
+        latents = arguments.get("hidden_states")
+        text = arguments.get("encoder_hidden_states")
+        config = getattr(module, "config", None)
+        patch, patch_t = getattr(config, "patch_size", None), getattr(config, "patch_size_t", None)
+        if not isinstance(latents, Tensor) or latents.ndim != 5 or not isinstance(text, Tensor):
+            return None
+        if not isinstance(patch, int) or not isinstance(patch_t, int):
+            return None
+        _, _, frames, height, width = latents.shape
+        return Geometry(patch_grid((frames, height, width), (patch_t, patch, patch)), text=text.shape[1])
+
+
+register(HunyuanVideoAdapter())

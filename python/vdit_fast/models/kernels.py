@@ -1,0 +1,43 @@
+"""Which attention calls this installation has a kernel for, and the stand-in for those it has not."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from vdit_fast._info import kernel_catalogue
+
+__all__ = ["MAX_HEAD_DIM", "dense_attention", "missing_device_kernel", "missing_kernel"]
+
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def missing_device_kernel(device_type: str) -> str | None:
+    """Why tensors of this device type cannot be served, or None when they can."""
+    if device_type == "cpu":  # part of every build
+        return None
+    compiled = {kernel["device"] for kernel in kernel_catalogue() if kernel["op"] == "attention" and kernel["compiled"]}
+    return None if device_type in compiled else f"device {device_type!r} has no attention kernel in this build"
+
+
+def missing_kernel(q: Tensor) -> str | None:
+    """Why this call cannot be served, or None when it can."""
+    if q.dtype not in _DTYPES:
+        return f"dtype {str(q.dtype).removeprefix('torch.')} has no kernel"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head dimension {q.shape[-1]} > {MAX_HEAD_DIM}"
+    return missing_device_kernel(q.device.type)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> Tensor:
+    """Dense attention by torch in the stock models' form: q, k, v [B,L,H,D], kv_len int [B] or None -> [B,L,H,D]."""
+    mask = None
+    if kv_len is not None:
+        mask = (torch.arange(k.shape[1], device=k.device) < kv_len.view(-1, 1)).view(-1, 1, 1, k.shape[1])
+    query, key, value = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)

@@ -1,0 +1,100 @@
+"""What happened in every served layer: calls, densities, times, reasons for running dense."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["LayerLedger", "Span", "stamp"]
+
+_MAX_REASONS = 64
+_MAX_PENDING = 256
+
+
+def stamp(device: torch.device) -> Any:
+    """A moment on the device's own clock: seconds on a CPU, an event on a GPU, None inside a CUDA-graph capture."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+class Span:
+    """Sum of measured durations. GPU events are read when they are done, so that measuring never waits."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._pending: list[tuple[Any, Any]] = []
+
+    def add(self, start: Any, end: Any) -> None:
+        """Add the time between two stamps of one device."""
+        if start is None or end is None:
+            return
+        if isinstance(start, float):
+            self._seconds += end - start
+            return
+        self._pending.append((start, end))
+        if len(self._pending) > _MAX_PENDING:
+            self._collect(wait=False)
+
+    def _collect(self, wait: bool) -> None:
+        left = []
+        for start, end in self._pending:
+            if wait:
+                end.synchronize()
+            if wait or end.query():
+                self._seconds += start.elapsed_time(end) / 1000.0
+            else:
+                left.append((start, end))
+        self._pending = left
+
+    @property
+    def seconds(self) -> float:
+        """The sum so far; waits for GPU work that is still running."""
+        self._collect(wait=True)
+        return self._seconds
+
+
+@dataclass
+class LayerLedger:
+    """One served layer's record."""
+
+    name: str
+    """Module path inside the transformer."""
+    layer: int
+    calls: int = 0
+    """Attention calls, recomputation under gradient checkpointing excluded."""
+    sparse_calls: int = 0
+    plan_time: Span = field(default_factory=Span)
+    attention_time: Span = field(default_factory=Span)
+    dense: Counter[str] = field(default_factory=Counter)
+    """Calls the planner kept dense, by its reason."""
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    """Calls that could not be served as configured, by reason."""
+    _density: dict[int, list[Any]] = field(default_factory=dict)
+
+    def count(self, kind: Counter[str], reason: str) -> None:
+        """Count a reason; beyond a bound on different ones the rest counts as one."""
+        kind[reason if reason in kind or len(kind) < _MAX_REASONS else "other reasons"] += 1
+
+    def add_density(self, step: int, density: float | torch.Tensor) -> None:
+        """Add one call's density; a device tensor is summed on the device, without reading it."""
+        total = self._density.setdefault(step, [0.0, 0])
+        total[0] = total[0] + density
+        total[1] += 1
+
+    def density(self) -> dict[int, float]:
+        """Mean density per step over calls, branches and generations; step -1 collects calls of an unknown step."""
+        return {step: float(total) / calls for step, (total, calls) in sorted(self._density.items())}
+
+    def mean_density(self) -> float | None:
+        """Mean over all calls, None before the first."""
+        calls = sum(calls for _, calls in self._density.values())
+        return sum(float(total) for total, _ in self._density.values()) / calls if calls else None

@@ -1,0 +1,220 @@
+"""The state behind one accelerated transformer: its configuration, the running forward, its layers' ledgers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from vdit_fast.config import Config
+from vdit_fast.context import LayerContext, StepContext
+from vdit_fast.models.kernels import dense_attention, missing_kernel
+from vdit_fast.models.ledger import LayerLedger, stamp
+from vdit_fast.models.tracker import StepTracker
+from vdit_fast.ops.attention import attention
+
+__all__ = ["Forward", "Geometry", "Session", "session_by_id"]
+
+logger = logging.getLogger("vdit_fast")
+
+_ids = itertools.count(1)
+_sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+
+
+def session_by_id(number: int) -> Session:
+    """The live session with this id, which is the first entry of a layer's handle tensor."""
+    session = _sessions.get(number)
+    if session is None:
+        raise RuntimeError(
+            f"accelerated layer of session {number} is called, but that session is gone; "
+            "call vdit_fast.accelerate on the model again"
+        )
+    return session
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Token layout of one forward."""
+
+    grid: tuple[int, int, int]
+    """(frames, height, width) in tokens."""
+    text: int = 0
+    """Text tokens in the joint sequence."""
+    text_first: bool = False
+
+    @property
+    def n_video(self) -> int:
+        frames, height, width = self.grid
+        return frames * height * width
+
+
+@dataclass(eq=False)
+class Forward:
+    """One running forward of the transformer."""
+
+    geometry: Geometry | None
+    step: StepContext
+    plans: dict[int, Any] = field(default_factory=dict)
+    """Plans by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
+
+
+class Session:
+    """Runs the attention of one accelerated transformer.
+
+    Args:
+        config: what to do.
+        tracker: the denoising run's progress, shared between the transformers of a pipeline.
+        expert: the transformer's name in its pipeline.
+    """
+
+    def __init__(self, config: Config, tracker: StepTracker, expert: str) -> None:
+        self.id = next(_ids)
+        self.config = config
+        self.tracker = tracker
+        self.expert = expert
+        self.active = True
+        self.layers: list[LayerLedger] = []
+        self.state: dict[Any, Any] = {}
+        self.forward: Forward | None = None
+        self.forwards = 0
+        self.steps: set[tuple[int, int]] = set()
+        self._generation: int | None = None
+        self._anchors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._told: set[str] = set()
+        _sessions[self.id] = self
+
+    def add_layer(self, name: str) -> int:
+        """Register a layer by module path; returns its index."""
+        self.layers.append(LayerLedger(name=name, layer=len(self.layers)))
+        return len(self.layers) - 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        # For a copied model: the same layers and configuration, its own records.
+        new = Session(self.config, copy.deepcopy(self.tracker, memo), self.expert)
+        new.active = self.active
+        for layer in self.layers:
+            new.add_layer(layer.name)
+        memo[id(self)] = new
+        return new
+
+    # ------------------------------------------------------------------ one forward
+    def begin(self, timestep: Any, geometry: Geometry | None) -> None:
+        """A forward of the transformer begins."""
+        step = self.tracker.observe(timestep, self.expert)
+        if step.generation != self._generation:
+            self.state.clear()
+            self._generation = step.generation
+        self.forward = Forward(geometry, step)
+        self.forwards += 1
+        self.steps.add((step.generation, step.step))
+
+    def reconfigure(self, config: Config) -> None:
+        """Use another configuration from the next call on."""
+        self.config = config
+        self.state.clear()
+        self._told.clear()
+
+    # ------------------------------------------------------------------ one attention call
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, anchor: Tensor | None
+    ) -> Tensor:
+        """Attention of one layer: q [B,Lq,H,D], k, v [B,Lk,H,D] -> [B,Lq,H,D]."""
+        ledger = self.layers[layer]
+        reason = missing_kernel(q)
+        if reason is not None:
+            self.fall_back(layer, reason)
+            return dense_attention(q, k, v, kv_len)
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        forward = self.forward
+        if grad:
+            # Inside backward this is gradient checkpointing's second run: same plan as in the first one, whichever
+            # forward has begun since. The anchor (a tensor made once per forward) says which forward it was.
+            if torch._C._current_graph_task_id() != -1:
+                forward = self._anchors.get(anchor, forward) if anchor is not None else forward
+                if forward is not None and layer in forward.plans:
+                    return cast(Tensor, attention(q, k, v, forward.plans[layer], kv_len=kv_len))
+            elif anchor is not None and forward is not None:
+                self._anchors[anchor] = forward
+        begin = stamp(q.device)
+        plan = self._plan(ledger, forward, q, k, kv_len)
+        middle = stamp(q.device)
+        out = cast(Tensor, attention(q, k, v, plan, kv_len=kv_len))
+        end = stamp(q.device)
+        ledger.calls += 1
+        ledger.attention_time.add(middle, end)
+        if plan is not None:
+            ledger.sparse_calls += 1
+            ledger.plan_time.add(begin, middle)
+        ledger.add_density(
+            forward.step.step if forward is not None else -1,
+            1.0 if plan is None else plan.density_per_head.mean(),
+        )
+        if grad and forward is not None:
+            forward.plans[layer] = plan
+        return out
+
+    def _plan(self, ledger: LayerLedger, forward: Forward | None, q: Tensor, k: Tensor, kv_len: Tensor | None) -> Any:
+        planner = self.config.attention
+        if planner is None:
+            return None
+        context, problem = self._context(ledger, forward, q, kv_len)
+        if context is None:
+            self.fall_back(ledger.layer, problem, served_dense=True)
+            return None
+        reason = planner.decide(context)
+        if reason is not None:
+            ledger.count(ledger.dense, reason)
+            if self.config.verbose:
+                self._tell(logging.INFO, f"{ledger.name} runs dense: {reason}")
+            return None
+        with torch.no_grad():
+            return planner.plan(q.detach(), k.detach(), context)
+
+    def _context(
+        self, ledger: LayerLedger, forward: Forward | None, q: Tensor, kv_len: Tensor | None
+    ) -> tuple[LayerContext | None, str]:
+        if forward is None:
+            return None, "called outside a forward of its transformer"
+        geometry = forward.geometry
+        if geometry is None:
+            return None, "the transformer's input has no known video grid"
+        tokens = geometry.n_video + geometry.text
+        if q.shape[1] != tokens:
+            return None, f"{q.shape[1]:,} tokens are not the grid {geometry.grid} plus {geometry.text} text tokens"
+        context = LayerContext(
+            layer=ledger.layer,
+            num_layers=len(self.layers),
+            name=ledger.name,
+            grid=geometry.grid,
+            n_video=geometry.n_video,
+            text=geometry.text,
+            text_first=geometry.text_first,
+            kv_len=kv_len,
+            step=forward.step,
+            state=self.state,
+        )
+        return context, ""
+
+    # ------------------------------------------------------------------ what could not be done
+    def fall_back(self, layer: int, reason: str, served_dense: bool = False) -> None:
+        """A call cannot be served as configured: count and log it, or raise when the configuration says so."""
+        ledger = self.layers[layer]
+        if self.config.on_unsupported == "error":
+            raise RuntimeError(
+                f"{ledger.name} cannot be served: {reason}; set on_unsupported='dense' to run such calls densely"
+            )
+        ledger.count(ledger.fallbacks, reason)
+        how = "dense through this package's kernel" if served_dense else "dense, as in the original model"
+        self._tell(logging.WARNING, f"{ledger.name} runs {how}: {reason}", key=reason)
+
+    def _tell(self, level: int, text: str, key: str | None = None) -> None:
+        if (key or text) not in self._told:
+            self._told.add(key or text)
+            logger.log(level, "vdit_fast: %s (said once, counted in report())", text)

@@ -1,0 +1,85 @@
+"""Wan 2.1/2.2 (T2V, I2V, TI2V) and models built of its blocks (VACE, Animate).
+
+Self-attention runs over the video tokens only; text and image conditions enter by cross-attention, which is left
+alone. Cross-attention modules share the processor class, so the module tells which is which.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid
+from vdit_fast.models.registry import register
+from vdit_fast.models.served import served_attention
+from vdit_fast.models.session import Geometry
+
+__all__ = ["WanAdapter", "WanProcessor"]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel pairs of x [B, N, H, D] by cos, sin [1, N, 1, D] (each value repeated for its pair), with Wan's
+    rounding: products in the tables' precision, then x's dtype."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class WanProcessor(ServedProcessor):
+    """Wan's self-attention: RMSNorm across heads before the head split, then interleaved RoPE."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if encoder_hidden_states is not None or self.stands_aside(attention_mask):
+            stock: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+            return stock
+        if getattr(attn, "fused_projections", False):
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+        anchor = None
+        if rotary_emb is not None:
+            anchor = rotary_emb[0]
+            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        out = served_attention(query, key, value, self.handle, anchor=anchor)
+        out = out.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class WanAdapter(ModelAdapter):
+    family = "wan"
+    processors: ClassVar[dict[str, type[ServedProcessor]]] = {
+        "WanAttnProcessor": WanProcessor,
+        "WanAttnProcessor2_0": WanProcessor,
+    }
+
+    def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
+        is_cross = getattr(module, "is_cross_attention", None)
+        if is_cross is None:
+            is_cross = name.rpartition(".")[2] == "attn2"
+        if is_cross or getattr(module, "cross_attention_dim_head", None) is not None:
+            return "cross-attention"
+        if getattr(module, "add_k_proj", None) is not None:
+            return "attention with image keys and values"
+        return super().skip_reason(name, module, processor)
+
+    def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
+        latents = arguments.get("hidden_states")
+        patch = getattr(getattr(module, "config", None), "patch_size", None)
+        if not isinstance(latents, Tensor) or latents.ndim != 5 or not isinstance(patch, (tuple, list)):
+            return None
+        _, _, frames, height, width = latents.shape
+        return Geometry(patch_grid((frames, height, width), (patch[0], patch[1], patch[2])))
+
+
+register(WanAdapter())

@@ -1,0 +1,116 @@
+"""Numbers and plain text about what an accelerated model did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vdit_fast.handle import Handle
+
+__all__ = ["collect_stats", "report_text"]
+
+
+def collect_stats(handle: Handle) -> dict[str, Any]:
+    """See ``Handle.stats``."""
+    layers = []
+    steps_per_generation: Counter[int] = Counter()
+    seen: set[tuple[int, int]] = set()
+    for root in handle.roots:
+        seen |= root.session.steps
+        for ledger in root.session.layers:
+            by_step = ledger.density()
+            last = max((step for step in by_step if step >= 0), default=-1)
+            layers.append(
+                {
+                    "expert": root.session.expert,
+                    "layer": ledger.layer,
+                    "name": ledger.name,
+                    "family": root.adapter.family,
+                    "calls": ledger.calls,
+                    "sparse_calls": ledger.sparse_calls,
+                    "density": [by_step.get(step) for step in range(last + 1)],
+                    "mean_density": ledger.mean_density(),
+                    "plan_seconds": ledger.plan_time.seconds,
+                    "attention_seconds": ledger.attention_time.seconds,
+                    "dense": dict(ledger.dense),
+                    "fallbacks": dict(ledger.fallbacks),
+                }
+            )
+    for generation, _ in seen:
+        steps_per_generation[generation] += 1
+    skipped: dict[str, list[str]] = {}
+    for item in handle.skipped:
+        skipped.setdefault(item.reason, []).append(item.name)
+    return {
+        "config": handle.config.to_dict(),
+        "digest": handle.config.digest(),
+        "generations": len(steps_per_generation),
+        "steps": max(steps_per_generation.values(), default=0),
+        "forwards": sum(root.session.forwards for root in handle.roots),
+        "host_reads": handle.host_reads,
+        "layers": layers,
+        "skipped": skipped,
+    }
+
+
+def _rows(table: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = []
+    for row in table:
+        numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  " + "  ".join([row[0].ljust(widths[0]), *numbers]))
+    return lines
+
+
+def _reasons(title: str, reasons: Counter[str]) -> list[str]:
+    if not reasons:
+        return []
+    return [title] + [f"  {count:>8,} x {reason}" for reason, count in reasons.most_common()]
+
+
+def report_text(handle: Handle) -> str:
+    """See ``Handle.report``."""
+    stats = collect_stats(handle)
+    method = handle.config.attention.name if handle.config.attention is not None else "dense"
+    state = "active" if handle.active else "removed"
+    lines = [
+        f"vdit_fast: attention {method}, config {stats['digest']}, {state}",
+        f"{stats['generations']} generations, up to {stats['steps']} steps, {stats['forwards']:,} forwards, "
+        f"{stats['host_reads']} host reads of the timestep",
+        "",
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for layer in stats["layers"]:
+        groups.setdefault((layer["expert"], layer["family"]), []).append(layer)
+    header = ("transformer (family)", "layers", "calls", "sparse", "density", "plan", "attention")
+    table: list[tuple[str, ...]] = [header]
+    for (expert, family), layers in groups.items():
+        calls = sum(layer["calls"] for layer in layers)
+        total = sum(layer["mean_density"] * layer["calls"] for layer in layers if layer["calls"])
+        table.append(
+            (
+                f"{expert} ({family})",
+                f"{len(layers):,}",
+                f"{calls:,}",
+                f"{sum(layer['sparse_calls'] for layer in layers):,}",
+                f"{total / calls:.1%}" if calls else "-",
+                f"{sum(layer['plan_seconds'] for layer in layers):.3f} s",
+                f"{sum(layer['attention_seconds'] for layer in layers):.3f} s",
+            )
+        )
+    lines += _rows(table)
+    dense: Counter[str] = Counter()
+    fallbacks: Counter[str] = Counter()
+    for layer in stats["layers"]:
+        dense.update(layer["dense"])
+        fallbacks.update(layer["fallbacks"])
+    lines += _reasons("kept dense by the planner (calls):", dense)
+    lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
+    for text, count in handle.setting_notes().items():
+        lines.append(f"note: {count} layers: {text}")
+    if stats["skipped"]:
+        lines.append("left alone (modules):")
+        for reason, names in sorted(stats["skipped"].items(), key=lambda item: -len(item[1])):
+            lines.append(f"  {len(names):>8,} x {reason}  e.g. {names[0]}")
+    return "\n".join(lines)
