@@ -24,14 +24,13 @@ def _inside(shape: str, dx: torch.Tensor, dy: torch.Tensor, r: float) -> torch.T
 
 
 def sample_clip(frames: int, height: int, width: int, rng: random.Random) -> tuple[torch.Tensor, str]:
-    """Draw one clip ``[3, frames, height, width]`` in [-1, 1] and its prompt; lengths in pixels do not scale with size."""
+    """One clip ``[3, frames, height, width]`` in [-1, 1] and its prompt; objects have the same size on every canvas."""
     t = torch.arange(frames, dtype=torch.float32).view(-1, 1, 1)
     yy, xx = torch.meshgrid(torch.arange(height).float(), torch.arange(width).float(), indexing="ij")
     pan = rng.uniform(-0.5, 0.5), rng.uniform(-0.5, 0.5)
     angle, freq = rng.uniform(0, math.pi), rng.uniform(0.25, 0.5)
-    wave = torch.sin(
-        freq * (math.cos(angle) * (xx + pan[0] * t) + math.sin(angle) * (yy + pan[1] * t)) + rng.uniform(0, 6.28)
-    )
+    phase = math.cos(angle) * (xx + pan[0] * t) + math.sin(angle) * (yy + pan[1] * t)
+    wave = torch.sin(freq * phase + rng.uniform(0, 6.28))
     base = torch.tensor([rng.uniform(-0.7, -0.1) for _ in range(3)]).view(3, 1, 1, 1)
     clip = base + 0.15 * wave
 

@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
 
 @torch.no_grad()
 def init_local_attention(model: WanTransformer3DModel, strength: float = 1.5, temperature: float = 1.25) -> None:
-    """Start the heads as local ones, even heads in time and odd heads in space, by biases that RoPE turns into distance.
+    """Start the heads as local ones, even heads in time, odd ones in space, by biases that RoPE turns into distance.
 
     A constant in the cosine half of a rotary pair adds ``cos(theta * distance)`` to the logits. Training is free to
     leave this start; the attention reports in docs/demo_model.md are given before and after training.

@@ -41,9 +41,11 @@ def test_reconfigure_changes_what_runs() -> None:
     tiny.run(model, inputs)
     handle.reconfigure(Config(attention=Band(width=2)))
     assert tiny.relative(tiny.run(model, inputs), stock) > 1e-3
+    assert handle.stats()["layers"][0]["sparse_calls"] == 1
     handle.reconfigure("exact")
     assert tiny.relative(tiny.run(model, inputs), stock) < 1e-5
-    assert handle.stats()["layers"][0]["sparse_calls"] == 1
+    layer = handle.stats()["layers"][0]
+    assert (layer["calls"], layer["sparse_calls"], layer["mean_density"]) == (1, 0, 1.0)  # not a mix of the two
 
 
 def test_parts_and_wholes_do_not_mix() -> None:

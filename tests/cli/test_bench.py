@@ -47,12 +47,23 @@ def test_block_masks_keep_the_asked_share_and_the_diagonal() -> None:
     assert (mask.sum(-1) == 4).all()
 
 
-def test_contenders_agree() -> None:
-    """Dense and SDPA answer the same, so that a speed-up is one for the same work."""
+def _answers(shape: Shape, *, block: int, flex: bool) -> dict[str, torch.Tensor]:
     from vdit_fast.cli.bench import _contenders
 
-    calls = _contenders(Shape(1, 2, 130, 16), (1.0, 0.25), torch.float32, torch.device("cpu"), 32, 0)
-    answers = {row["name"]: call() for row, call in calls}
+    calls = _contenders(shape, (1.0, 0.25), torch.float32, torch.device("cpu"), block, 0, flex)
+    return {row["name"]: call() for row, call in calls}
+
+
+@pytest.mark.slow
+def test_flex_attention_reads_the_same_blocks() -> None:
+    answers = _answers(Shape(1, 2, 640, 64), block=128, flex=True)
+    flex = answers["FlexAttention, compiled 0.25"].transpose(1, 2)
+    torch.testing.assert_close(answers["vdit_fast 0.25"], flex, rtol=1e-4, atol=1e-5)
+
+
+def test_contenders_agree() -> None:
+    """Dense and SDPA answer the same, so that a speed-up is one for the same work."""
+    answers = _answers(Shape(1, 2, 130, 16), block=32, flex=False)
     own = {name: out if name.startswith("vdit") else out.transpose(1, 2) for name, out in answers.items()}
     torch.testing.assert_close(own["vdit_fast dense"], own["torch SDPA"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(own["vdit_fast 0.25"], own["torch SDPA, mask 0.25"], rtol=1e-4, atol=1e-5)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_oracle import Problem, allowance, plain, worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from attention_oracle import Problem, allowance, plain, worst
 
 import vdit_fast
 from vdit_fast.plan import AttentionPlan
@@ -123,15 +123,8 @@ def test_every_builder_against_fp64(kind, dtype, batch, heads, lq, lk, dim, stri
     mask = torch.cat([mask, torch.ones(batch, h, lq, sum(s[0].shape[1] for s in segments), dtype=torch.bool)], -1)
     row_scale = torch.rand(batch, h, lq, generator=g) if "row_scale" in options else None
     scale = 0.05 if "scale" in options else dim**-0.5
-    problem = Problem(
-        rand(batch, lq, h, dim),
-        rand(batch, lk, h_kv, dim),
-        rand(batch, lk, h_kv, dim),
-        mask,
-        segments,
-        row_scale,
-        scale,
-    )
+    q, k, v = (rand(batch, n, heads_of, dim) for n, heads_of in ((lq, h), (lk, h_kv), (lk, h_kv)))
+    problem = Problem(q, k, v, mask, segments, row_scale, scale)
 
     leaves = [strided(t, stride).requires_grad_() for t in problem.leaves()]
     pairs = list(zip(leaves[3::2], leaves[4::2], strict=True))

@@ -11,11 +11,9 @@ import vdit_fast
 from vdit_fast.plan import AttentionPlan
 
 
-def tensors(
-    batch: int = 1, lq: int = 70, lk: int = 70, heads: int = 2, dim: int = 64, grad: bool = False
-) -> list[torch.Tensor]:
+def tensors(batch: int = 1, lq: int = 70, lk: int = 70, grad: bool = False) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(batch, n, heads, dim, requires_grad=grad) for n in (lq, lk, lk)]
+    return [torch.randn(batch, n, 2, 64, requires_grad=grad) for n in (lq, lk, lk)]
 
 
 def block_plan(heads: int = 2, length: int = 70) -> AttentionPlan:

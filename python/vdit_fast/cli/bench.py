@@ -51,7 +51,7 @@ class Shape:
 SUITES: dict[str, tuple[Shape, ...]] = {
     "quick": (Shape(1, 2, 2048, 64),),
     "demo": (Shape(1, 2, 6144, 64),),
-    "cpu": (Shape(1, 2, 2048, 64), Shape(1, 2, 6144, 64), Shape(1, 4, 4096, 128)),
+    "cpu": (Shape(1, 2, 6144, 64), Shape(1, 1, 4096, 128), Shape(1, 2, 6144, 128)),
     "wan-1.3b-480p": (Shape(1, 12, 32760, 128),),
     "wan-14b-720p": (Shape(1, 40, 75600, 128),),
     "hunyuan-720p": (Shape(1, 24, 119056, 128),),
@@ -68,6 +68,7 @@ def run_bench(
     block: int = 64,
     repeats: int = 5,
     seed: int = 0,
+    flex: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Time dense and block-sparse attention on random inputs.
@@ -78,6 +79,8 @@ def run_bench(
         densities: shares of the key blocks that each query block reads, in (0, 1]; 1 is the dense call without a plan.
         block: side of the square blocks.
         repeats: timed rounds after one warm-up round.
+        flex: also time compiled FlexAttention on the same blocks at the first density up to 0.25; on a CPU its blocks
+            must be multiples of 128. Compiling takes about a minute.
 
     Returns:
         A JSON-ready document of kind ``vdit_fast.bench``.
@@ -95,7 +98,7 @@ def run_bench(
     results, done = [], 0
     total = len(shapes) * (repeats + 1)
     for shape in shapes:
-        contenders = _contenders(shape, densities, dtype, torch.device(device), block, seed)
+        contenders = _contenders(shape, densities, dtype, torch.device(device), block, seed, flex)
         times: dict[str, list[float]] = {row["name"]: [] for row, _ in contenders}
         for round_ in range(repeats + 1):
             for row, call in contenders:
@@ -128,14 +131,13 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     curves: dict[str, dict[str, list[float]]] = {}
     for result in document["results"]:
         own = sorted((r for r in result["rows"] if r["own"]), key=lambda r: r["density"])
-        base = next((r["seconds"] for r in own if r["density"] == 1), None)
-        if base is None or len(own) < 2:
+        if len(own) < 2 or "over_own_dense" not in own[0]:
             continue
         curves[result["shape"]["label"]] = {
             "density": [r["density"] for r in own],
-            "speedup": [base / r["seconds"] for r in own],
-            "low": [base / r["max"] for r in own],
-            "high": [base / r["min"] for r in own],
+            "speedup": [r["over_own_dense"] for r in own],
+            "low": [r["over_own_dense_min"] for r in own],
+            "high": [r["over_own_dense_max"] for r in own],
         }
     if not curves:
         return []
@@ -146,7 +148,13 @@ Contender = tuple[dict[str, Any], Callable[[], Any]]
 
 
 def _contenders(
-    shape: Shape, densities: Sequence[float], dtype: torch.dtype, device: torch.device, block: int, seed: int
+    shape: Shape,
+    densities: Sequence[float],
+    dtype: torch.dtype,
+    device: torch.device,
+    block: int,
+    seed: int,
+    flex: bool,
 ) -> list[Contender]:
     from vdit_fast import attention
     from vdit_fast.plan import AttentionPlan
@@ -172,7 +180,22 @@ def _contenders(
             full = plan.to_mask()
             row = {"name": f"torch SDPA, mask {density:g}", "density": row["density"], "own": False}
             found.append((row, _sdpa(qt, kt, vt, full, None)))
+            if flex:
+                row = {"name": f"FlexAttention, compiled {density:g}", "density": float(plan.density), "own": False}
+                found.append((row, _flex(qt, kt, vt, mask.to(device), block)))
     return found
+
+
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, block: int) -> Callable[[], Any]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def keep(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return mask[h, i // block, j // block]
+
+    length = q.shape[2]
+    blocks = create_block_mask(keep, 1, mask.shape[0], length, length, device=str(q.device), BLOCK_SIZE=block)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, block_mask=blocks)
 
 
 def random_block_mask(shape: Shape, density: float, block: int, generator: torch.Generator) -> torch.Tensor:
@@ -227,7 +250,7 @@ def _timed(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _rows(contenders: list[Contender], times: dict[str, list[float]], shape: Shape) -> list[dict[str, Any]]:
-    base = statistics.median(times["torch SDPA"])
+    own = times.get("vdit_fast dense")
     rows = []
     for row, _ in contenders:
         series = times[row["name"]]
@@ -240,8 +263,15 @@ def _rows(contenders: list[Contender], times: dict[str, list[float]], shape: Sha
                 "max": max(series),
                 "all": series,
                 "effective_gflops": shape.flop / median / 1e9,
-                "executed_gflops": (row["density"] if row["own"] else 1.0) * shape.flop / median / 1e9,
-                "speedup": base / median,
+                "executed_gflops": (1.0 if "SDPA" in row["name"] else row["density"]) * shape.flop / median / 1e9,
+                **_ratios("speedup", times["torch SDPA"], series),
+                **(_ratios("over_own_dense", own, series) if own is not None else {}),
             }
         )
     return rows
+
+
+def _ratios(name: str, base: list[float], series: list[float]) -> dict[str, float]:
+    """Median, minimum and maximum of the rounds' own ratios: a slow round slows both sides."""
+    ratios = [b / t for b, t in zip(base, series, strict=True)]
+    return {name: statistics.median(ratios), f"{name}_min": min(ratios), f"{name}_max": max(ratios)}

@@ -116,8 +116,11 @@ class Session:
         self.steps.add((step.generation, step.step))
 
     def reconfigure(self, config: Config) -> None:
-        """Use another configuration from the next call on."""
+        """Use another configuration from the next call on; the records begin anew, as they would mix the two."""
         self.config = config
+        self.layers = [LayerLedger(name=old.name, layer=old.layer) for old in self.layers]
+        self.steps.clear()
+        self.forwards = 0
         self.state.clear()
         self._told.clear()
 

@@ -49,12 +49,13 @@ def attention(
         A row that may read no key is an empty row: out 0, LSE -inf.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit, or the plan's batch or heads differ or its lists are damaged.
+        RuntimeError: shapes, dtypes, devices, or the plan's batch or heads do not fit, or its lists are damaged.
         ValueError: the plan is for other lengths, or declares segments that the call does not bring.
     """
     segments = list(segments or ())
     if plan is None:
-        plan_args, plan_batch, plan_heads = _NO_PLAN, 1, 1
+        plan_args: tuple[Tensor | None, ...] = _NO_PLAN
+        plan_batch, plan_heads = 1, 1
     else:
         _check_plan_shape(plan, q, k, segments)
         plan_args, plan_batch, plan_heads = plan.op_args(), plan.batch, plan.heads

@@ -21,8 +21,8 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
 
     Returns:
         out [batch, length, heads, dim] in the parts' dtype and lse float32 [batch, heads, length], both contiguous.
-        A row that is empty (−inf) in every part gets out 0 and lse −inf. A part is not read where its own lse is −inf; other NaN
-        reach the output.
+        A row that is empty (−inf) in every part gets out 0 and lse −inf. A part is not read where its own lse is −inf;
+        other NaN reach the output.
 
     Raises:
         ValueError: there is no part.

@@ -79,7 +79,7 @@ def _table(result: dict[str, Any], settings: dict[str, Any]) -> Table:
             f"{format_seconds(row['min'])}-{format_seconds(row['max'])}",
             f"{row['effective_gflops']:.1f}",
             f"{row['executed_gflops']:.1f}",
-            format_ratio(row["speedup"]),
+            format_ratio(row["speedup"], row["speedup_min"], row["speedup_max"]),
             style="" if row["own"] else "dim",
         )
     return table
