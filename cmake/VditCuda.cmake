@@ -21,11 +21,15 @@ if(NOT vdit_cuda STREQUAL "OFF")
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
     enable_language(CUDA)
-    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.3)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.3)
+      set(VDIT_HAVE_CUDA ON)
+    elseif(vdit_cuda STREQUAL "ON")
       message(FATAL_ERROR "vdit_fast: nvcc ${CMAKE_CUDA_COMPILER_VERSION} is too old, 12.3 is the oldest supported; "
         "point CUDACXX at a newer nvcc or set VDIT_CUDA=OFF for a CPU-only build")
+    else()
+      message(WARNING "vdit_fast: nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.3 and is not used; "
+        "point CUDACXX at a newer one for the CUDA kernels")
     endif()
-    set(VDIT_HAVE_CUDA ON)
   elseif(vdit_cuda STREQUAL "ON")
     message(FATAL_ERROR "vdit_fast: VDIT_CUDA=ON, but no working nvcc was found. Set CUDACXX to the nvcc program or "
       "CUDA_HOME to the CUDA toolkit, or set VDIT_CUDA=AUTO to build for the CPU only")

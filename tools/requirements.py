@@ -4,6 +4,8 @@ Lets ./run install an extra's packages without building the project first.
 """
 
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,11 +17,20 @@ except ImportError:  # Python 3.10
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
+def recent_cmake() -> bool:
+    """Whether the system has a CMake that is new enough."""
+    program = shutil.which("cmake")
+    if program is None:
+        return False
+    found = re.search(r"(\d+)\.(\d+)", subprocess.run([program, "--version"], capture_output=True, text=True).stdout)
+    return found is not None and (int(found[1]), int(found[2])) >= (3, 24)
+
+
 def requirements(name: str, data: dict) -> list[str]:
     """The requirement strings of one group, with references to the project's own extras expanded."""
     project = data["project"]
     if name == "build":
-        return [*data["build-system"]["requires"], "ninja>=1.11"]
+        return [*data["build-system"]["requires"], "ninja>=1.11", *([] if recent_cmake() else ["cmake>=3.24"])]
     if name == "core":
         return project["dependencies"]
     result = []

@@ -68,7 +68,7 @@ struct BackwardOutputs {
   std::vector<SegmentView> segments;
 };
 
-// Runs fn(0..n-1), each index once, on the caller's thread pool. No fn may throw.
+// Runs fn(0..n-1), each index once, on the caller's thread pool; passes on the first exception.
 using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t)>& fn)>;
 
 void attention_forward_cpu(const AttentionParams& p, const ForwardOutputs& o, const ParallelFor& parallel);

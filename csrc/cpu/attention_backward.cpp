@@ -17,7 +17,8 @@ namespace {
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kTasks = 16;  // partial sums aimed at per group of sources
+constexpr size_t kTasks = 16;                        // partial sums aimed at per group of sources
+constexpr size_t kPartialFloats = size_t{64} << 20;  // and their size at most, unless one alone is larger
 
 struct Scratch {
   std::vector<float> q, dout, dq, out, scores;
@@ -125,9 +126,13 @@ void attention_backward_cpu(const AttentionParams& p, const BackwardInputs& in, 
   const TileIndex tiles(p.plan);
   for (size_t begin = 0; begin < sources.size();) {
     // A group holds at most kTasks sources: each brings at least one set of partial sums.
-    const size_t end = begin + std::min<size_t>(sources_in_budget(p, sources, begin), kTasks);
+    const size_t end = begin + std::min(sources_in_budget(p, sources, begin), kTasks);
     pack_sources(p, &sources, begin, end, parallel);
-    const size_t split = std::max<size_t>(1, kTasks / (end - begin));
+    size_t floats = 1;  // of one set of partial sums of every source
+    for (size_t i = begin; i < end; ++i)
+      for (const PackedSequence& s : sources[i].sequences)
+        floats += static_cast<size_t>(2 * s.panels * kernels.panel_keys * row);
+    const size_t split = std::max<size_t>(1, std::min(kTasks / (end - begin), kPartialFloats / floats));
     std::vector<std::vector<WorkItem>> work((end - begin) * split);
     std::vector<Partial> partials;
     for (size_t i = begin; i < end; ++i) {

@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <functional>
 #include <limits>
+#include <mutex>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -182,9 +184,18 @@ void parallel_for_each(int64_t n, const std::function<void(int64_t)>& fn) {
   if (n <= 0) return;
   std::atomic<int64_t> next{0};
   const int64_t workers = std::min<int64_t>(n, torch::stable::get_num_threads());
+  std::exception_ptr error;  // out of memory in a work item: reported after all workers have stopped
+  std::mutex guard;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < n; i = next++) fn(i);
+    try {
+      for (int64_t i = next++; i < n; i = next++) fn(i);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(guard);
+      error = std::current_exception();
+      next = n;
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& tiles,

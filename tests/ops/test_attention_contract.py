@@ -31,7 +31,24 @@ def test_opcheck(with_plan):
     torch.library.opcheck(torch.ops.vdit_fast.attention, args)
     with torch.no_grad():
         out, lse = torch.ops.vdit_fast.attention(*args)
-        torch.library.opcheck(torch.ops.vdit_fast.attention_backward, (out * 0.5, lse * 0.1, out, lse, *args))
+        fixed = [x.detach() if isinstance(x, torch.Tensor) else x for x in args[:-2]]
+        fixed += [[s.detach() for s in segments] for segments in args[-2:]]
+        torch.library.opcheck(torch.ops.vdit_fast.attention_backward, (out * 0.5, lse * 0.1, out, lse, *fixed))
+
+
+def test_second_derivatives_are_refused_not_zero():
+    q, k, v = tensors(grad=True)
+    (first,) = torch.autograd.grad(vdit_fast.attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        first.square().sum().backward()
+
+
+def test_row_scale_with_a_gradient_is_checked_and_leaves_empty_rows_alone():
+    q, k, v = tensors()
+    with pytest.raises(RuntimeError, match="row_scale"):
+        vdit_fast.attention(q, k, v, row_scale=torch.ones(1, 1, 1, requires_grad=True))
+    rho = torch.full((1, 2, 70), torch.inf, requires_grad=True)
+    assert not vdit_fast.attention(q, k, v, kv_len=torch.tensor([0]), row_scale=rho).any()
 
 
 def test_fullgraph_compile_with_dynamic_shapes():

@@ -255,6 +255,9 @@ def test_a_part_without_keys_may_hold_anything():
     lses = [torch.randn(1, 2, 5) for _ in range(2)]
     lses[1][0, 1, 3] = -torch.inf
     outs[1][0, 3, 1] = torch.nan
+    for t in (*outs, *lses):
+        t.requires_grad_()
     out, lse = merge(outs, lses)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum() + lse.sum(), (*outs, *lses)))
     assert torch.equal(out[0, 3, 1], outs[0][0, 3, 1]) and lse[0, 1, 3] == lses[0][0, 1, 3]
     assert out.isfinite().all()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,13 +181,16 @@ def _contenders(
             full = plan.to_mask()
             row = {"name": f"torch SDPA, mask {density:g}", "density": row["density"], "own": False}
             found.append((row, _sdpa(qt, kt, vt, full, None)))
-            if flex:
+            if flex and (call := _flex(qt, kt, vt, mask.to(device), block)) is not None:
                 row = {"name": f"FlexAttention, compiled {density:g}", "density": float(plan.density), "own": False}
-                found.append((row, _flex(qt, kt, vt, mask.to(device), block)))
+                found.append((row, call))
     return found
 
 
-def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, block: int) -> Callable[[], Any]:
+def _flex(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, block: int
+) -> Callable[[], Any] | None:
+    """Compiled FlexAttention on these blocks, or None with a warning where it does not compile."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def keep(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
@@ -195,6 +199,14 @@ def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
     length = q.shape[2]
     blocks = create_block_mask(keep, 1, mask.shape[0], length, length, device=str(q.device), BLOCK_SIZE=block)
     compiled = torch.compile(flex_attention, dynamic=False)
+    try:
+        with torch.no_grad():
+            compiled(q, k, v, block_mask=blocks)
+    except Exception as error:  # the compiler's own: without it the other contenders still stand
+        warnings.warn(
+            f"FlexAttention is left out, it does not compile here: {str(error).splitlines()[0]}", stacklevel=2
+        )
+        return None
     return lambda: compiled(q, k, v, block_mask=blocks)
 
 

@@ -89,7 +89,9 @@ def hardware() -> list[Check]:
         name = f"gpu {index}"
         label = f"{device['name']} (sm_{device['capability'][0]}{device['capability'][1]})"
         if build["cuda"] is None:
-            checks.append(Check(group, name, WARN, f"{label}: this build has no CUDA kernels", "install a CUDA wheel"))
+            checks.append(
+                Check(group, name, WARN, f"{label}: this build has no CUDA kernels", "build it where nvcc is found")
+            )
         elif not torch.cuda.is_available():
             checks.append(
                 Check(group, name, WARN, f"{label}: torch {torch.__version__} cannot use it", "install a CUDA torch")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from vdit_fast.models.kernels import missing_device_kernel
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> str:
-    """``auto`` is the GPU if torch has one.
+    """``auto`` is the GPU if torch has one and this build has an attention kernel for it, else the CPU.
 
     Raises:
         ValueError: an unknown device, or cuda where there is none.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() and missing_device_kernel("cuda") is None else "cpu"
     try:
         kind = torch.device(name).type
     except RuntimeError:

@@ -20,8 +20,15 @@ __all__ = ["HunyuanVideoAdapter", "HunyuanVideoProcessor"]
 
 
 def _is_key_mask(mask: Tensor) -> bool:
-    """A bool mask [B, 1, 1, N] over keys, the only form the model makes."""
-    return mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
+    """A bool mask [B, 1, 1, N] whose valid keys come first, the only form the model makes.
+
+    Where the keys lie is looked at on a CPU only: elsewhere it would wait for the device in every layer.
+    """
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
+        return False
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return not bool((mask[..., 1:] & ~mask[..., :-1]).any())
 
 
 class HunyuanVideoProcessor(ServedProcessor):

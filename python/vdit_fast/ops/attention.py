@@ -60,6 +60,11 @@ def attention(
         _check_plan_shape(plan, q, k, segments)
         plan_args, plan_batch, plan_heads = plan.op_args(), plan.batch, plan.heads
     differentiable_scale = row_scale is not None and torch.is_grad_enabled() and row_scale.requires_grad
+    if differentiable_scale and row_scale is not None and row_scale.shape != (q.shape[0], q.shape[2], q.shape[1]):
+        raise RuntimeError(
+            f"attention: row_scale is {list(row_scale.shape)}; expected [batch, heads, queries] = "
+            f"[{q.shape[0]}, {q.shape[2]}, {q.shape[1]}]"
+        )
     out, lse = torch.ops.vdit_fast.attention(
         q,
         k,
@@ -74,7 +79,8 @@ def attention(
         [s[1] for s in segments],
     )
     if differentiable_scale and row_scale is not None:
-        out = (out.float() * row_scale.transpose(1, 2).unsqueeze(-1)).to(out.dtype)
+        factor = row_scale.masked_fill(lse == -torch.inf, 0.0)  # an empty row stays 0 whatever its factor
+        out = (out.float() * factor.transpose(1, 2).unsqueeze(-1)).to(out.dtype)
     return (out, lse) if return_lse else out
 
 
@@ -145,4 +151,12 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
     return (dq, dk, dv, *_NO_PLAN, None, None, None, None, None, dsk, dsv)
 
 
+def _no_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError(
+        "attention has no second derivative; compute the first one without create_graph, or use "
+        "vdit_fast.reference.attention"
+    )
+
+
 torch.library.register_autograd("vdit_fast::attention", _backward, setup_context=_setup)
+torch.library.register_autograd("vdit_fast::attention_backward", _no_second_derivative)

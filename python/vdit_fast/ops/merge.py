@@ -56,7 +56,8 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[list[Tensor
     for out_i, lse_i in zip(outs, lses, strict=True):
         weight = torch.where(empty, 0.0, torch.exp(lse_i - lse))
         grad_outs.append((weight.transpose(1, 2).unsqueeze(-1) * grad).to(out_i.dtype))
-        pull = torch.linalg.vecdot(grad, out_i.float() - out).transpose(1, 2)
+        read = out_i.float().masked_fill((lse_i == -torch.inf).transpose(1, 2).unsqueeze(-1), 0.0)
+        pull = torch.linalg.vecdot(grad, read - out).transpose(1, 2)
         grad_lses.append(weight * (grad_lse + pull))
     return grad_outs, grad_lses
 

@@ -24,6 +24,9 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which every query reads the keys its plan allows. The whole score matrix is formed.
 
+    NaN or infinity in a key that some query reads reaches every row that has it in its product, so its positions may
+    differ from the operator's, which never touches keys outside a tile's runs.
+
     Args:
         q: ``[B, Lq, H, D]``, any strides, a floating dtype. 16-bit inputs are computed in fp32, fp64 stays fp64.
         k, v: ``[B, Lk, Hkv, D]`` with ``H % Hkv == 0``.
