@@ -22,6 +22,7 @@ from data import sample_clip
 from diffusers import WanTransformer3DModel
 
 from vdit_fast.demo.architecture import FRAMES, HEIGHT, SHIFT, TRANSFORMER_CONFIG
+from vdit_fast.demo.model import load_demo_model
 from vdit_fast.demo.prompts import embed
 
 # (share of the budget at which it ends, [(batch, frames, side in pixels), ...] drawn evenly)
@@ -100,6 +101,7 @@ def main() -> None:
     ap.add_argument("--out", type=Path, default=Path("build/demo_model"))
     ap.add_argument("--threads", type=int, default=0)
     ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--init", type=Path, help="weight file to go on from, instead of a fresh start")
     args = ap.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:
@@ -108,7 +110,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     model = WanTransformer3DModel(**TRANSFORMER_CONFIG)
-    init_local_attention(model)
+    if args.init is None:
+        init_local_attention(model)
+    else:
+        model.load_state_dict(load_demo_model(path=args.init).state_dict())
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks.")]
     ids = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in ids]

@@ -51,7 +51,20 @@ def worst(got: Tensor, want: Tensor) -> float:
     return float((got.detach().double() - want.detach().double()).abs().max()) if got.numel() else 0.0
 
 
-def allowance(torch_path: float, want: Tensor, dtype: torch.dtype) -> float:
-    """Twice the error of torch's own path, and at least two units in the last place of the largest value."""
+def magnitudes(problem: Problem, dout: Tensor, dlse: Tensor) -> tuple[float, float]:
+    """What rounding errors of the output and of the gradients are relative to.
+
+    The output is a mean of values, so its error is relative to the largest value even where the mean is small. A
+    gradient of a score is a difference of products dout . v, so its error is relative to the largest such product.
+    """
+    leaves = [t.detach().double().abs() for t in problem.leaves()]
+    value = max(float(t.max()) for t in leaves[2::2])
+    point = max(float(t.max()) for t in (leaves[0], *leaves[1::2]))
+    product = float(dout.double().abs().sum(-1).max()) * value + float(dlse.abs().max())
+    return value, max(product * point * problem.scale, float(dout.abs().max()))
+
+
+def allowance(torch_path: float, want: Tensor, magnitude: float, dtype: torch.dtype) -> float:
+    """Twice the error of torch's own path, and at least two fp32 roundings of the magnitude and two of the result."""
     top = float(want.abs().max()) if want.numel() else 0.0
-    return 2 * max(torch_path, torch.finfo(dtype).eps * max(top, 1.0))
+    return 2 * max(torch_path, torch.finfo(torch.float32).eps * magnitude + torch.finfo(dtype).eps * top)
