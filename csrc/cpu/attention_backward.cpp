@@ -126,14 +126,15 @@ void attention_backward_cpu(const AttentionParams& p, const BackwardInputs& in, 
   const TileIndex tiles(p.plan);
   for (size_t begin = 0; begin < sources.size();) {
     // A group holds at most kTasks sources: each brings at least one set of partial sums.
-    const size_t end = begin + std::min(sources_in_budget(p, sources, begin), kTasks);
+    const size_t count = std::max<size_t>(1, std::min(sources_in_budget(p, sources, begin), kTasks));
+    const size_t end = begin + count;
     pack_sources(p, &sources, begin, end, parallel);
     size_t floats = 1;  // of one set of partial sums of every source
     for (size_t i = begin; i < end; ++i)
       for (const PackedSequence& s : sources[i].sequences)
         floats += static_cast<size_t>(2 * s.panels * kernels.panel_keys * row);
-    const size_t split = std::max<size_t>(1, std::min(kTasks / (end - begin), kPartialFloats / floats));
-    std::vector<std::vector<WorkItem>> work((end - begin) * split);
+    const size_t split = std::max<size_t>(1, std::min(kTasks / count, kPartialFloats / floats));
+    std::vector<std::vector<WorkItem>> work(count * split);
     std::vector<Partial> partials;
     for (size_t i = begin; i < end; ++i) {
       std::vector<WorkItem> items;
