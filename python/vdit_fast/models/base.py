@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vdit_fast.models.session import Geometry, Session
 
-__all__ = ["ModelAdapter", "ServedProcessor", "parameter_names", "patch_grid", "rotate_pairs"]
+__all__ = ["ModelAdapter", "ServedProcessor", "parameter_names", "patch_grid", "project_heads", "rotate_pairs"]
 
 
 def _same(stock: Any) -> Any:
@@ -107,6 +107,18 @@ def parameter_names(forward: Any) -> tuple[str, ...]:
 def patch_grid(shape: tuple[int, int, int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
     """Token grid of a latent volume (frames, height, width) cut into patches; a partial patch in time counts."""
     return -(-shape[0] // patch[0]), shape[1] // patch[1], shape[2] // patch[2]
+
+
+def project_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, N, H, D] of tokens [B, N, C], with the norms per head that the module has."""
+    query, key, value = (
+        project(tokens).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return query, key, value
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, rotate_pairs
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, project_heads, rotate_pairs
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -33,13 +33,7 @@ class CogVideoXProcessor(ServedProcessor):
             return stock
         text = encoder_hidden_states.shape[1]
         joint = torch.cat((encoder_hidden_states, hidden_states), dim=1)
-        query, key, value = (
-            project(joint).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+        query, key, value = project_heads(attn, joint)
         anchor = None
         if image_rotary_emb is not None:
             cos, sin = image_rotary_emb

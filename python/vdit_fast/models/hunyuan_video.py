@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, rotate_pairs
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, project_heads, rotate_pairs
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -52,13 +52,7 @@ class HunyuanVideoProcessor(ServedProcessor):
         dual = attn.add_q_proj is not None and encoder_hidden_states is not None
         if encoder_hidden_states is not None and not dual:
             hidden_states = torch.cat((hidden_states, encoder_hidden_states), dim=1)
-        query, key, value = (
-            project(hidden_states).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+        query, key, value = project_heads(attn, hidden_states)
         if image_rotary_emb is not None:
             cos, sin = image_rotary_emb
             video = query.shape[1] if dual else query.shape[1] - text
