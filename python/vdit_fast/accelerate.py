@@ -81,6 +81,12 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
         stock = item.module.processor
         layer = root.session.add_layer(item.name)
         set_processor(item.module, item.adapter.make_processor(root.session, layer, stock, weakref.ref(item.root)))
+    try:
+        for root in roots.values():
+            root.wrap()
+    except RuntimeError:
+        handle.remove()
+        raise
     counts = Counter(item.adapter.family for item in found)
     logger.info(
         "vdit_fast: serving %s; %d attention modules left alone",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vdit_fast.presets import PRESETS
 
 if TYPE_CHECKING:
+    from vdit_fast.caching import CachePolicy
     from vdit_fast.planners import Planner
 
 __all__ = ["Config"]
@@ -50,6 +51,14 @@ def _planner(value: Mapping[str, Any] | str) -> Planner:
     return from_dict(data)
 
 
+def _policy(value: Mapping[str, Any] | str) -> CachePolicy:
+    from vdit_fast.caching import from_dict
+
+    data: Mapping[str, Any] = {"method": value} if isinstance(value, str) else value
+    _check_numbers(data, "cache")
+    return from_dict(data)
+
+
 def _yaml() -> Any:
     try:
         import yaml
@@ -67,6 +76,8 @@ class Config:
     Args:
         attention: the planner that sparsifies self/joint attention, None for dense attention through this
             package's kernel.
+        cache: the policy that forecasts the transformer's output at some steps instead of computing it, None to
+            compute every step.
         on_unsupported: what to do with a call that cannot be served (device without a kernel, unknown mask,
             context parallelism, ...): ``"dense"`` runs it densely the stock way and counts it in the report,
             ``"error"`` raises.
@@ -77,6 +88,7 @@ class Config:
     """
 
     attention: Planner | None = None
+    cache: CachePolicy | None = None
     on_unsupported: Literal["dense", "error"] = "dense"
     verbose: bool = False
 
@@ -90,6 +102,12 @@ class Config:
         if planner is not None and dataclasses.is_dataclass(planner):
             for item in dataclasses.fields(planner):
                 _check_numbers(getattr(planner, item.name), f"attention.{item.name}")
+        policy = self.cache
+        if policy is not None and not (callable(getattr(policy, "forecast", None)) and hasattr(policy, "decide")):
+            raise TypeError(
+                f"cache must be a cache policy with decide() and forecast(), or None, got {type(policy).__name__}: "
+                f"{policy!r}; use Config.from_dict for the mapping form"
+            )
         if self.on_unsupported not in _ON_UNSUPPORTED:
             hint = _nearest(str(self.on_unsupported), _ON_UNSUPPORTED)
             raise ValueError(f"on_unsupported is {self.on_unsupported!r}; {hint}")
@@ -116,6 +134,9 @@ class Config:
         attention = values.get("attention")
         if isinstance(attention, (Mapping, str)):
             values["attention"] = _planner(attention)
+        cache = values.get("cache")
+        if isinstance(cache, (Mapping, str)):
+            values["cache"] = _policy(cache)
         return cls(**values)
 
     @classmethod
@@ -164,7 +185,8 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The mapping form; ``Config.from_dict`` of it is equal to this object."""
         attention = self.attention.to_dict() if self.attention is not None else None
-        return {"attention": attention, "on_unsupported": self.on_unsupported, "verbose": self.verbose}
+        cache = self.cache.to_dict() if self.cache is not None else None
+        return {"attention": attention, "cache": cache, "on_unsupported": self.on_unsupported, "verbose": self.verbose}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a ``.json``, ``.yaml`` or ``.yml`` file that ``from_file`` reads back."""

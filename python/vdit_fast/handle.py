@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from vdit_fast.caching.engine import CachedForward
 from vdit_fast.config import Config
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names
 from vdit_fast.models.served import begin_forward
@@ -93,6 +94,7 @@ class Root:
         self.session = session
         self.adapter = adapter
         self.handle = handle
+        self.hooked = False
         object.__setattr__(module, ATTRIBUTE, self)
         handle.roots.append(self)
 
@@ -102,6 +104,24 @@ class Root:
         assert module is not None
         hook = _BeforeForward(self.session, self.adapter, parameter_names(type(module).forward))
         module.register_forward_pre_hook(hook, with_kwargs=True)
+        self.hooked = True
+
+    def wrap(self) -> None:
+        """Put the cache around ``forward`` when the configuration has a policy, take it away when it has none."""
+        module = self.module()
+        own = None if module is None else module.__dict__.get("forward")
+        wanted = self.session.config.cache is not None
+        if module is None or isinstance(own, CachedForward) == wanted:
+            return
+        if isinstance(own, CachedForward):
+            own.detach()
+        elif not self.hooked:
+            raise RuntimeError(
+                f"cache: {type(module).__name__} has no forward with hidden_states and timestep, so that its steps are "
+                "unknown; accelerate the whole transformer, or set cache to null in the configuration"
+            )
+        else:
+            CachedForward(module, self.session).attach()
 
     def processors(self) -> dict[str, ServedProcessor]:
         """This session's processors that are in place, by module path."""
@@ -122,6 +142,9 @@ class Root:
             return
         for name, processor in processors.items():
             set_processor(module.get_submodule(name), processor.stock)
+        wrapper = module.__dict__.get("forward")
+        if isinstance(wrapper, CachedForward):
+            wrapper.detach()
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _BeforeForward) and hook.session is self.session:
                 module._forward_pre_hooks.pop(key)
@@ -136,6 +159,7 @@ class Root:
         handle = copy.deepcopy(self.handle, memo)
         # The root of a copy enters the copied handle by itself: a pipeline's second transformer is copied later.
         new = Root(memo[id(module)], copy.deepcopy(self.session, memo), self.adapter, handle)
+        new.hooked = self.hooked
         memo[id(self)] = new
         return new
 
@@ -196,6 +220,7 @@ class Handle:
         self._config = Config.of(config)
         for root in self.roots:
             root.session.reconfigure(self._config)
+            root.wrap()
         return self
 
     def reset(self) -> None:
@@ -210,7 +235,8 @@ class Handle:
         """The same as numbers; JSON-ready.
 
         Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
-        ``forwards``, ``host_reads``, ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict
+        ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``full``: reason -> forwards, ``forecast``: step ->
+        forwards, ``nbytes``), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict
         of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None
         where the layer did not run), ``mean_density``, ``plan_seconds``, ``attention_seconds``, ``dense`` and
         ``fallbacks`` (both reason -> calls).

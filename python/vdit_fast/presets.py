@@ -12,7 +12,7 @@ __all__ = ["PRESETS"]
 PRESETS: dict[str, dict[str, Any]] = {
     # Dense attention through this package's kernel: same answers as the stock model up to rounding.
     "exact": {},
-    # The first third of the steps and the first layer decide the layout of a video: keep them dense.
+    # The first third of the steps and the first layer decide the layout of a video: keep them dense and computed.
     "balanced": {
         "attention": {
             "method": "draft",
@@ -21,6 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "dense_layers": 1,
             "min_tokens": 4096,
         },
+        "cache": {"method": "taylorseer", "first_full": 0.34, "interval": 2},
     },
     "fast": {
         "attention": {
@@ -30,5 +31,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "dense_layers": 1,
             "min_tokens": 4096,
         },
+        "cache": {"method": "taylorseer", "first_full": 0.2, "interval": 3},
     },
 }

@@ -49,9 +49,22 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "steps": max(steps_per_generation.values(), default=0),
         "forwards": sum(root.session.forwards for root in handle.roots),
         "host_reads": handle.host_reads,
+        "cache": _cache(handle),
         "layers": layers,
         "skipped": skipped,
     }
+
+
+def _cache(handle: Handle) -> dict[str, Any] | None:
+    if handle.config.cache is None:
+        return None
+    full: Counter[str] = Counter()
+    forecast: Counter[int] = Counter()
+    for root in handle.roots:
+        full.update(root.session.cache.full)
+        forecast.update(root.session.cache.forecasts)
+    nbytes = sum(root.session.cache.nbytes for root in handle.roots)
+    return {"full": dict(full), "forecast": dict(sorted(forecast.items())), "nbytes": nbytes}
 
 
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
@@ -105,6 +118,14 @@ def report_text(handle: Handle) -> str:
     for layer in stats["layers"]:
         dense.update(layer["dense"])
         fallbacks.update(layer["fallbacks"])
+    if stats["cache"] is not None and handle.config.cache is not None:
+        cache = stats["cache"]
+        computed, forecast = sum(cache["full"].values()), sum(cache["forecast"].values())
+        lines.append(
+            f"cache {handle.config.cache.name}: {forecast:,} of {computed + forecast:,} forwards forecast, "
+            f"{cache['nbytes'] / 2**20:,.1f} MiB held"
+        )
+        lines += _reasons("forwards computed:", Counter(cache["full"]))
     lines += _reasons("kept dense by the planner (calls):", dense)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():

@@ -123,9 +123,16 @@ def test_bad_numbers_are_named_before_any_work(demo: Any, tmp_path: Path, option
 
 def test_density_averages_count_unplanned_calls_as_dense() -> None:
     calls = [PlannedCall(step=1, branch=b, layer=1, density=[0.25, 0.75], seconds=0.0) for b in (0, 1)]
-    found = demo_run._density(calls, steps=2, branches=2, layers=2, heads=2)
+    found = demo_run._density(calls, [], steps=2, branches=2, layers=2, heads=2)
     assert found["sparse_calls"] == pytest.approx(0.5)
     assert found["sparse_steps"] == pytest.approx(0.75)
     assert found["overall"] == pytest.approx(0.875)
     assert found["layer_head"] == [[1.0, 1.0], [0.25, 0.75]]
     assert found["layer_step"] == [[1.0, 1.0], [1.0, 0.5]]
+
+
+def test_forecast_steps_read_nothing() -> None:
+    calls = [PlannedCall(step=1, branch=0, layer=0, density=[0.5], seconds=0.0)]
+    found = demo_run._density(calls, [2, 3], steps=4, branches=1, layers=1, heads=1)
+    assert found["layer_step"] == [[1.0, 0.5, 0.0, 0.0]]
+    assert (found["overall"], found["sparse_steps"], found["sparse_calls"]) == pytest.approx((0.375, 0.5, 0.5))

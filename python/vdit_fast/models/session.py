@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vdit_fast.caching.engine import OutputCache
 from vdit_fast.config import Config
 from vdit_fast.context import LayerContext, StepContext
 from vdit_fast.models.kernels import dense_attention, missing_kernel
@@ -87,6 +88,7 @@ class Session:
         self.active = True
         self.layers: list[LayerLedger] = []
         self.state: dict[Any, Any] = {}
+        self.cache = OutputCache()
         self.forward: Forward | None = None
         self.forwards = 0
         self.steps: set[tuple[int, int]] = set()
@@ -127,6 +129,7 @@ class Session:
         self.steps.clear()
         self.forwards = 0
         self.state.clear()
+        self.cache = OutputCache()
         self._told.clear()
 
     # ------------------------------------------------------------------ one attention call

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .stand_ins import add_stand_ins
+
 if TYPE_CHECKING:
     from vdit_fast.plan import AttentionPlan
 
@@ -60,7 +62,10 @@ def attention(
         _check_plan_shape(plan, q, k, segments)
         plan_args, plan_batch, plan_heads = plan.op_args(), plan.batch, plan.heads
     differentiable_scale = row_scale is not None and torch.is_grad_enabled() and row_scale.requires_grad
-    if differentiable_scale and row_scale is not None and row_scale.shape != (q.shape[0], q.shape[2], q.shape[1]):
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+    stand_ins = None if plan is None else plan.stand_ins
+    scale_after = row_scale is not None and (differentiable_scale or stand_ins is not None)
+    if scale_after and row_scale is not None and row_scale.shape != (q.shape[0], q.shape[2], q.shape[1]):
         raise RuntimeError(
             f"attention: row_scale is {list(row_scale.shape)}; expected [batch, heads, queries] = "
             f"[{q.shape[0]}, {q.shape[2]}, {q.shape[1]}]"
@@ -72,13 +77,15 @@ def attention(
         *plan_args,
         plan_batch,
         plan_heads,
-        max(q.shape[-1], 1) ** -0.5 if scale is None else scale,
-        None if differentiable_scale else row_scale,
+        scale,
+        None if scale_after else row_scale,
         kv_len,
         [s[0] for s in segments],
         [s[1] for s in segments],
     )
-    if differentiable_scale and row_scale is not None:
+    if stand_ins is not None:
+        out, lse = add_stand_ins(out, lse, attention, stand_ins, q, k, v, scale, kv_len)
+    if scale_after and row_scale is not None:
         factor = row_scale.masked_fill(lse == -torch.inf, 0.0)  # an empty row stays 0 whatever its factor
         out = (out.float() * factor.transpose(1, 2).unsqueeze(-1)).to(out.dtype)
     return (out, lse) if return_lse else out

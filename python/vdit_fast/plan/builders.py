@@ -9,6 +9,7 @@ from .args import Blocks, as_order, block_lengths, block_map, check_lengths, cut
 from .bits import block_words, trim_words
 from .plan import AttentionPlan
 from .runs import INT32_MAX, compile_blocks
+from .stand_ins import StandIns
 
 
 def dense(
@@ -40,6 +41,7 @@ def from_block_mask(
     lk: int | None = None,
     q_order: Tensor | None = None,
     kv_order: Tensor | None = None,
+    compensate: bool = False,
 ) -> AttentionPlan:
     """Plan from a boolean block map; one tile per query block.
 
@@ -50,21 +52,31 @@ def from_block_mask(
         lq, lk: sequence lengths. Default: number of blocks times block length, the sum of the lengths, or the order's
             length. Needed when the lengths are a tensor on a GPU, which is not read back.
         q_order, kv_order: integer ``[L]`` or ``[1|B, 1|H, L]``: original token at each permuted position.
+        compensate: where the mask is False, read the block's mean key and value instead (see ``StandIns``).
     """
     mask = block_map(mask, "mask")
     q_order, kv_order = as_order("q_order", q_order, mask.device), as_order("kv_order", kv_order, mask.device)
     q_len, lq = block_lengths("q_block", q_block, mask.shape[2], "lq", lq, q_order, mask.device)
     kv_len, lk = block_lengths("kv_block", kv_block, mask.shape[3], "lk", lk, kv_order, mask.device)
-    return compile_map(mask, q_len, kv_len, lq, lk, q_order, kv_order)
+    return compile_map(mask, q_len, kv_len, lq, lk, q_order, kv_order, compensate=compensate)
 
 
-def from_clusters(map: Tensor, q_sizes: Tensor, kv_sizes: Tensor, q_order: Tensor, kv_order: Tensor) -> AttentionPlan:
+def from_clusters(
+    map: Tensor,
+    q_sizes: Tensor,
+    kv_sizes: Tensor,
+    q_order: Tensor,
+    kv_order: Tensor,
+    *,
+    compensate: bool = False,
+) -> AttentionPlan:
     """Plan from a map over clusters of any size, per batch item and head (arXiv 2505.18875); one tile per cluster.
 
     Args:
         map: bool ``[B, H, Cq, Ck]``; True: queries of the cluster read all keys of the cluster.
         q_sizes, kv_sizes: integer ``[B, H, Cq]`` and ``[B, H, Ck]``, zero allowed, summing to the sequence lengths.
         q_order, kv_order: integer ``[1|B, 1|H, lq]`` and ``[1|B, 1|H, lk]``, original tokens cluster by cluster.
+        compensate: where the map is False, read the cluster's mean key and value instead (see ``StandIns``).
 
     On a GPU the values of sizes and orders are not looked at (that would stall the stream); ``validate()`` does.
     """
@@ -87,7 +99,7 @@ def from_clusters(map: Tensor, q_sizes: Tensor, kv_sizes: Tensor, q_order: Tenso
         if value.device.type == "cpu":
             check_lengths(name, value, total)
         sizes.append(value)
-    return compile_map(map, sizes[0], sizes[1], lq, lk, order_q, order_k)
+    return compile_map(map, sizes[0], sizes[1], lq, lk, order_q, order_k, compensate=compensate)
 
 
 def from_classes(
@@ -183,6 +195,7 @@ def compile_map(
     kv_order: Tensor | None = None,
     *,
     q_tile: int | None = None,
+    compensate: bool = False,
 ) -> AttentionPlan:
     """End of the block builders: ``mask`` bool ``[B, H, nq, nk]``, lengths int64 ``[1|B*H, n]``, orders int32 3-D."""
     batch, heads = mask.shape[:2]
@@ -196,4 +209,11 @@ def compile_map(
         batch, heads = max(batch, order.shape[0]), max(heads, order.shape[1])
     keep = mask.expand(batch, heads, *mask.shape[2:]).reshape(batch * heads, *mask.shape[2:])
     tensors = compile_blocks(keep, q_len, kv_len, lq=lq, q_tile=q_tile)
-    return AttentionPlan(batch, heads, lq, lk, *tensors, None, q_order, kv_order)
+    stand_ins: StandIns | None = None
+    if compensate:
+        blocks = mask.shape[3]
+        one = torch.ones(1, blocks, dtype=torch.int64, device=mask.device)
+        reads = compile_blocks(~keep & (kv_len > 0)[:, None], q_len, one, lq=lq, q_tile=q_tile)
+        lengths = kv_len.view(batch, heads, blocks) if kv_len.shape[0] > 1 else kv_len[None]
+        stand_ins = StandIns(AttentionPlan(batch, heads, lq, blocks, *reads, None, q_order), lengths, kv_order)
+    return AttentionPlan(batch, heads, lq, lk, *tensors, None, q_order, kv_order, stand_ins=stand_ins)

@@ -25,6 +25,28 @@ def check_plan(plan: AttentionPlan) -> None:
     _check_runs(plan)
     _check_order("q_order", plan.q_order, plan.lq)
     _check_order("kv_order", plan.kv_order, plan.lk)
+    if plan.stand_ins is not None:
+        _check_stand_ins(plan)
+
+
+def _check_stand_ins(plan: AttentionPlan) -> None:
+    found = plan.stand_ins
+    assert found is not None
+    lengths, inner = found.lengths, found.plan
+    if inner.stand_ins is not None or (inner.batch, inner.heads, inner.lq) != (plan.batch, plan.heads, plan.lq):
+        raise ValueError(
+            f"stand_ins.plan has shape {inner.shape}, but the plan has {plan.shape}; give it the same queries"
+        )
+    check_plan(inner)
+    wanted = f"int64 [1 or {plan.batch}, 1 or {plan.heads}, {inner.lk}]"
+    if lengths.dtype != torch.int64 or lengths.dim() != 3 or lengths.shape[2] != inner.lk:
+        raise ValueError(f"stand_ins.lengths is {lengths.dtype} {tuple(lengths.shape)}; it must be {wanted}")
+    if lengths.shape[0] not in (1, plan.batch) or lengths.shape[1] not in (1, plan.heads):
+        raise ValueError(f"stand_ins.lengths has shape {tuple(lengths.shape)}; it must be {wanted}")
+    if bool((lengths < 0).any()) or bool((lengths.sum(-1) != plan.lk).any()):
+        raise ValueError(f"stand_ins.lengths must be at least 0 and sum to the {plan.lk} keys, got {lengths.tolist()}")
+    if found.kv_order is not None:
+        _check_order("stand_ins.kv_order", found.kv_order, plan.lk)
 
 
 def _check_tensors(plan: AttentionPlan) -> None:

@@ -19,6 +19,8 @@ TENSORS = ("tiles", "run_ptr", "runs", "mask_bits", "q_order", "kv_order")
 
 def save_plan(plan: AttentionPlan, path: str | os.PathLike[str]) -> None:
     """Write ``plan`` to ``path``: format tag, version, logical shape, segments and the tensors that are set."""
+    if plan.stand_ins is not None:
+        raise ValueError("a plan with stand-ins has no file form; build it again with compensate=True where it is used")
     arrays: dict[str, Any] = {
         name: t.cpu().numpy() for name, t in zip(TENSORS, plan.op_args(), strict=True) if t is not None
     }
@@ -52,7 +54,7 @@ def load_plan(path: str | os.PathLike[str], *, device: torch.device | str = "cpu
     try:
         batch, heads, lq, lk = (int(n) for n in data["shape"])
         segments = tuple(int(n) for n in data["segments"])
-        tensors = {key: torch.from_numpy(data[key]) for key in TENSORS if key in data}
+        tensors: dict[str, Any] = {key: torch.from_numpy(data[key]) for key in TENSORS if key in data}
         plan = AttentionPlan(batch, heads, lq, lk, **tensors, segments=segments).validate()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name} is damaged: {error}") from error

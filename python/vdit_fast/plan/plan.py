@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .bits import popcount, unpack_rows
 from .check import check_plan
+from .stand_ins import StandIns
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class AttentionPlan:
             sequence holds original token ``order[p]``; tiles and runs count permuted positions.
         segments: lengths of extra dense key/value segments that the attention call must bring; with () it may
             bring any.
+        stand_ins: mean keys and values that stand in for blocks of keys that a query does not read, or None.
 
     Tiles of one ``bh`` are disjoint. Runs of one tile are sorted by ``kv_start``, disjoint, of at least one key, and
     full neighbours are merged. A row in no tile, or whose tile has no run, is an empty row: output 0, log-sum-exp
@@ -52,6 +54,7 @@ class AttentionPlan:
     q_order: Tensor | None = None
     kv_order: Tensor | None = None
     segments: tuple[int, ...] = ()
+    stand_ins: StandIns | None = None
 
     # Constructors of this package, bound in plan/__init__.py.
     dense: ClassVar[Callable[..., AttentionPlan]]
@@ -75,21 +78,31 @@ class AttentionPlan:
     @property
     def nbytes(self) -> int:
         """Bytes held by the plan's tensors."""
-        return sum(t.numel() * t.element_size() for t in self.op_args() if t is not None)
+        own = sum(t.numel() * t.element_size() for t in self.op_args() if t is not None)
+        return own + (self.stand_ins.plan.nbytes if self.stand_ins is not None else 0)
 
     @property
     def density_per_head(self) -> Tensor:
-        """Visited pairs / all pairs, float64 ``[batch, heads]`` on the plan's device (no host synchronisation)."""
+        """Visited pairs / all pairs, float64 ``[batch, heads]`` on the plan's device (no host synchronisation).
+
+        A stand-in counts as one key.
+        """
         read = torch.zeros(len(self.runs) + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(self.runs[:, 1], 0, out=read[1:])
         keys = read[self.run_ptr[1:].long()] - read[self.run_ptr[:-1].long()]
         pairs = torch.zeros(self.batch * self.heads, dtype=torch.int64, device=self.device)
         pairs.index_add_(0, self.tiles[:, 0].long(), keys * self.tiles[:, 2])
-        return (pairs.double() / (self.lq * self.lk)).view(self.batch, self.heads)
+        found = (pairs.double() / (self.lq * self.lk)).view(self.batch, self.heads)
+        if self.stand_ins is not None:
+            found = found + self.stand_ins.plan.density_per_head * (self.stand_ins.plan.lk / self.lk)
+        return found
 
     @property
     def density(self) -> float:
-        """Pairs the executor visits / (batch * heads * lq * lk). A partial run counts whole; segments do not count."""
+        """Pairs the executor visits / (batch * heads * lq * lk).
+
+        A partial run counts whole, a stand-in as one key; segments do not count.
+        """
         return float(self.density_per_head.mean())
 
     @property
@@ -128,6 +141,7 @@ class AttentionPlan:
             mask_bits=None if self.mask_bits is None else self.mask_bits.to(device),
             q_order=None if self.q_order is None else self.q_order.to(device),
             kv_order=None if self.kv_order is None else self.kv_order.to(device),
+            stand_ins=None if self.stand_ins is None else self.stand_ins.to(device),
         )
 
     def with_segments(self, lengths: Sequence[int]) -> AttentionPlan:
@@ -140,8 +154,8 @@ class AttentionPlan:
     def to_mask(self, *, permuted: bool = False) -> Tensor:
         """The pattern as bool ``[batch, heads, lq, lk]``, True where a query reads a key.
 
-        In original token order, or with ``permuted=True`` in the order of the tiles. Segments are not part of it. The
-        memory is that of the full mask: meant for tests and small shapes.
+        In original token order, or with ``permuted=True`` in the order of the tiles. Segments and stand-ins are not
+        part of it. The memory is that of the full mask: meant for tests and small shapes.
         """
         groups, device = self.batch * self.heads, self.device
         tile, runs = self._used_runs()
@@ -209,6 +223,7 @@ class AttentionPlan:
     def __repr__(self) -> str:
         batch, heads, lq, lk = self.shape
         extra = f", segments={self.segments}" if self.segments else ""
+        extra += ", stand-ins" if self.stand_ins is not None else ""
         order = ", permuted" if self.q_order is not None or self.kv_order is not None else ""
         return (
             f"AttentionPlan(batch={batch}, heads={heads}, lq={lq}, lk={lk}, "

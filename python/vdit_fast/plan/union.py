@@ -26,6 +26,8 @@ def union(a: AttentionPlan, b: AttentionPlan) -> AttentionPlan:
         raise ValueError(
             f"cannot unite plans with segments {a.segments} and {b.segments}; use with_segments after the union"
         )
+    if a.stand_ins is not None or b.stand_ins is not None:
+        raise ValueError("cannot unite plans with stand-ins; unite the block masks, then build with compensate=True")
     if a.device != b.device:
         raise ValueError(f"cannot unite plans on {a.device} and {b.device}; move one with .to(device)")
     shared = _same_order(a, b, "q") and _same_order(a, b, "kv")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from .. import methods
 from . import _checks
 
 if TYPE_CHECKING:
@@ -52,11 +52,7 @@ class Planner(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if name := cls.__dict__.get("name"):
-            known = REGISTRY.get(name)
-            if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise ValueError(f"planner name {name!r} is already taken by {known.__qualname__}; choose another")
-            REGISTRY[name] = cls
+        methods.enter(REGISTRY, cls, "planner")
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_steps, float):
@@ -153,13 +149,7 @@ class Planner(ABC):
     # ------------------------------------------------------------------ dict form
     def to_dict(self) -> dict[str, Any]:
         """{"method": name, knob: value, ...} in plain JSON/YAML types; `from_dict` reads it back."""
-        knobs = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"method": self.name, **{key: list(v) if isinstance(v, tuple) else v for key, v in knobs.items()}}
-
-
-def _nearest(word: Any, known: list[str]) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.0)
-    return f"did you mean {close[0]!r}? known: {', '.join(known)}" if close else "none is known"
+        return methods.to_mapping(self)
 
 
 def from_dict(data: Mapping[str, Any]) -> Planner:
@@ -169,19 +159,4 @@ def from_dict(data: Mapping[str, Any]) -> Planner:
         ValueError: no "method", or an unknown method or knob (the message names the nearest one), or a bad value.
         TypeError: `data` is not a mapping, or a knob has the wrong type.
     """
-    if not isinstance(data, Mapping):
-        raise TypeError(
-            f'a planner is described by a mapping like {{"method": "draft", "sparsity": 0.75}}, got {data!r}'
-        )
-    knobs = dict(data)
-    method = knobs.pop("method", None)
-    if method is None:
-        raise ValueError(f'the planner needs a "method": one of {", ".join(sorted(REGISTRY))}')
-    cls = REGISTRY.get(method) if isinstance(method, str) else None
-    if cls is None:
-        raise ValueError(f"unknown planner method {method!r}: {_nearest(method, sorted(REGISTRY))}")
-    known = [f.name for f in fields(cls)]
-    for key in knobs:
-        if key not in known:
-            raise ValueError(f"planner {method!r} has no knob {key!r}: {_nearest(key, known)}")
-    return cls(**knobs)
+    return methods.build(REGISTRY, data, "planner", '{"method": "draft", "sparsity": 0.75}')

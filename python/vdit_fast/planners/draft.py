@@ -36,6 +36,8 @@ class Draft(Planner):
         sparsity: fraction of the video-to-video patch pairs to drop, in [0, 1). Text and sinks are kept on top.
         pool: (ph, pw), largest height and width of a patch in tokens.
         pool_t: most frames per patch.
+        compensate: read the mean key and value of every dropped patch in place of its tokens (`StandIns`), in the
+            manner of SVG-EAR (arXiv 2603.08982). One more key per dropped pair of patches; errors are of second order.
 
     Raises:
         ValueError, TypeError: a bad knob; in `plan`, a pool larger than the grid (`decide` reports it as a reason for
@@ -47,12 +49,14 @@ class Draft(Planner):
     sparsity: float = 0.75
     pool: tuple[int, int] = (8, 16)
     pool_t: int = 1
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("sparsity", _checks.fraction("sparsity", self.sparsity))
         self._set("pool", _checks.counts("pool", self.pool, 2))
         self._set("pool_t", _checks.count("pool_t", self.pool_t, least=1))
+        self._set("compensate", _checks.switch("compensate", self.compensate))
 
     def decide(self, ctx: LayerContext) -> str | None:
         return super().decide(ctx) or self._misfit(ctx)
@@ -73,7 +77,12 @@ class Draft(Planner):
         tiles = self._tiling(ctx, q.device)
         mask = tiles.complete(select(self.draft(q, k, ctx), self.sparsity))
         return AttentionPlan.from_block_mask(
-            mask, tiles.lengths, tiles.lengths, q_order=tiles.order, kv_order=tiles.order
+            mask,
+            tiles.lengths,
+            tiles.lengths,
+            q_order=tiles.order,
+            kv_order=tiles.order,
+            compensate=self.compensate,
         )
 
     def draft(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:

@@ -57,6 +57,19 @@ def attention(
         values.append(v_s.expand(batch, -1, -1, -1))
         mask = torch.cat((mask, mask.new_ones(batch, heads, lq, k_s.shape[1])), dim=-1)
 
+    stand_ins = None if plan is None else plan.stand_ins
+    if stand_ins is not None:
+        mean_k, mean_v, log_count = stand_ins.means(k, v, kv_len)
+        keys, values = ([x.to(dtype).repeat_interleave(heads // x.shape[2], 2) for x in xs] for xs in (keys, values))
+        groups = heads // mean_k.shape[2]
+        keys.append(mean_k.to(dtype).repeat_interleave(groups, 2))
+        values.append(mean_v.to(dtype).repeat_interleave(groups, 2))
+        kv_heads = heads
+        extra = torch.zeros(batch, heads, mask.shape[-1], dtype=dtype, device=q.device)
+        bias = torch.cat((extra, log_count.to(dtype).repeat_interleave(groups, 1)), -1)[:, :, None]
+        reads = stand_ins.plan.to_mask().expand(batch, heads, lq, mean_k.shape[1])
+        mask = torch.cat((mask, reads), -1)
+
     queries = q.to(dtype).transpose(1, 2)  # [B, H, Lq, D]
     # [B, H, all keys, D]; a key that nobody reads must not matter even if it holds NaN
     unread = ~mask.any(2)[..., None]
@@ -65,7 +78,10 @@ def attention(
         for parts in (keys, values)
     )
 
-    scores = (queries @ key.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+    scores = queries @ key.transpose(-1, -2) * scale
+    if stand_ins is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~mask, -torch.inf)
     top = scores.detach().amax(-1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0)
     weights = (scores - top).exp()

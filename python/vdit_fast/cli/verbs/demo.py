@@ -79,6 +79,9 @@ def results_table(results: dict[str, Any]) -> Table:
     bounds = (ratio["min"], ratio["max"]) if len(ratio["all"]) > 1 else (None, None)
     table.add_row("speed-up", f"[bold]{format_ratio(ratio['median'], *bounds)}[/]")
     sparse = sum(step["mode"] == "sparse" for step in results["steps"])
+    forecast = sum(step["mode"] == "forecast" for step in results["steps"])
+    if forecast:
+        table.add_row("steps forecast", f"{forecast} of {s['steps']}")
     table.add_row("attention density, all steps", format_percent(density["overall"]))
     table.add_row(f"attention density, {sparse} sparse steps", format_percent(density["sparse_steps"]))
     table.add_row("PSNR against the dense clip", f"{float(quality['psnr']):.1f} dB")

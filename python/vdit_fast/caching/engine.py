@@ -1,0 +1,174 @@
+"""Runs a cache policy around one transformer's ``forward``."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import CachePolicy, Stream
+
+if TYPE_CHECKING:
+    from ..context import StepContext
+    from ..models.session import Session
+
+Output = Any
+Rebuild = Callable[[Tensor], Output]
+
+
+class OutputCache:
+    """The streams of one transformer, and what was computed and forecast so far."""
+
+    def __init__(self) -> None:
+        self.full: Counter[str] = Counter()
+        self.forecasts: Counter[int] = Counter()
+        self._generation: int | None = None
+        self._streams: dict[Any, tuple[Any, Stream, Rebuild]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        held = (factor for _, stream, _ in self._streams.values() for factor in stream.factors)
+        return sum(factor.numel() * factor.element_size() for factor in held)
+
+    def run(
+        self, policy: CachePolicy, step: StepContext, stock: Callable[..., Output], arguments: dict[str, Any]
+    ) -> Output:
+        """The output of ``stock(**arguments)``, computed or forecast."""
+        if step.generation != self._generation:
+            self._generation = step.generation
+            self._streams.clear()
+        key = (step.branch, step.frame_block)
+        call = _signature(arguments)
+        known = self._streams.get(key)
+        if known is None or known[0] != call:
+            known = (call, Stream(), _same)
+        _, stream, rebuild = known
+        recording = torch.is_grad_enabled()
+        reason = "gradients are recorded" if recording else policy.decide(step, stream)
+        if reason is None:
+            self.forecasts[step.step] += 1
+            return rebuild(policy.forecast(stream, step.step))
+        self.full[reason] += 1
+        output = stock(**arguments)
+        if recording or step.step < 0:
+            return output
+        found = _single_tensor(output)
+        if found is None:
+            raise RuntimeError(
+                f"the cache policy {policy.name!r} needs a transformer with one output tensor, got "
+                f"{type(output).__name__}; set cache to null in the configuration"
+            )
+        tensor, rebuild = found
+        if step.step <= stream.step:  # the same step again: an inner loop, which starts its history anew
+            stream = Stream()
+        policy.update(stream, step.step, tensor.detach())
+        self._streams[key] = (call, stream, rebuild)
+        return output
+
+
+def _same(tensor: Tensor) -> Output:
+    return tensor
+
+
+def _signature(arguments: dict[str, Any]) -> Any:
+    """What must not change between a computed step and its forecast: the sizes and the form of the answer."""
+    shapes = tuple(
+        (name, tuple(value.shape), value.dtype, value.device)
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and name != "timestep"
+    )
+    return shapes, arguments.get("return_dict", True)
+
+
+def _single_tensor(output: Output) -> tuple[Tensor, Rebuild] | None:
+    """The one tensor of a transformer's output, and how to put another into the same wrapping."""
+    if isinstance(output, Tensor):
+        dtype = output.dtype
+        return output, lambda tensor: tensor.to(dtype)
+    if isinstance(output, tuple) and len(output) == 1 and isinstance(output[0], Tensor):
+        dtype = output[0].dtype
+        return output[0], lambda tensor: (tensor.to(dtype),)
+    if isinstance(output, dict) and len(output) == 1:  # diffusers' ModelOutput is one
+        kind, (name,) = type(output), output
+        if isinstance(output[name], Tensor):
+            dtype = output[name].dtype
+            return output[name], lambda tensor: kind(**{name: tensor.to(dtype)})
+    return None
+
+
+class CachedForward:
+    """Stands in for ``forward`` of one transformer, as an attribute of the object, where other wrappers sit too."""
+
+    def __init__(self, module: nn.Module, session: Session) -> None:
+        self._module = weakref.ref(module)
+        self._session = session
+        self._inner = module.__dict__.get("forward")  # another library's wrapper, e.g. one that moves weights
+        self.__signature__ = inspect.signature(module.forward)
+
+    @property
+    def stock(self) -> Callable[..., Output]:
+        """What this object stands in for."""
+        module = self._module()
+        assert module is not None
+        return self._inner if self._inner is not None else _own_forward(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Output:
+        session = self._session
+        policy, forward = session.config.cache, session.forward
+        if not session.active or policy is None or forward is None:
+            return self.stock(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"the cache policy {policy.name!r} cannot run inside a compiled transformer; compile its blocks "
+                "(compile_repeated_blocks) instead of the whole, or set cache to null in the configuration"
+            )
+        arguments = dict(self.__signature__.bind(*args, **kwargs).arguments)
+        for name, parameter in self.__signature__.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(name, {})
+        return session.cache.run(policy, forward.step, self.stock, arguments)
+
+    def attach(self) -> None:
+        """Become the module's ``forward``."""
+        module = self._module()
+        assert module is not None
+        object.__setattr__(module, "forward", self)
+
+    def detach(self) -> None:
+        """Give the module back what it had; a wrapper that was put around this one later stays and passes through."""
+        module = self._module()
+        if module is None or module.__dict__.get("forward") is not self:
+            return
+        if self._inner is None:
+            del module.__dict__["forward"]
+        else:
+            object.__setattr__(module, "forward", self._inner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        module = self._module()
+        copied = memo.get(id(module))
+        if copied is None:
+            return None
+        new = object.__new__(CachedForward)
+        memo[id(self)] = new
+        new._module = weakref.ref(copied)
+        new._session = copy.deepcopy(self._session, memo)
+        new._inner = copy.deepcopy(self._inner, memo)
+        new.__signature__ = self.__signature__
+        return new
+
+    def __reduce__(self) -> Any:
+        # A pickled model is the stock one.
+        return _own_forward, (self._module(),)
+
+
+def _own_forward(module: nn.Module) -> Callable[..., Output]:
+    return types.MethodType(type(module).forward, module)

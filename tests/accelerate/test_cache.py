@@ -1,0 +1,246 @@
+"""Cache policies on tiny models of the real classes: what is computed, what comes out, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from vdit_fast.accelerate import accelerate
+from vdit_fast.caching import TaylorSeer
+from vdit_fast.config import Config
+
+TIMES = (900.0, 700.0, 500.0, 300.0, 100.0)
+POLICY = TaylorSeer(first_full=2, last_full=0, interval=2, damping=1.0)
+
+
+def generate(model: nn.Module, inputs: dict[str, Any], branches: int = 1) -> list[Tensor]:
+    return [
+        tiny.run(model, tiny.at({**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"] * (1 + b)}, t))
+        for t in TIMES
+        for b in range(branches)
+    ]
+
+
+def expected(stock: list[Tensor], branches: int = 1) -> list[Tensor]:
+    """Steps 0, 1, 3 are computed; 2 and 4 are linear in the step through the last two of their branch."""
+    rows = [[x.double() for x in stock[b::branches]] for b in range(branches)]
+    for row in rows:
+        row[2] = 2 * row[1] - row[0]
+        row[4] = row[3] + (row[3] - row[1]) / 2
+    return [row[step] for step in range(len(TIMES)) for row in rows]
+
+
+def test_forecast_outputs(family: str) -> None:
+    model, inputs = tiny.build(family)
+    stock = generate(model, inputs, branches=2)
+    with accelerate(model, Config(cache=POLICY)) as handle:
+        for _ in range(2):  # a second generation starts from nothing and gives the same
+            handle.reset()
+            got = generate(model, inputs, branches=2)
+            for mine, want in zip(got, expected(stock, branches=2), strict=True):
+                assert tiny.relative(mine, want) < 1e-5
+        stats = handle.stats()["cache"]
+        assert stats["forecast"] == {2: 4, 4: 4} and sum(stats["full"].values()) == 12
+        assert stats["nbytes"] == 2 * 2 * stock[0].numel() * 4
+        assert handle.stats()["layers"][0]["calls"] == 12
+        assert "8 of 20 forwards forecast" in handle.report()
+        json.dumps(handle.stats())
+    again = generate(model, inputs, branches=2)
+    assert all(torch.equal(a, b) for a, b in zip(again, stock, strict=True))
+    assert "forward" not in model.__dict__
+
+
+def test_interval_1_computes_everything() -> None:
+    model, inputs = tiny.wan()
+    accelerate(model, "exact")
+    plain = generate(model, inputs)
+    accelerate(model).remove()
+    accelerate(model, Config(cache=TaylorSeer(interval=1, first_full=0)))
+    assert all(torch.equal(a, b) for a, b in zip(generate(model, inputs), plain, strict=True))
+
+
+def test_output_classes_survive() -> None:
+    model, inputs = tiny.wan()
+    accelerate(model, Config(cache=POLICY))
+    inputs = {**inputs, "return_dict": True}
+    with torch.no_grad():
+        found = [model(**tiny.at(inputs, t)) for t in TIMES]
+    assert {type(out).__name__ for out in found} == {"Transformer2DModelOutput"}
+    assert all(out.sample.shape == found[0].sample.shape and out[0] is out.sample for out in found)
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        kinds = {model(**tiny.at(tiny.cast(inputs, torch.bfloat16), t)).sample.dtype for t in TIMES}
+    assert kinds == {torch.bfloat16}
+
+
+def test_positional_arguments() -> None:
+    model, inputs = tiny.wan()
+    stock = generate(model, inputs)
+    accelerate(model, Config(cache=POLICY))
+    with torch.no_grad():
+        got = [
+            model(inputs["hidden_states"], torch.full((1,), t), inputs["encoder_hidden_states"], return_dict=False)[0]
+            for t in TIMES
+        ]
+    for mine, want in zip(got, expected(stock), strict=True):
+        assert tiny.relative(mine, want) < 1e-5
+
+
+def test_another_size_or_another_step_order_is_computed() -> None:
+    model, inputs = tiny.wan()
+    other = tiny.wan(size=12)[1]
+    handle = accelerate(model, Config(cache=POLICY))
+    for t in TIMES[:2]:
+        tiny.run(model, tiny.at(inputs, t))
+    assert tiny.run(model, tiny.at(other, TIMES[2])).shape == other["hidden_states"].shape  # not the forecast
+    assert handle.stats()["cache"]["forecast"] == {}
+    tiny.run(model, tiny.at(inputs, 950.0))  # higher noise: a new generation
+    assert handle.stats()["cache"]["forecast"] == {} and handle.stats()["generations"] == 2
+
+
+def test_training_is_computed_and_differentiable() -> None:
+    model, inputs = tiny.wan()
+    model.requires_grad_(True)
+    handle = accelerate(model, Config(cache=POLICY))
+    for t in TIMES:
+        model(**tiny.at(inputs, t))[0].square().mean().backward()
+    assert handle.stats()["cache"] == {"full": {"gradients are recorded": 5}, "forecast": {}, "nbytes": 0}
+    assert all(p.grad is not None for p in model.blocks[0].attn1.parameters())
+
+
+def test_unknown_step_is_computed() -> None:
+    from vdit_fast.caching.engine import OutputCache
+    from vdit_fast.context import StepContext
+
+    cache, calls = OutputCache(), []
+
+    def stock(x: Tensor) -> tuple[Tensor]:
+        calls.append(x)
+        return (x + 1,)
+
+    for _ in range(3):
+        with torch.no_grad():
+            cache.run(POLICY, StepContext(), stock, {"x": torch.ones(2)})
+    assert len(calls) == 3 and cache.nbytes == 0
+
+
+def test_a_transformer_with_several_outputs_is_refused() -> None:
+    from vdit_fast.caching.engine import OutputCache
+    from vdit_fast.context import StepContext
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="one output tensor"):
+        OutputCache().run(POLICY, StepContext(step=0), lambda x: (x, x), {"x": torch.ones(2)})
+
+
+def test_copies_and_pickles() -> None:
+    model, inputs = tiny.wan()
+    stock = generate(model, inputs)
+    handle = accelerate(model, Config(cache=POLICY))
+    got = generate(model, inputs)
+    twin = copy.deepcopy(model)
+    own = accelerate(twin, Config(cache=POLICY))
+    assert own is not handle
+    assert all(torch.equal(a, b) for a, b in zip(generate(twin, inputs), got, strict=True))
+    assert own.stats()["cache"]["forecast"] == {2: 1, 4: 1}
+    plain = pickle.loads(pickle.dumps(model))
+    assert all(torch.equal(a, b) for a, b in zip(generate(plain, inputs), stock, strict=True))
+    own.remove()
+    assert all(torch.equal(a, b) for a, b in zip(generate(twin, inputs), stock, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(generate(model, inputs), got, strict=True))  # still accelerated
+
+
+def test_other_wrappers_of_forward_stay_alive() -> None:
+    model, inputs = tiny.wan()
+    log: list[str] = []
+
+    def wrap(name: str) -> None:
+        inner = model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            log.append(name)
+            return inner(*args, **kwargs)
+
+        model.forward = forward
+
+    wrap("before")
+    before = model.forward
+    handle = accelerate(model, Config(cache=POLICY))
+    generate(model, inputs)
+    assert log == ["before"] * 3  # a forecast step never moves a weight
+    handle.remove()
+    assert model.forward is before
+    handle = accelerate(model, Config(cache=POLICY))
+    wrap("after")
+    log.clear()
+    generate(model, inputs)
+    assert log.count("after") == 5 and log.count("before") == 3
+    handle.remove()
+    log.clear()
+    generate(model, inputs)
+    assert log.count("after") == 5 and log.count("before") == 5
+
+
+def test_reconfigure_switches_the_cache() -> None:
+    model, inputs = tiny.wan()
+    stock = generate(model, inputs)
+    handle = accelerate(model, "exact")
+    assert handle.stats()["cache"] is None and "forward" not in model.__dict__
+    handle.reconfigure(Config(cache=POLICY))
+    generate(model, inputs)
+    assert handle.stats()["cache"]["forecast"] == {2: 1, 4: 1}
+    handle.reconfigure("exact")
+    assert "forward" not in model.__dict__
+    for mine, want in zip(generate(model, inputs), stock, strict=True):
+        assert tiny.relative(mine, want) < 1e-5
+
+
+def test_both_experts_keep_their_own_history() -> None:
+    first, second = tiny.wan()[0], tiny.wan()[0]
+    with torch.no_grad():
+        second.proj_out.bias.add_(1.0)
+    inputs = tiny.wan()[1]
+    handle = accelerate(SimpleNamespace(transformer=first, transformer_2=second), Config(cache=POLICY))
+    for t in TIMES[:2]:
+        tiny.run(first, tiny.at(inputs, t))
+    switched = tiny.run(second, tiny.at(inputs, TIMES[2]))  # its first call is computed, whatever the step
+    assert handle.stats()["cache"]["forecast"] == {}
+    assert tiny.relative(switched, tiny.run(tiny.wan()[0], tiny.at(inputs, TIMES[2])) + 1.0) < 1e-5
+
+
+def test_wrong_places() -> None:
+    model, _ = tiny.wan()
+    with pytest.raises(RuntimeError, match="accelerate the whole transformer"):
+        accelerate(model.blocks[0], Config(cache=POLICY))
+    assert not tiny.served(model)
+    with pytest.raises(TypeError, match="cache must be a cache policy"):
+        Config(cache=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cache"):
+        Config.from_dict({"cache": {"method": "taylorseer", "damping": float("inf")}})
+
+
+def test_whole_model_compilation_is_refused() -> None:
+    model, inputs = tiny.wan(layers=1)
+    accelerate(model, Config(cache=POLICY))
+    with torch.no_grad(), pytest.raises(Exception, match="compile_repeated_blocks"):
+        torch.compile(model, fullgraph=True, backend="eager")(**inputs)
+
+
+def test_with_blocks_compiled_and_first_block_cache() -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    model, inputs = tiny.wan(layers=3)
+    stock = generate(model, inputs)
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    accelerate(model, Config(cache=POLICY))
+    with model.cache_context("cond"):
+        got = generate(model, inputs)
+    for mine, want in zip(got, expected(stock), strict=True):
+        assert tiny.relative(mine, want) < 1e-5
