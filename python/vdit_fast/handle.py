@@ -235,10 +235,10 @@ class Handle:
         """The same as numbers; JSON-ready.
 
         Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
-        ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``full``: reason -> forwards, ``forecast``: step ->
-        forwards, ``nbytes``), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict
-        of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None
-        where the layer did not run), ``mean_density``, ``plan_seconds``, ``attention_seconds``, ``dense`` and
+        ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``full``: reason -> forwards, ``forecast``:
+        step -> forwards, ``nbytes`` held), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a
+        dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
+        None where the layer did not run), ``mean_density``, ``plan_seconds``, ``attention_seconds``, ``dense`` and
         ``fallbacks`` (both reason -> calls).
         """
         return collect_stats(self)

@@ -25,8 +25,8 @@ class TaylorSeer(CachePolicy):
     Knobs besides those of ``CachePolicy``:
         order: degree of the polynomial, at least 0 (0 repeats the last computed output).
         damping: in [0, 1], shortens the forecast distance; 1 is the paper's formula. Differences are taken over past
-            steps while the output bends, so that a shorter step forward is the better guess (HiCache contracts its basis for the same
-            reason).
+            steps while the output bends, so that a shorter step forward is the better guess (HiCache contracts its
+            basis for the same reason).
 
     Raises:
         TypeError, ValueError: a bad knob.
