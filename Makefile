@@ -1,5 +1,5 @@
 # Short names for ./run, which explains them: ./run help
-COMMANDS = demo test lint format bench docs test-matrix setup
+COMMANDS = demo test lint format bench docs mutants test-matrix setup
 
 .PHONY: help clean $(COMMANDS)
 

@@ -12,6 +12,8 @@ struct KernelEntry {
 
 constexpr KernelEntry kCatalogue[] = {
     {"attention", "cpu", "portable", "float32 float16 bfloat16"},
+    {"attention", "cuda", "portable", "float16 bfloat16"},
+    {"attention", "cuda", "sm_90a", "float16 bfloat16"},
     {"attention_backward", "cpu", "portable", "float32 float16 bfloat16"},
     {"merge", "cpu", "portable", "float32 float16 bfloat16"},
     {"merge", "cuda", "portable", "float32 float16 bfloat16"},

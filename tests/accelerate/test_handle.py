@@ -227,6 +227,9 @@ def test_missing_kernels_are_named() -> None:
     assert kernels.missing_kernel(torch.empty(1, 2, 1, 8)) is None
     assert "float64" in str(kernels.missing_kernel(torch.empty(1, 2, 1, 8, dtype=torch.float64)))
     assert "257" in str(kernels.missing_kernel(torch.empty(1, 2, 1, 257)))
+    assert kernels.cuda_limit(torch.bfloat16, 40) is None
+    assert "bfloat16" in str(kernels.cuda_limit(torch.float32, 64))
+    assert "multiple of 8" in str(kernels.cuda_limit(torch.float16, 20))
     assert "'mps'" in str(kernels.missing_device_kernel("mps"))
 
 

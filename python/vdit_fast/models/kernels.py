@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vdit_fast._info import kernel_catalogue
 
-__all__ = ["MAX_HEAD_DIM", "dense_attention", "missing_device_kernel", "missing_kernel"]
+__all__ = ["MAX_HEAD_DIM", "cuda_limit", "dense_attention", "missing_device_kernel", "missing_kernel"]
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +31,14 @@ def missing_kernel(q: Tensor) -> str | None:
         return f"dtype {str(q.dtype).removeprefix('torch.')} has no kernel"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {q.shape[-1]} > {MAX_HEAD_DIM}"
-    return missing_device_kernel(q.device.type)
+    return missing_device_kernel(q.device.type) or (cuda_limit(q.dtype, q.shape[-1]) if q.is_cuda else None)
+
+
+def cuda_limit(dtype: torch.dtype, head_dim: int) -> str | None:
+    """What the CUDA kernel cannot take of what the CPU kernel can, or None."""
+    if dtype == torch.float32:
+        return "float32 has no CUDA kernel, use bfloat16 or float16"
+    return None if head_dim % 8 == 0 else f"head dimension {head_dim} is not a multiple of 8"
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> Tensor:

@@ -1,0 +1,11 @@
+#include "kernels/attention/forward_sm80.h"
+#include "kernels/attention/forward_sm80_launch.h"
+
+namespace vdit::gpu::sm80 {
+
+int launch_256(const ForwardArgs& args, void* stream) {
+  return args.params.dtype == DType::bf16 ? launch_forward<arch::BF16, 256>(args, stream)
+                                          : launch_forward<arch::F16, 256>(args, stream);
+}
+
+}  // namespace vdit::gpu::sm80
