@@ -91,7 +91,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     saved = torch.load(args.run / "checkpoint.pt", weights_only=True)
-    training = {"steps": saved["step"], "clips": saved["seen"], "seconds": round(saved["spent"]), "on": args.trained_on}
+    counts = {"steps": saved["step"], "clips": saved["seen"], "seconds": round(saved["spent"])}
+    training = {key: n + saved["before"].get(key, 0) for key, n in counts.items()} | {"on": args.trained_on}
     save_demo_model(saved["ema"], metadata={"training": json.dumps(training)})
     model = load_demo_model()
     parameters = sum(p.numel() for p in model.parameters())
@@ -113,7 +114,9 @@ def main() -> None:
     for name, found in recalls.items():
         print(name, {order: round(mean(values), 3) for order, values in found.items()}, flush=True)
     report.density_heatmap(
-        recalls["trained"]["tile order"], args.out / "recall.png", title="attention mass in the best 25 % of the blocks"
+        recalls["trained"]["best order of each head"],
+        args.out / "recall.png",
+        title="attention mass in the best 25 % of the blocks",
     )
 
     losses = held_out_loss(model, args.clips)

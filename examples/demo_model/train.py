@@ -22,7 +22,7 @@ from data import sample_clip
 from diffusers import WanTransformer3DModel
 
 from vdit_fast.demo.architecture import FRAMES, HEIGHT, SHIFT, TRANSFORMER_CONFIG
-from vdit_fast.demo.model import load_demo_model
+from vdit_fast.demo.model import demo_metadata, load_demo_model
 from vdit_fast.demo.prompts import embed
 
 # (share of the budget at which it ends, [(batch, frames, side in pixels), ...] drawn evenly)
@@ -110,10 +110,12 @@ def main() -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     model = WanTransformer3DModel(**TRANSFORMER_CONFIG)
+    before = {}  # what the weights have seen already
     if args.init is None:
         init_local_attention(model)
     else:
         model.load_state_dict(load_demo_model(path=args.init).state_dict())
+        before = json.loads(demo_metadata(args.init).get("training", "{}"))
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks.")]
     ids = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in ids]
@@ -163,7 +165,8 @@ def main() -> None:
             running.clear()
         if step % 100 == 0 or spent >= budget:
             state = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "ema": ema}
-            torch.save({**state, "step": step, "spent": spent, "seen": seen}, checkpoint.with_suffix(".tmp"))
+            counts = {"step": step, "spent": spent, "seen": seen, "before": before}
+            torch.save({**state, **counts}, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
     print("done; now: python examples/demo_model/evaluate.py", flush=True)
 
