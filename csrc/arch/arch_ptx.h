@@ -293,13 +293,14 @@ int launch(void (*kernel)(KA...), dim3 grid, dim3 block, size_t smem, stream_t s
 // Tensor of 2- or 4-byte elements for TMA; stride_bytes[i] belongs to dimension i + 1. Outside the tensor it reads 0.
 inline int make_tensor_map(TensorMap& map, const void* base, int elem_bytes, int rank, const uint64_t* dim,
                            const uint64_t* stride_bytes, const uint32_t* box, Swizzle swizzle = SW_128) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult status;
+  static void* found = nullptr;  // the same for every call; racing threads write the same value
+  cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSuccess;
+  cudaError_t error = cudaSuccess;
 #if CUDART_VERSION >= 12050  // the older name is gone in CUDA 13
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+  if (found == nullptr)
+    error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
 #else
-  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
+  if (found == nullptr) error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
 #endif
   if (error != cudaSuccess) return error;
   if (status != cudaDriverEntryPointSuccess || found == nullptr) return cudaErrorSymbolNotFound;  // driver too old

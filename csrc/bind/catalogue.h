@@ -15,6 +15,7 @@ constexpr KernelEntry kCatalogue[] = {
     {"attention", "cuda", "portable", "float16 bfloat16"},
     {"attention", "cuda", "sm_90a", "float16 bfloat16"},
     {"attention_backward", "cpu", "portable", "float32 float16 bfloat16"},
+    {"attention_backward", "cuda", "portable", "float16 bfloat16"},
     {"merge", "cpu", "portable", "float32 float16 bfloat16"},
     {"merge", "cuda", "portable", "float32 float16 bfloat16"},
 };

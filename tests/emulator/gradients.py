@@ -47,7 +47,7 @@ def solve(p: Problem, *, with_dlse: bool) -> Solution:
     leaves = _leaves(p, case.dtype)
     plain = _gradients(leaves, *_same_dtype(p, leaves), dout, dlse)
     errors = {name: relative(t, w) for name, t, w in zip(names, plain, want, strict=True)}
-    read = p.mask.view(case.batch, p.k.shape[2], -1, case.lk).any(2).transpose(1, 2)
+    read = p.mask.reshape(case.batch, p.k.shape[2], -1, case.lk).any(2).transpose(1, 2)
     return Solution(
         strided(dout, case.stride),
         dlse,

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import ALL, BF16, F16, Case, Problem, blocks, build, clusters, loose_runs, masked
+from emulator_backward import Gradients, backward
 from gradients import KERNEL_DIM, Solution, check_gradients, solve
 
 from emulator import EAGER_SKEW, LAZY_FORWARD, LAZY_REVERSE, RANDOMS, EmulatorError, Policy
-from emulator_backward import Gradients, backward
 
 CASES = [case for case in ALL if case.dim <= KERNEL_DIM]
 

@@ -90,7 +90,7 @@ PIPELINE = {
     6: "not aligned to the 1024-byte pattern|is outside",
     7: "output|more arrivals",
     8: "output|deadlock|more arrivals",
-    9: "TMA loads in flight|output|deadlock",
+    9: "TMA loads in flight",
     10: "which is in use",
 }
 
