@@ -33,7 +33,8 @@ int32_t count(int64_t n, const char* what) {
 gpu::Plan plan_of(const Tensor& q, const Tensor& k, const Tensor& tiles, const Tensor& run_ptr, const Tensor& runs,
                   const Optional& mask_bits, const Optional& q_order, const Optional& kv_order, int64_t plan_batch,
                   int64_t plan_heads) {
-  VDIT_CHECK((plan_batch == 1 || plan_batch == q.size(0)) && (plan_heads == 1 || plan_heads == q.size(2)),
+  VDIT_CHECK(plan_batch >= 1 && plan_heads >= 1 && (plan_batch == 1 || plan_batch == q.size(0)) &&
+                 (plan_heads == 1 || plan_heads == q.size(2)),
              "attention: plan was made for batch ", plan_batch, " and ", plan_heads,
              " heads, but the tensors have batch ", q.size(0), " and ", q.size(2), " heads (1 broadcasts)");
   gpu::Plan plan{};

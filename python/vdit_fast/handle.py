@@ -25,6 +25,9 @@ ATTRIBUTE = "_vdit_fast_root"
 """Name under which a transformer keeps its ``Root``, and by it the handle, alive."""
 
 
+NO_STEPS = "a part without a forward of hidden_states and timestep has no steps"
+
+
 def set_processor(module: nn.Module, processor: Any) -> None:
     """Exchange a module's attention processor by its public setter, or by attribute where there is none."""
     setter = getattr(module, "set_processor", None)
@@ -56,6 +59,10 @@ class _BeforeForward:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self.session.active:
             return None
+        previous = self.session.forward
+        if self.session.config.cache is not None and previous is not None and not previous.cached:
+            # Whoever wrapped `forward` earlier has put its own back (offloading does after every run): wrap again.
+            CachedForward(module, self.session).attach()
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         timestep = arguments.get("timestep")
         noted = begin_forward(self.session, timestep, self.adapter.geometry(module, arguments))
@@ -109,19 +116,22 @@ class Root:
     def wrap(self) -> None:
         """Put the cache around ``forward`` when the configuration has a policy, take it away when it has none."""
         module = self.module()
-        own = None if module is None else module.__dict__.get("forward")
-        wanted = self.session.config.cache is not None
-        if module is None or isinstance(own, CachedForward) == wanted:
+        if module is None:
             return
-        if isinstance(own, CachedForward):
-            own.detach()
-        elif not self.hooked:
-            raise RuntimeError(
-                f"cache: {type(module).__name__} has no forward with hidden_states and timestep, so that its steps are "
-                "unknown; accelerate the whole transformer, or set cache to null in the configuration"
-            )
-        else:
+        self.unwrap(module)
+        if self.session.config.cache is not None and self.hooked:
             CachedForward(module, self.session).attach()
+
+    def unwrap(self, module: nn.Module) -> None:
+        """Take this session's wrapper off, where it is the outermost one; elsewhere it passes calls through."""
+        wrapper = module.__dict__.get("forward")
+        if isinstance(wrapper, CachedForward) and wrapper.of(self.session):
+            wrapper.detach()
+
+    def check_cache(self, config: Config) -> None:
+        """Raise where the configuration wants a cache that cannot work, and wants to know."""
+        if config.cache is not None and not self.hooked and config.on_unsupported == "error":
+            raise RuntimeError(f"cache: {NO_STEPS}; accelerate the whole transformer, or set cache to null")
 
     def processors(self) -> dict[str, ServedProcessor]:
         """This session's processors that are in place, by module path."""
@@ -142,9 +152,8 @@ class Root:
             return
         for name, processor in processors.items():
             set_processor(module.get_submodule(name), processor.stock)
-        wrapper = module.__dict__.get("forward")
-        if isinstance(wrapper, CachedForward):
-            wrapper.detach()
+        self.unwrap(module)
+        self.session.cache.forget()
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _BeforeForward) and hook.session is self.session:
                 module._forward_pre_hooks.pop(key)
@@ -210,6 +219,8 @@ class Handle:
                     notes["context parallelism is enabled, the stock processor runs"] += 1
                 elif processor._attention_backend is not None:
                     notes["an attention backend is set, served layers do not use it"] += 1
+            if self._config.cache is not None and not root.hooked:
+                notes[f"no cache: {NO_STEPS}"] += len(root.session.layers)
             replaced = len(root.session.layers) - len(processors)
             if root.session.active and root.module() is not None and replaced:
                 notes["the processor was replaced by another one after accelerate()"] += replaced
@@ -217,7 +228,10 @@ class Handle:
 
     def reconfigure(self, config: Any) -> Handle:
         """Use another configuration from the next call on; takes what ``accelerate`` takes. Returns this handle."""
-        self._config = Config.of(config)
+        settings = Config.of(config)
+        for root in self.roots:
+            root.check_cache(settings)
+        self._config = settings
         for root in self.roots:
             root.session.reconfigure(self._config)
             root.wrap()

@@ -122,13 +122,13 @@ def test_unknown_step_is_computed() -> None:
 
     cache, calls = OutputCache(), []
 
-    def stock(x: Tensor) -> tuple[Tensor]:
-        calls.append(x)
-        return (x + 1,)
+    def stock() -> tuple[Tensor]:
+        calls.append(1)
+        return (torch.ones(2),)
 
     for _ in range(3):
         with torch.no_grad():
-            cache.run(POLICY, StepContext(), stock, {"x": torch.ones(2)})
+            cache.run(POLICY, StepContext(), stock, {})
     assert len(calls) == 3 and cache.nbytes == 0
 
 
@@ -137,7 +137,7 @@ def test_a_transformer_with_several_outputs_is_refused() -> None:
     from vdit_fast.context import StepContext
 
     with torch.no_grad(), pytest.raises(RuntimeError, match="one output tensor"):
-        OutputCache().run(POLICY, StepContext(step=0), lambda x: (x, x), {"x": torch.ones(2)})
+        OutputCache().run(POLICY, StepContext(step=0), lambda: (torch.ones(2), torch.ones(2)), {})
 
 
 def test_copies_and_pickles() -> None:
@@ -188,6 +188,82 @@ def test_other_wrappers_of_forward_stay_alive() -> None:
     assert log.count("after") == 5 and log.count("before") == 5
 
 
+def test_a_wrapper_that_goes_takes_the_cache_along_for_two_steps() -> None:
+    model, inputs = tiny.wan()
+    own = type(model).forward
+
+    def offload() -> None:  # what CPU offloading does before every run, and takes back after it
+        model.forward = lambda *args, **kwargs: own(model, *args, **kwargs)
+
+    offload()
+    handle = accelerate(model, Config(cache=POLICY))
+    generate(model, inputs)
+    assert handle.stats()["cache"]["forecast"] == {2: 1, 4: 1}
+    for count in (2, 3):
+        offload()
+        generate(model, inputs)
+        # step 0 ran without the wrapper, step 1 noticed; steps 2 and 3 are the first that the cache sees
+        assert handle.stats()["cache"]["forecast"] == {2: 1, 4: count}
+
+
+def test_reconfigure_under_another_wrapper_forecasts_the_same() -> None:
+    model, inputs = tiny.wan()
+    stock = generate(model, inputs)
+    handle = accelerate(model, Config(cache=POLICY))
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    for _ in range(2):
+        handle.reconfigure(Config(cache=POLICY))
+        for mine, want in zip(generate(model, inputs), expected(stock), strict=True):
+            assert tiny.relative(mine, want) < 1e-5
+    assert sum(handle.stats()["cache"]["full"].values()) == 3
+
+
+def test_outputs_may_be_written_to() -> None:
+    model, inputs = tiny.wan()
+    stock = generate(model, inputs)
+    accelerate(model, Config(cache=POLICY))
+    for t, want in zip(TIMES, expected(stock), strict=True):
+        out = tiny.run(model, tiny.at(inputs, t))
+        assert tiny.relative(out, want) < 1e-5
+        out.mul_(3.0)
+
+
+def test_a_direct_call_of_forward_is_computed() -> None:
+    model, inputs = tiny.wan()
+    stock = generate(model, inputs)
+    accelerate(model, Config(cache=POLICY))
+    for t in TIMES[:3]:  # the last one is a forecast
+        tiny.run(model, tiny.at(inputs, t))
+    with torch.no_grad():
+        direct = model.forward(**tiny.at(inputs, TIMES[4]))[0]
+    assert tiny.relative(direct, stock[4]) < 1e-5
+
+
+def test_a_wrapper_without_names_gets_positional_arguments() -> None:
+    model, inputs = tiny.wan()
+    stock = generate(model, inputs)
+    inner = model.forward
+    model.forward = lambda *a, **k: inner(*a, **k)
+    accelerate(model, Config(cache=POLICY))
+    with torch.no_grad():
+        got = [model(inputs["hidden_states"], torch.full((1,), t), inputs["encoder_hidden_states"])[0] for t in TIMES]
+    for mine, want in zip(got, expected(stock), strict=True):
+        assert tiny.relative(mine, want) < 1e-5
+
+
+def test_handles_leave_each_other_alone() -> None:
+    model, inputs = tiny.wan()
+    first = accelerate(model, Config(cache=POLICY))
+    generate(model, inputs)
+    first.remove()
+    assert first.stats()["cache"]["nbytes"] == 0 and first.stats()["cache"]["forecast"] == {2: 1, 4: 1}
+    second = accelerate(model, Config(cache=POLICY))
+    first.remove()
+    generate(model, inputs)
+    assert second.stats()["cache"]["forecast"] == {2: 1, 4: 1}
+
+
 def test_reconfigure_switches_the_cache() -> None:
     model, inputs = tiny.wan()
     stock = generate(model, inputs)
@@ -218,8 +294,13 @@ def test_both_experts_keep_their_own_history() -> None:
 def test_wrong_places() -> None:
     model, _ = tiny.wan()
     with pytest.raises(RuntimeError, match="accelerate the whole transformer"):
-        accelerate(model.blocks[0], Config(cache=POLICY))
+        accelerate(model.blocks[0], Config(cache=POLICY, on_unsupported="error"))
     assert not tiny.served(model)
+    handle = accelerate(model.blocks[0], Config(cache=POLICY))
+    assert "no cache" in handle.report() and "forward" not in model.blocks[0].__dict__
+    with pytest.raises(RuntimeError, match="accelerate the whole transformer"):
+        handle.reconfigure(Config(cache=POLICY, on_unsupported="error"))
+    assert handle.config == Config(cache=POLICY)  # not half applied
     with pytest.raises(TypeError, match="cache must be a cache policy"):
         Config(cache=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cache"):

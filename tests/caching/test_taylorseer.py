@@ -22,6 +22,7 @@ def feed(policy: TaylorSeer, steps: list[int], f: Any) -> Stream:
     stream = Stream()
     for step in steps:
         policy.update(stream, step, f(step))
+    stream.first = steps[0]
     return stream
 
 
@@ -76,8 +77,11 @@ def test_factors_are_fp32_and_own_their_memory() -> None:
     policy, x = paper(), torch.randn(4)
     stream = feed(policy, [0, 1], lambda _: x)
     result = policy.forecast(stream, 2)
+    kept = result.clone()
     result.zero_()
     assert not torch.equal(policy.forecast(stream, 2), result)
+    x.zero_()  # what the caller does with an output must not reach the history
+    assert torch.equal(policy.forecast(stream, 2), kept)
     half = feed(policy, [0], lambda _: x.bfloat16())
     assert half.factors[0].dtype == torch.float32
 
@@ -88,6 +92,7 @@ def computed(policy: TaylorSeer, total: int | None, steps: int) -> list[int]:
         if policy.decide(StepContext(step=step, num_steps=total), stream) is not None:
             found.append(step)
             policy.update(stream, step, torch.ones(1))
+            stream.first = found[0]
     return found
 
 
@@ -104,18 +109,19 @@ def test_schedules() -> None:
 def test_reasons() -> None:
     policy = paper(first_full=2, last_full=1)
     here = StepContext(step=3, num_steps=9)
-    full = feed(policy, [2], lambda _: torch.ones(1))
+    full = feed(policy, [1, 2], lambda _: torch.ones(1))
     assert policy.decide(here, full) is None
     for step, stream, reason in (
         (replace(here, step=-1), full, "unknown"),
-        (replace(here, step=1), full, "first 2"),
+        (here, feed(policy, [2], lambda _: torch.ones(1)), "first 2"),  # of those that this transformer sees
         (replace(here, step=8), full, "last 1"),
-        (here, Stream(), "nothing"),
         (replace(here, step=4), full, "interval 2"),
-        (replace(here, step=2), full, "not later"),
+        (here, feed(policy, [1, 3], lambda _: torch.ones(1)), "not later"),
     ):
         found = policy.decide(step, stream)
         assert found is not None and reason in found
+    found = paper(first_full=0).decide(here, Stream())
+    assert found is not None and "nothing" in found
 
 
 def test_mapping_form() -> None:

@@ -86,7 +86,7 @@ def test_operator_and_reference_agree(dtype: torch.dtype, batch: int) -> None:
         plan = clusters(seed, batch, 4, 70, 90, 6)
         q, k, v = tensors(seed, batch, 4, 2, 70, 90, dtype)
         kv_len = torch.tensor([90, 31])[:batch] if seed % 2 else None
-        rho = torch.rand(batch, 4, 70) if seed > 1 else None
+        rho = torch.rand(batch, 4, 70, generator=torch.Generator().manual_seed(seed)) if seed > 1 else None
         segments = [tuple(x[:, :5] * 0.5 for x in (k, v))] if seed == 3 else None
         got, lse = vdit_fast.attention(q, k, v, plan, kv_len=kv_len, row_scale=rho, segments=segments, return_lse=True)
         more = None if segments is None else [tuple(x.double() for x in pair) for pair in segments]
@@ -109,9 +109,11 @@ def test_equal_keys_and_values_in_a_block_make_it_exact() -> None:
 
 def test_better_than_dropping_and_exact_with_a_full_map() -> None:
     q, k, v = tensors(2, 1, 2, 2, 64, 64)
-    k = k + 0.5 * torch.randn(1, 8, 1, 2, D).expand(1, 8, 8, 2, D).reshape(1, 64, 2, D)
+    generator = torch.Generator().manual_seed(2)
+    shared = torch.randn(2, 1, 8, 1, 2, D, generator=generator).expand(2, 1, 8, 8, 2, D).reshape(2, 1, 64, 2, D)
+    k, v = 0.5 * k + shared[0], 0.5 * v + shared[1]  # tokens of a block resemble each other
     dense = vdit_fast.attention(q, k, v)
-    keep = torch.rand(8, 8) < 0.3
+    keep = torch.rand(8, 8, generator=generator) < 0.3
     errors = [
         float((vdit_fast.attention(q, k, v, AttentionPlan.from_block_mask(keep, 8, 8, compensate=c)) - dense).norm())
         for c in (False, True)
@@ -125,7 +127,7 @@ def test_gradients() -> None:
     plan = clusters(5, 2, 2, 20, 30, 4)
     leaves = [x.requires_grad_() for x in tensors(5, 2, 2, 1, 20, 30)]
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    upstream = torch.randn(2, 20, 2, D)
+    upstream = torch.randn(2, 20, 2, D, generator=torch.Generator().manual_seed(6))
     kv_len = torch.tensor([30, 17])
     found = torch.autograd.grad(vdit_fast.attention(*leaves, plan, kv_len=kv_len), leaves, upstream)
     wanted = torch.autograd.grad(reference.attention(*exact, plan, kv_len=kv_len), exact, upstream.double())
@@ -166,3 +168,23 @@ def test_negative_and_odd_scales() -> None:
         got = vdit_fast.attention(q, k, v, plan, scale=scale)
         want = reference.attention(q.double(), k.double(), v.double(), plan, scale=scale)
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_empty_rows_stay_empty_and_extreme_scales_stay_finite() -> None:
+    plan = clusters(4, 2, 2, 20, 30, 4)
+    q, k, v = tensors(4, 2, 2, 2, 20, 30)
+    kv_len = torch.tensor([30, 0])
+    for attend in (vdit_fast.attention, reference.attention):
+        out, lse = attend(q, k, v, plan, kv_len=kv_len, return_lse=True)
+        assert bool((out[1] == 0).all()) and bool((lse[1] == -math.inf).all()) and bool(lse[0].isfinite().all())
+    half = [x.half() for x in (q, k, v)]
+    for scale in (1e-6, 1e-4, 30.0):
+        got = vdit_fast.attention(*half, plan, scale=scale)
+        want = reference.attention(*(x.double() for x in half), plan, scale=scale)
+        assert float((got.double() - want).norm() / want.norm()) < 4e-3
+
+
+def test_an_empty_batch() -> None:
+    plan = AttentionPlan.from_block_mask(torch.eye(4, dtype=torch.bool), 8, 8, compensate=True)
+    q, k, v = (x[:0] for x in tensors(0, 1, 1, 1, 32, 32))
+    assert vdit_fast.attention(q, k, v, plan).shape == (0, 32, 1, D)

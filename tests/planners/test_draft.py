@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vdit_fast
 from vdit_fast.planners import Draft
 from vdit_fast.planners._tokens import cut, pool, tiling, video_tokens
 from vdit_fast.planners.draft import select
@@ -231,3 +232,19 @@ def test_any_shape_gives_a_valid_plan_without_empty_rows(grid, size, text, text_
     assert mask[..., ctx.text_slice].all() and mask[:, :, ctx.text_slice].all()
     video = mask[..., ctx.video_slice]
     assert video[..., : sinks * grid[1] * grid[2]].all()
+
+
+@pytest.mark.parametrize(("text", "text_first"), [(0, False), (5, False), (5, True)])
+def test_compensate_reads_means_of_dropped_video_patches_only(context, text, text_first) -> None:
+    ctx = context((2, 4, 8), text, text_first=text_first)
+    q, k, v = torch.randn(3, 1, ctx.num_tokens, 2, 16).unbind(0)
+    plain = Draft(pool=(2, 4), sparsity=0.6).plan(q, k, ctx)
+    plan = Draft(pool=(2, 4), sparsity=0.6, compensate=True).plan(q, k, ctx).validate()
+    assert plan.stand_ins is not None and torch.equal(plan.to_mask(), plain.to_mask())
+    order, lengths = plan.stand_ins.kv_order[0, 0].long(), plan.stand_ins.lengths[0, 0]
+    read = plain.to_mask()[..., order].split(lengths.tolist(), -1)
+    skipped = torch.stack([~block.any(-1) for block in read], -1)
+    assert torch.equal(plan.stand_ins.plan.to_mask().expand_as(skipped), skipped)
+    torch.testing.assert_close(
+        vdit_fast.attention(q, k, v, plan), vdit_fast.reference.attention(q, k, v, plan), rtol=1e-4, atol=1e-5
+    )

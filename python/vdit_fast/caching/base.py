@@ -23,6 +23,8 @@ REGISTRY: dict[str, type[CachePolicy]] = {}
 class Stream:
     """What is remembered of one stream of outputs: one guidance branch of one transformer in one generation."""
 
+    first: int = -1
+    """Step of the first computed output, -1 before it."""
     step: int = -1
     """Step of the last computed output, -1 before the first."""
     factors: list[Tensor] = field(default_factory=list)
@@ -37,7 +39,8 @@ class CachePolicy(ABC):
 
     Common knobs:
         first_full: an int n computes the first n steps; a float in [0, 1) the first floor(first_full · steps). Early
-            steps decide what the clip shows.
+            steps decide what the clip shows. They count from the first step that the transformer sees: the second
+            expert of Wan 2.2 and video-to-video begin later in the schedule.
         last_full: the last n steps are computed (known only with a scheduler).
         interval: after ``first_full``, every interval-th step is computed and those between are forecast; 1 computes
             all.
@@ -78,7 +81,8 @@ class CachePolicy(ABC):
         first = self.first_full
         if isinstance(first, float):
             first = math.floor(first * (total or 0) + 1e-9)  # 0.29 * 100 is 28.999999999999996 in binary
-        if step.step < first:
+        begin = stream.first if stream.first >= 0 else step.step
+        if step.step - begin < first:
             return f"one of the first {first} steps"
         if total is not None and step.step >= total - self.last_full:
             return f"one of the last {self.last_full} steps"

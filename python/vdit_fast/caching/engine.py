@@ -38,10 +38,14 @@ class OutputCache:
         held = (factor for _, stream, _ in self._streams.values() for factor in stream.factors)
         return sum(factor.numel() * factor.element_size() for factor in held)
 
+    def forget(self) -> None:
+        """Release what is held; the counts stay."""
+        self._streams.clear()
+
     def run(
-        self, policy: CachePolicy, step: StepContext, stock: Callable[..., Output], arguments: dict[str, Any]
+        self, policy: CachePolicy, step: StepContext, stock: Callable[[], Output], arguments: dict[str, Any]
     ) -> Output:
-        """The output of ``stock(**arguments)``, computed or forecast."""
+        """The output of ``stock()``, computed or forecast; ``arguments`` are those of the transformer, by name."""
         if step.generation != self._generation:
             self._generation = step.generation
             self._streams.clear()
@@ -57,7 +61,7 @@ class OutputCache:
             self.forecasts[step.step] += 1
             return rebuild(policy.forecast(stream, step.step))
         self.full[reason] += 1
-        output = stock(**arguments)
+        output = stock()
         if recording or step.step < 0:
             return output
         found = _single_tensor(output)
@@ -70,6 +74,8 @@ class OutputCache:
         if step.step <= stream.step:  # the same step again: an inner loop, which starts its history anew
             stream = Stream()
         policy.update(stream, step.step, tensor.detach())
+        if stream.first < 0:
+            stream.first = step.step
         self._streams[key] = (call, stream, rebuild)
         return output
 
@@ -111,7 +117,7 @@ class CachedForward:
         self._module = weakref.ref(module)
         self._session = session
         self._inner = module.__dict__.get("forward")  # another library's wrapper, e.g. one that moves weights
-        self.__signature__ = inspect.signature(module.forward)
+        self.__signature__ = inspect.signature(_own_forward(module))
 
     @property
     def stock(self) -> Callable[..., Output]:
@@ -123,18 +129,21 @@ class CachedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Output:
         session = self._session
         policy, forward = session.config.cache, session.forward
-        if not session.active or policy is None or forward is None:
+        # A forward that was seen has passed a second wrapper, or there was no pre-hook: `forward` was called directly.
+        if not session.active or policy is None or forward is None or forward.cached:
             return self.stock(*args, **kwargs)
+        forward.cached = True
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 f"the cache policy {policy.name!r} cannot run inside a compiled transformer; compile its blocks "
                 "(compile_repeated_blocks) instead of the whole, or set cache to null in the configuration"
             )
-        arguments = dict(self.__signature__.bind(*args, **kwargs).arguments)
-        for name, parameter in self.__signature__.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                arguments |= arguments.pop(name, {})
-        return session.cache.run(policy, forward.step, self.stock, arguments)
+        arguments = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
+        return session.cache.run(policy, forward.step, lambda: self.stock(*args, **kwargs), arguments)
+
+    def of(self, session: Session) -> bool:
+        """Whether this is the wrapper of that session."""
+        return self._session is session
 
     def attach(self) -> None:
         """Become the module's ``forward``."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .base import CachePolicy, Stream
@@ -44,7 +45,7 @@ class TaylorSeer(CachePolicy):
 
     def update(self, stream: Stream, step: int, output: Tensor) -> None:
         distance = step - stream.step
-        found = [output.float()]
+        found = [output.to(torch.float32, copy=True)]  # the caller may write to its output
         for old in stream.factors[: self.order]:
             found.append((found[-1] - old) / distance)
         stream.step, stream.factors = step, found

@@ -67,6 +67,8 @@ class Forward:
 
     geometry: Geometry | None
     step: StepContext
+    cached: bool = False
+    """Whether the cache policy's wrapper has seen it: a wrapper acts once per forward."""
     plans: dict[int, Any] = field(default_factory=dict)
     """Plans by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
 

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vdit_fast.plan.stand_ins import NEVER
+
 from .merge import merge
 
 if TYPE_CHECKING:
     from vdit_fast.plan.stand_ins import StandIns
 
+LARGEST = 6e4  # of fp16
 _EXTRA = 8  # further head dimensions that carry the weights; keeps rows a multiple of 16 bytes
 
 
@@ -43,8 +46,8 @@ def add_stand_ins(
     if dim + _EXTRA > 256:
         raise ValueError(f"head dim is {dim}; with stand-ins at most {256 - _EXTRA} are supported")
     keys, values, weight = stand_ins.means(k, v, kv_len)
-    factor = 2.0 ** round(-math.log2(abs(scale)))
-    exact = (weight / (scale * factor)).transpose(1, 2)[..., None]
+    factor = 2.0 ** min(round(-math.log2(abs(scale))), 14)  # within fp16
+    exact = (weight / (scale * factor)).transpose(1, 2)[..., None].clamp(-LARGEST, LARGEST)
     high = exact.to(q.dtype)
     low = (exact - high.to(exact.dtype)).to(q.dtype)
     ones = q.new_full((1, 1, 1, 2), factor)
@@ -53,4 +56,5 @@ def add_stand_ins(
     wide_k = torch.nn.functional.pad(wide_k, (0, _EXTRA - 2))
     wide_v = torch.nn.functional.pad(values.to(q.dtype), (0, _EXTRA))
     rest, rest_lse = attend(wide_q, wide_k, wide_v, stand_ins.plan, scale=scale, return_lse=True)
-    return merge([out, rest[..., :dim]], [lse, rest_lse])
+    nothing = rest_lse < NEVER / 2  # only stand-ins of blocks without tokens: an empty row stays one
+    return merge([out, rest[..., :dim]], [lse, rest_lse.masked_fill(nothing, -torch.inf)])

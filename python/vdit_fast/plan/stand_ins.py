@@ -62,8 +62,10 @@ class StandIns:
             """[B, heads, lk, n] in original order → [B, heads, blocks, n]."""
             if rows is not None:
                 x = x.gather(2, rows.expand(-1, -1, -1, x.shape[-1]))
-            flat = torch.segment_reduce(x.flatten(0, 2).contiguous(), "sum", lengths=lengths, axis=0, initial=0)
-            return flat.view(batch, heads, blocks, -1)
+            flat = torch.segment_reduce(
+                x.flatten(0, 2).contiguous(), "sum", lengths=lengths, axis=0, unsafe=True, initial=0
+            )  # checking would wait for the GPU
+            return flat.view(batch, heads, blocks, x.shape[-1])
 
         valid: Tensor | None = None
         count = lengths.view(batch, heads, blocks).to(dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..plan import AttentionPlan
+from ..plan.stand_ins import NEVER
 
 
 def attention(
@@ -68,6 +69,7 @@ def attention(
         extra = torch.zeros(batch, heads, mask.shape[-1], dtype=dtype, device=q.device)
         bias = torch.cat((extra, log_count.to(dtype).repeat_interleave(groups, 1)), -1)[:, :, None]
         reads = stand_ins.plan.to_mask().expand(batch, heads, lq, mean_k.shape[1])
+        reads = reads & (bias[..., mask.shape[-1] :] > NEVER / 2)  # a block without tokens has no stand-in
         mask = torch.cat((mask, reads), -1)
 
     queries = q.to(dtype).transpose(1, 2)  # [B, H, Lq, D]
