@@ -68,8 +68,9 @@ def test_a_clip_a_report_and_a_comparison(model: Path, run_json: Callable[..., A
     assert film.shape == (9, 3, 32, 48) and document["clip"] == [9, 3, 32, 48]
     assert document["pipeline"] == "WanPipeline" and document["settings"]["num_inference_steps"] == 3
     layers = document["report"]["layers"]
-    assert len(layers) == 2 and all(layer["calls"] == 6 for layer in layers)  # 3 steps, two guidance branches
-    assert [layer["sparse_calls"] for layer in layers] == [0, 4]  # layer 0 and step 0 stay dense
+    assert document["report"]["cache"]["forecast"] == {"1": 2}  # of 3 steps the second, in two guidance branches
+    assert len(layers) == 2 and all(layer["calls"] == 4 for layer in layers)
+    assert [layer["sparse_calls"] for layer in layers] == [0, 2]  # layer 0 and step 0 stay dense
     assert not any(layer["fallbacks"] for layer in layers)
     assert document["seconds"] > 0 and document["stock_seconds"] > 0
     assert float(document["quality"]["psnr"]) > 15  # another plan than dense, but the same clip
