@@ -79,7 +79,8 @@ struct Call {
   void set_plan(const Tensor& q, const Tensor& k, const Optional& tiles, const Optional& run_ptr, const Optional& runs,
                 const Optional& mask_bits, const Optional& q_order, const Optional& kv_order, int64_t plan_batch,
                 int64_t plan_heads) {
-    if (!check_plan_lists(q, tiles, run_ptr, runs, mask_bits, q_order, kv_order)) {
+    const bool given = check_plan_lists(q, tiles, run_ptr, runs, mask_bits, q_order, kv_order);
+    if (!given || !tiles || !run_ptr || !runs) {
       dense.emplace(q.size(1), k.size(1));
       params.plan = dense->view();
       return;

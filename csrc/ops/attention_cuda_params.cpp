@@ -128,7 +128,8 @@ gpu::AttentionParams cuda_params(const Tensor& q, const Tensor& k, const Tensor&
   p.lk = int32_t(k.size(1));
   p.dtype = kernel_dtype(q, "attention: q");
   p.scale = checked_scale(scale);
-  if (check_plan_lists(q, tiles, run_ptr, runs, mask_bits, q_order, kv_order)) {
+  const bool given = check_plan_lists(q, tiles, run_ptr, runs, mask_bits, q_order, kv_order);
+  if (given && tiles && run_ptr && runs) {
     p.plan = plan_of(q, k, *tiles, *run_ptr, *runs, mask_bits, q_order, kv_order, plan_batch, plan_heads);
   } else {
     p.plan.batch = p.plan.heads = 1;
