@@ -94,9 +94,9 @@ class Config:
 
     def __post_init__(self) -> None:
         planner = self.attention
-        if planner is not None and not (callable(getattr(planner, "plan", None)) and hasattr(planner, "decide")):
+        if planner is not None and not (callable(getattr(planner, "plan", None)) and hasattr(planner, "decision")):
             raise TypeError(
-                f"attention must be a planner with decide() and plan(), or None, got {type(planner).__name__}: "
+                f"attention must be a planner with plan() and decision(), or None, got {type(planner).__name__}: "
                 f"{planner!r}; use Config.from_dict for the mapping form"
             )
         if planner is not None and dataclasses.is_dataclass(planner):

@@ -31,6 +31,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
                     "sparse_calls": ledger.sparse_calls,
                     "density": [by_step.get(step) for step in range(last + 1)],
                     "mean_density": ledger.mean_density(),
+                    "head_density": ledger.head_density(),
                     "plan_seconds": ledger.plan_time.seconds,
                     "attention_seconds": ledger.attention_time.seconds,
                     "dense": dict(ledger.dense),

@@ -6,10 +6,9 @@ import time
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from vdit_fast.planners.base import Planner
+from vdit_fast.planners.base import Decision, Planner
 
 if TYPE_CHECKING:
     from vdit_fast.context import LayerContext
@@ -52,11 +51,16 @@ class Recorder(Planner):
         return self.inner.decide(ctx)
 
     def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
+        return self.inner.plan(q, k, ctx)
+
+    def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
         start = time.perf_counter()
-        plan = self.inner.plan(q, k, ctx)
+        decision = self.inner.decision(q, k, v, ctx)
         seconds = time.perf_counter() - start
-        density = torch.as_tensor(plan.density_per_head).float().mean(0).expand(q.size(2)).tolist()
-        self.calls.append(PlannedCall(ctx.step.step, ctx.step.branch, ctx.layer, density, seconds))
-        if ctx.layer == self.keep_layer and ctx.step.branch == 0:
-            self.plans.append((ctx.step.step, plan))
-        return plan
+        plan = decision.plan
+        if plan is not None:
+            density = plan.density_per_head.float().mean(0).expand(q.size(2)).tolist()
+            self.calls.append(PlannedCall(ctx.step.step, ctx.step.branch, ctx.layer, density, seconds))
+            if ctx.layer == self.keep_layer and ctx.step.branch == 0:
+                self.plans.append((ctx.step.step, plan))
+        return decision

@@ -85,16 +85,26 @@ class LayerLedger:
         kind[reason if reason in kind or len(kind) < _MAX_REASONS else "other reasons"] += 1
 
     def add_density(self, step: int, density: float | torch.Tensor) -> None:
-        """Add one call's density; a device tensor is summed on the device, without reading it."""
+        """Add one call's density, for all heads or [H]; a device tensor is summed on the device, without reading it."""
         total = self._density.setdefault(step, [0.0, 0])
         total[0] = total[0] + density
         total[1] += 1
 
     def density(self) -> dict[int, float]:
         """Mean density per step over calls, branches and generations; step -1 collects calls of an unknown step."""
-        return {step: float(total) / calls for step, (total, calls) in sorted(self._density.items())}
+        return {step: _mean(total) / calls for step, (total, calls) in sorted(self._density.items())}
+
+    def head_density(self) -> list[float]:
+        """Mean density of every head over all calls; one number when the heads never differed, [] before a call."""
+        calls = sum(calls for _, calls in self._density.values())
+        totals = [torch.as_tensor(total, dtype=torch.float64).cpu().view(-1) for total, _ in self._density.values()]
+        return (torch.stack(torch.broadcast_tensors(*totals)).sum(0) / calls).tolist() if calls else []
 
     def mean_density(self) -> float | None:
         """Mean over all calls, None before the first."""
         calls = sum(calls for _, calls in self._density.values())
-        return sum(float(total) for total, _ in self._density.values()) / calls if calls else None
+        return sum(_mean(total) for total, _ in self._density.values()) / calls if calls else None
+
+
+def _mean(total: float | torch.Tensor) -> float:
+    return float(total.mean()) if isinstance(total, torch.Tensor) else total

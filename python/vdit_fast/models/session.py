@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from vdit_fast.models.kernels import dense_attention, missing_kernel
 from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.ops.attention import attention
+from vdit_fast.planners.base import Decision
 
 __all__ = ["Forward", "Geometry", "Session", "session_by_id"]
 
@@ -43,6 +44,18 @@ def session_by_id(number: int) -> Session:
 def _sample(q: Tensor) -> Tensor:
     """Some of q's values, by which a forward is known again: running a block again gives the same bits."""
     return q.detach()[:, :: max(1, q.shape[1] // 16), :, 0].clone()
+
+
+def _execute(decision: Decision, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> Tensor:
+    """The attention call that a planner decided on."""
+    options: dict[str, Any] = {"row_scale": decision.row_scale, "kv_len": kv_len}
+    if decision.observe is None:
+        out = cast(Tensor, attention(q, k, v, decision.plan, **options))
+    else:
+        out, lse = attention(q, k, v, decision.plan, **options, return_lse=True)
+        with torch.no_grad():
+            decision.observe(out.detach(), lse.detach())
+    return out if decision.residual is None else out + decision.residual
 
 
 @dataclass(frozen=True)
@@ -69,8 +82,8 @@ class Forward:
     step: StepContext
     cached: bool = False
     """Whether the cache policy's wrapper has seen it: a wrapper acts once per forward."""
-    plans: dict[int, Any] = field(default_factory=dict)
-    """Plans by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
+    decisions: dict[int, tuple[Decision, Tensor | None]] = field(default_factory=dict)
+    """Decisions by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
 
 
 class Session:
@@ -151,50 +164,53 @@ class Session:
             # forward has begun since. The anchor (a tensor made once per forward) says which forward it was.
             if torch._C._current_graph_task_id() != -1:
                 forward = self._anchors.get(anchor, forward) if anchor is not None else forward
-                if forward is not None and layer in forward.plans:
-                    plan, seen = forward.plans[layer]
-                    if plan is not None and not torch.equal(seen, _sample(q)):
+                if forward is not None and layer in forward.decisions:
+                    decision, seen = forward.decisions[layer]
+                    if seen is not None and not torch.equal(seen, _sample(q)):
                         raise RuntimeError(
                             "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
                             "backward before the next forward, or train with dense attention (config 'exact')"
                         )
-                    return cast(Tensor, attention(q, k, v, plan, kv_len=kv_len))
+                    return _execute(replace(decision, observe=None), q, k, v, kv_len)
             elif anchor is not None and forward is not None:
                 self._anchors[anchor] = forward
         begin = stamp(q.device)
-        plan = self._plan(ledger, forward, q, k, kv_len)
+        decision = self._decide(ledger, forward, q, k, v, kv_len)
         middle = stamp(q.device)
-        out = cast(Tensor, attention(q, k, v, plan, kv_len=kv_len))
+        out = _execute(decision, q, k, v, kv_len)
         end = stamp(q.device)
         ledger.calls += 1
         ledger.attention_time.add(middle, end)
-        if plan is not None:
-            ledger.sparse_calls += 1
+        if self.config.attention is not None:
             ledger.plan_time.add(begin, middle)
+        if decision.plan is not None:
+            ledger.sparse_calls += 1
         ledger.add_density(
             forward.step.step if forward is not None else -1,
-            1.0 if plan is None else plan.density_per_head.mean(),
+            1.0 if decision.plan is None else decision.plan.density_per_head.mean(0),
         )
         if grad and forward is not None:
-            forward.plans[layer] = plan, None if plan is None else _sample(q)
+            forward.decisions[layer] = decision, None if decision.plan is None else _sample(q)
         return out
 
-    def _plan(self, ledger: LayerLedger, forward: Forward | None, q: Tensor, k: Tensor, kv_len: Tensor | None) -> Any:
+    def _decide(
+        self, ledger: LayerLedger, forward: Forward | None, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None
+    ) -> Decision:
         planner = self.config.attention
         if planner is None:
-            return None
+            return Decision()
         context, problem = self._context(ledger, forward, q, kv_len)
         if context is None:
             self.fall_back(ledger.layer, problem, served_dense=True)
-            return None
-        reason = planner.decide(context)
-        if reason is not None:
+            return Decision(reason=problem)
+        with torch.no_grad():
+            decision = planner.decision(q.detach(), k.detach(), v.detach(), context)
+        if decision.plan is None:
+            reason = decision.reason or "the planner keeps it dense"
             ledger.count(ledger.dense, reason)
             if self.config.verbose:
                 self._tell(logging.INFO, f"{ledger.name} runs dense: {reason}")
-            return None
-        with torch.no_grad():
-            return planner.plan(q.detach(), k.detach(), context)
+        return decision
 
     def _context(
         self, ledger: LayerLedger, forward: Forward | None, q: Tensor, kv_len: Tensor | None

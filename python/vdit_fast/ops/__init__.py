@@ -1,6 +1,21 @@
 """Typed Python faces of the compiled operators, with their fake and autograd registrations."""
 
 from .attention import attention
+from .blocks import block_mass, block_mean, score_lse
+from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .merge import merge
+from .select import select_top_k, select_top_p
 
-__all__ = ["attention", "merge"]
+__all__ = [
+    "attention",
+    "block_mass",
+    "block_mean",
+    "counting_sort",
+    "kmeans",
+    "kmeans_assign",
+    "merge",
+    "permute_tokens",
+    "score_lse",
+    "select_top_k",
+    "select_top_p",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,26 @@ if TYPE_CHECKING:
 
 REGISTRY: dict[str, type[Planner]] = {}
 """Every planner class by its `name`; a subclass with a name enters it when it is defined."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What one attention call does: ``out = attention(q, k, v, plan, row_scale=row_scale) + residual``.
+
+    Attributes:
+        plan: which keys are read; None: all of them.
+        reason: why the call is dense, one line for the report; None for a sparse call.
+        row_scale: fp32 ``[B, H, N]`` factors of the output's rows, or None.
+        residual: ``[B, N, H, D]`` added to the output, or None.
+        observe: called with the output ``[B, N, H, D]`` (before ``residual``) and its log-sum-exp fp32 ``[B, H, N]``,
+            without gradient: for methods that learn from a call what the next ones need.
+    """
+
+    plan: AttentionPlan | None = None
+    reason: str | None = None
+    row_scale: Tensor | None = None
+    residual: Tensor | None = None
+    observe: Callable[[Tensor, Tensor], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +131,15 @@ class Planner(ABC):
         return f"{tokens:,} tokens < min_tokens {self.min_tokens:,}" if tokens < self.min_tokens else None
 
     # ------------------------------------------------------------------ planning
+    def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
+        """What this call does: ``plan`` unless ``decide`` keeps it dense.
+
+        Methods that need more than a plan (a search in a dense call, an output scale, a residual, the values) override
+        it. Arguments as in ``plan``, and v ``[B, N, Hkv, D]``; called without gradient.
+        """
+        reason = self.decide(ctx)
+        return Decision(reason=reason) if reason is not None else Decision(self.plan(q, k, ctx))
+
     @abstractmethod
     def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
         """The plan for one attention call.

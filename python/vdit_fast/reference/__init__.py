@@ -1,6 +1,20 @@
 """Readable pure-torch twins of the operators: oracle for tests and fallback."""
 
 from .attention import attention
+from .blocks import block_mass, block_mean, score_lse
+from .clusters import counting_sort, kmeans_assign, permute_tokens
 from .merge import merge
+from .select import select_top_k, select_top_p
 
-__all__ = ["attention", "merge"]
+__all__ = [
+    "attention",
+    "block_mass",
+    "block_mean",
+    "counting_sort",
+    "kmeans_assign",
+    "merge",
+    "permute_tokens",
+    "score_lse",
+    "select_top_k",
+    "select_top_p",
+]

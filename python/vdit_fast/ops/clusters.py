@@ -1,0 +1,79 @@
+"""k-means clusters of tokens, and the order that makes them contiguous."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import clusters as reference
+from .blocks import block_mean
+
+
+def kmeans_assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """The nearest centroid of every token: argmin over c of |c|^2 - 2 x.c, in fp32, the lowest index among equals.
+
+    Args:
+        x: ``[B, N, H, D]``, float32, bfloat16 or float16, any strides with a contiguous last dimension.
+        centroids: float32 ``[B, H, C, D]``; rounded to x's dtype before they are compared.
+
+    Returns:
+        int32 ``[B, H, N]``. A token with NaN gets some label in range.
+
+    Raises:
+        RuntimeError: dtypes, shapes or devices do not fit.
+    """
+    return reference.kmeans_assign(x, centroids)
+
+
+def counting_sort(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Order that brings equal labels together, lowest label first, equal ones by position; no host synchronisation.
+
+    Args:
+        labels: int32 ``[B, H, N]`` in [0, classes); others are clamped into it.
+        classes: at least 1.
+
+    Returns:
+        order int32 ``[B, H, N]`` (position p of the sorted sequence holds token ``order[p]``) and the number of tokens
+        per label int32 ``[B, H, classes]``.
+
+    Raises:
+        RuntimeError: dtype or shape do not fit.
+    """
+    return reference.counting_sort(labels, classes)
+
+
+def permute_tokens(x: Tensor, order: Tensor, *, inverse: bool = False) -> Tensor:
+    """Tokens in permuted order: ``out[:, p] = x[:, order[p]]`` per head; with ``inverse`` back to where they were.
+
+    Args:
+        x: ``[B, N, H, D]``, any dtype of 2 or 4 bytes, any strides with a contiguous last dimension.
+        order: int32 ``[1|B, 1|H, N]``, a permutation of 0 ... N - 1.
+
+    Returns:
+        ``[B, N, H, D]`` contiguous.
+
+    Raises:
+        RuntimeError: dtypes, shapes or devices do not fit.
+    """
+    return reference.permute_tokens(x, order, inverse=inverse)
+
+
+def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lloyd's iterations from given centroids; an empty cluster keeps its centroid. No host synchronisation.
+
+    Args:
+        x: as in ``kmeans_assign``.
+        centroids: float32 ``[B, H, C, D]``.
+        iterations: at least 1.
+
+    Returns:
+        order int32 ``[B, H, N]`` and counts int32 ``[B, H, C]`` of the last assignment, and the centroids float32
+        ``[B, H, C, D]`` after it: exactly the means of the returned clusters (Sparse VideoGen2, arXiv 2505.18875).
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    for _ in range(iterations):
+        order, counts = counting_sort(kmeans_assign(x, centroids), centroids.shape[2])
+        means, _ = block_mean(x, counts, order)
+        centroids = torch.where(counts[..., None] > 0, means, centroids)
+    return order, counts, centroids
