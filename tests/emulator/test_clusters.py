@@ -72,6 +72,13 @@ def test_equal_distances_take_the_lowest_index(dim: int, classes: int) -> None:
         assert torch.equal(kmeans_assign(x, wide, policy), clusters.kmeans_assign(x.double(), centroids))
 
 
+def test_centroids_are_rounded_to_the_dtype_of_the_tokens() -> None:
+    """1 + 2^-10 is 1 in bfloat16, so both centroids are equal there, norms included."""
+    centroids = torch.tensor([[1.0 + 2**-10, 1.0], [1.0, 1.0]]).view(1, 1, 2, 2)
+    assert kmeans_assign(torch.full((1, 3, 1, 2), 2.0).bfloat16(), centroids).tolist() == [[[0, 0, 0]]]
+    assert kmeans_assign(torch.full((1, 3, 1, 2), 0.5).bfloat16(), centroids).tolist() == [[[0, 0, 0]]]
+
+
 def test_labels_of_nan_and_infinity_are_in_range() -> None:
     torch.manual_seed(0)
     x, centroids = torch.randn(1, 50, 1, 64).bfloat16(), torch.randn(1, 1, 37, 64)
@@ -82,6 +89,7 @@ def test_labels_of_nan_and_infinity_are_in_range() -> None:
     assert (labels >= 0).all() and (labels < 37).all() and (labels[0, 0, 8:] != 5).all()
     same = (clean != 5) & (torch.arange(50) != 3) & (torch.arange(50) != 7)
     assert torch.equal(labels[same], clean[same])
+    assert not kmeans_assign(x, centroids[:, :, 5:6]).any()
 
 
 def test_float32_tokens_are_refused() -> None:
@@ -152,7 +160,6 @@ LENGTHS = {
     "one long": [1, 1, 570, 0, 1],
     "part borders": [129, 127, 128, 1, 200],
     "tokens in none": [3, 300],
-    "many": [1] * 520 + [0] * 10 + [80],
 }
 
 
@@ -168,6 +175,11 @@ def test_means(lengths: list[int], dtype: torch.dtype, dim: int, kind: str) -> N
     check_means(x, sizes, policies=FOUR[:1])
     check_means(x, sizes.int(), order, torch.tensor([600, 301]))
     check_means(x, sizes.expand(2, 1, -1), order[:1], torch.tensor([0, 700], dtype=torch.int32), policies=FOUR[3:])
+
+
+def test_more_blocks_than_threads_look_at_once() -> None:
+    x = torch.randn(1, 700, 1, 24).bfloat16()
+    check_means(x, torch.tensor([[[1] * 500 + [0] * 30 + [150] + [2] * 10]]), policies=(LAZY_REVERSE, RANDOMS[2]))
 
 
 def test_means_of_different_lengths() -> None:

@@ -30,17 +30,20 @@ static inline vf load_floats(const f16* p) {
 #endif
 }
 
-// Columns [0, V * VL) of the rows at x + offset.
-template <int V, class T>
+// Columns [0, V * VL) of the rows at x + offset. Scattered rows are fetched ahead: nothing but the order tells where
+// they are.
+template <int V, bool kScattered, class T>
 inline void sum_columns(const T* x, const int64_t* offset, int n, float* sum) {
   vf acc[V];
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) acc[v] = vf{};
   for (int i = 0; i < n; ++i) {
     const T* row = x + offset[i];
-    const T* ahead = x + offset[i + kAhead < n ? i + kAhead : n - 1];
-    for (int byte = 0; byte < V * VL * int(sizeof(T)); byte += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(ahead) + byte);
+    if (kScattered) {
+      const T* ahead = x + offset[i + kAhead < n ? i + kAhead : n - 1];
+      for (int byte = 0; byte < V * VL * int(sizeof(T)); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead) + byte);
+    }
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[v] += load_floats(row + v * VL);
   }
@@ -48,15 +51,25 @@ inline void sum_columns(const T* x, const int64_t* offset, int n, float* sum) {
   for (int v = 0; v < V; ++v) store(sum + v * VL, acc[v]);
 }
 
-template <class T>
+template <bool kScattered, class T>
 void sum_rows(const T* x, const int64_t* offset, int n, int dim, float* sum) {
   int d = 0;
-  for (; d + 64 <= dim; d += 64) sum_columns<64 / VL>(x + d, offset, n, sum + d);
-  for (; d + VL <= dim; d += VL) sum_columns<1>(x + d, offset, n, sum + d);
+  for (; d + 64 <= dim; d += 64) sum_columns<64 / VL, kScattered>(x + d, offset, n, sum + d);
+  for (; d + VL <= dim; d += VL) sum_columns<1, kScattered>(x + d, offset, n, sum + d);
   for (; d < dim; ++d) {
     float s = 0.f;
     for (int i = 0; i < n; ++i) s += to_float(x[offset[i] + d]);
     sum[d] = s;
+  }
+}
+
+template <class T>
+void sum_rows(const BlockMeanParams& p, const int64_t* offset, int n, float* sum) {
+  const T* x = static_cast<const T*>(p.x.data);
+  if (p.order.data != nullptr) {
+    sum_rows<true>(x, offset, n, p.dim, sum);
+  } else {
+    sum_rows<false>(x, offset, n, p.dim, sum);
   }
 }
 
@@ -81,9 +94,9 @@ bool block_mean_part(const BlockMeanParams& p, const BlockMeanWork& work) {
     if (exists && token < valid) offset[n++] = base + token * p.x.row_stride;
   }
   switch (p.dtype) {
-    case DType::f32: sum_rows(static_cast<const float*>(p.x.data), offset, n, p.dim, work.sum); break;
-    case DType::f16: sum_rows(static_cast<const f16*>(p.x.data), offset, n, p.dim, work.sum); break;
-    case DType::bf16: sum_rows(static_cast<const bf16*>(p.x.data), offset, n, p.dim, work.sum); break;
+    case DType::f32: sum_rows<float>(p, offset, n, work.sum); break;
+    case DType::f16: sum_rows<f16>(p, offset, n, work.sum); break;
+    case DType::bf16: sum_rows<bf16>(p, offset, n, work.sum); break;
   }
   *work.counted = n;
   if (work.whole && n > 1)

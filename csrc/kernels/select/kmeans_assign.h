@@ -114,7 +114,7 @@ assign(const VD_GRID_CONST Args a) {
   int32_t label[kTiles][2];
   VD_UNROLL for (int m = 0; m < kTiles; ++m) {
     best[m][0] = best[m][1] = -INFINITY;
-    label[m][0] = label[m][1] = -2 * (lane % 4);  // index 0, until something is larger
+    label[m][0] = label[m][1] = 0;
   }
   for (int j = 0; j < stages; ++j) {
     arch::cp_async_wait<C::kStages - 2>();

@@ -14,8 +14,8 @@ def block_mean(
     """Mean of the tokens of every block, accumulated in fp32 in a fixed order.
 
     Block i holds the next ``lengths[i]`` tokens of the (permuted) sequence; tokens beyond the last block belong to
-    none. Not differentiable (plans carry no gradient). A GPU reads nothing back to check it: there lengths are clamped to
-    what is left of the sequence, and order entries outside [0, N) are left out; a CPU refuses both.
+    none. Not differentiable (plans carry no gradient). A CPU refuses lengths and orders that do not fit; a GPU reads
+    nothing back: it clamps lengths to what is left of the sequence and leaves out order entries outside [0, N).
 
     Args:
         x: ``[B, N, H, D]``, float32, bfloat16 or float16, any strides with a contiguous last dimension.
