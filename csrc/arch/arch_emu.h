@@ -117,6 +117,7 @@ VD_DEV void bar_arrive() {
 VD_DEV uint32_t shfl_xor(uint32_t v, int lane_mask) { return emu::shfl_xor(~0u, v, lane_mask); }
 VD_DEV uint32_t shfl(uint32_t v, int lane) { return emu::shfl_idx(~0u, v, lane); }
 VD_DEV uint32_t vote_ballot(bool p) { return emu::ballot(~0u, p); }
+VD_DEV uint32_t match_any(uint32_t v) { return emu::match_any(~0u, v); }
 VD_DEV bool elect_one() { return emu::elect_one(); }
 
 // ---- cp.async

@@ -123,6 +123,7 @@ VD_DEV void bar_arrive() {
 VD_DEV uint32_t shfl_xor(uint32_t v, int lane_mask) { return __shfl_xor_sync(~0u, v, lane_mask); }
 VD_DEV uint32_t shfl(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
 VD_DEV uint32_t vote_ballot(bool p) { return __ballot_sync(~0u, p); }
+VD_DEV uint32_t match_any(uint32_t v) { return __match_any_sync(~0u, v); }  // lanes that hold the same value
 
 // ---- cp.async: 16 bytes per thread, global to shared; the bytes beyond `src_bytes` become 0 and are not read
 

@@ -87,7 +87,7 @@ def test_shared_memory_widths(store: int, load: int) -> None:
 @pytest.mark.parametrize("lane_mask, lane", [(1, 0), (2, 31), (16, 7), (31, 12)])
 def test_collectives(policy: Policy, lane_mask: int, lane: int) -> None:
     data = words(3, 32).abs()
-    out, total = torch.zeros(3, 32, 4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    out, total = torch.zeros(3, 32, 5, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     run_case("collectives", [data], [out, total], [lane_mask, lane], policy)
     index = torch.arange(32)
     assert torch.equal(out[..., 0], data[:, index ^ lane_mask])
@@ -95,6 +95,8 @@ def test_collectives(policy: Policy, lane_mask: int, lane: int) -> None:
     ballot = ((data % 3 == 0).long() << index).sum(1)
     assert torch.equal(out[..., 2].long() & 0xFFFFFFFF, ballot[:, None].expand(3, 32))
     assert torch.equal(out[..., 3].sum(1), torch.ones(3, dtype=torch.long))
+    same = (data[:, :, None] % 5 == data[:, None] % 5).long()
+    assert torch.equal(out[..., 4].long() & 0xFFFFFFFF, (same << index).sum(-1))
     assert int(total) & 0xFFFFFFFF == int(data.long().sum()) & 0xFFFFFFFF
 
 

@@ -52,14 +52,15 @@ VD_KERNEL(64, 1) shared_widths(const VD_GRID_CONST Io io) {
   }
 }
 
-// out: shfl_xor, shfl, ballot and elect of every lane; a counter.
+// out: shfl_xor, shfl, ballot, elect and match of every lane; a counter.
 VD_KERNEL(96, 1) collectives(const VD_GRID_CONST Io io) {
   const uint32_t value = input<uint32_t>(io, 0)[threadIdx.x];
-  uint32_t* out = output<uint32_t>(io, 0) + threadIdx.x * 4;
+  uint32_t* out = output<uint32_t>(io, 0) + threadIdx.x * 5;
   out[0] = arch::shfl_xor(value, int(io.number[0]));
   out[1] = arch::shfl(value, int(io.number[1]));
   out[2] = arch::vote_ballot(value % 3 == 0);
   out[3] = arch::elect_one();
+  out[4] = arch::match_any(value % 5);
   arch::syncwarp();
   arch::atomic_add(output<uint32_t>(io, 1), value);
 }
