@@ -85,6 +85,11 @@ VD_DEV uint32_t lds16(uint32_t a) { return load_shared<uint16_t>(a); }
 VD_DEV uint32_t lds32(uint32_t a) { return load_shared<uint32_t>(a); }
 VD_DEV uint2 lds64(uint32_t a) { return load_shared<uint2>(a); }
 VD_DEV uint4 lds128(uint32_t a) { return load_shared<uint4>(a); }
+VD_DEV uint32_t shared_add(uint32_t a, uint32_t v) {
+  const uint32_t before = load_shared<uint32_t>(a);
+  store_shared(a, before + v);
+  return before;
+}
 
 // ---- global memory
 

@@ -95,6 +95,13 @@ VD_DEV uint4 lds128(uint32_t a) {
   return v;
 }
 
+// Returns the value before the addition.
+VD_DEV uint32_t shared_add(uint32_t a, uint32_t v) {
+  uint32_t before;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(a), "r"(v) : "memory");
+  return before;
+}
+
 // ---- global memory: plain accesses with the alignment rule of vectors made visible
 
 VD_DEV uint4 ldg128(const void* p) { return *static_cast<const uint4*>(p); }

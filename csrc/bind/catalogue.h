@@ -18,6 +18,10 @@ constexpr KernelEntry kCatalogue[] = {
     {"attention_backward", "cuda", "portable", "float16 bfloat16"},
     {"merge", "cpu", "portable", "float32 float16 bfloat16"},
     {"merge", "cuda", "portable", "float32 float16 bfloat16"},
+    {"select_top_k", "cpu", "portable", "float32"},
+    {"select_top_k", "cuda", "portable", "float32"},
+    {"select_top_p", "cpu", "portable", "float32"},
+    {"select_top_p", "cuda", "portable", "float32"},
 };
 
 }  // namespace vdit

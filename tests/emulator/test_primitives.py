@@ -98,6 +98,22 @@ def test_collectives(policy: Policy, lane_mask: int, lane: int) -> None:
     assert int(total) & 0xFFFFFFFF == int(data.long().sum()) & 0xFFFFFFFF
 
 
+def test_shared_counters(policy: Policy) -> None:
+    data = words(96)
+    found, totals = torch.zeros(96, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    run_case("shared_counters", [data], [found, totals], policy=policy)
+    wrap = 2**32
+    for slot in range(8):
+        mine = (data % 8 == slot).nonzero().flatten()
+        # In whatever order the threads came: each found the sum of those before it.
+        steps = sorted((int(found[i]) % wrap, int(data[i]) % wrap) for i in mine)
+        chain = {before: value for before, value in steps}
+        at = 0
+        for _ in steps:
+            at = (at + chain[at]) % wrap
+        assert at == int(totals[slot]) % wrap == sum(value for _, value in steps) % wrap
+
+
 def test_named_barriers(policy: Policy) -> None:
     data, out = words(5, 32).abs() % 1000, torch.zeros(3, 32, dtype=torch.int32)
     run_case("named_barriers", [data], [out], [5], policy)

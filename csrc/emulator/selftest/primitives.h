@@ -64,6 +64,17 @@ VD_KERNEL(96, 1) collectives(const VD_GRID_CONST Io io) {
   arch::atomic_add(output<uint32_t>(io, 1), value);
 }
 
+// in: words. Every thread adds its word to counter (word % 8); out: the value it found there, and the counters.
+VD_KERNEL(96, 1) shared_counters(const VD_GRID_CONST Io io) {
+  VD_SHARED(uint32_t, counter, 8);
+  const uint32_t value = input<uint32_t>(io, 0)[threadIdx.x], base = arch::smem_u32(counter);
+  if (threadIdx.x < 8) arch::sts32(base + 4 * threadIdx.x, 0);
+  arch::syncthreads();
+  output<uint32_t>(io, 0)[threadIdx.x] = arch::shared_add(base + value % 8 * 4, value);
+  arch::syncthreads();
+  if (threadIdx.x < 8) output<uint32_t>(io, 1)[threadIdx.x] = arch::lds32(base + 4 * threadIdx.x);
+}
+
 // Warp 0 fills a slot and arrives, warps 1 and 2 wait for it, reply on another barrier: `rounds` times.
 VD_KERNEL(96, 1) named_barriers(const VD_GRID_CONST Io io) {
   VD_SHARED(uint32_t, slot, 32);
