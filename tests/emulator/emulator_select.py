@@ -1,0 +1,51 @@
+"""Selection and the compilation of block maps by the emulated kernels, through the host entries of the operators."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from emulator import LAZY_FORWARD, Policy, c_policy, call, load
+
+
+class SelectParams(ctypes.Structure):
+    """``vdit::SelectParams``."""
+
+    _fields_ = [
+        ("scores", ctypes.c_void_p),
+        ("keep", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "n", "at_least")),
+        ("k_rows", ctypes.c_void_p),
+        ("k_bytes", ctypes.c_int32),
+        ("by_mass", ctypes.c_bool),
+        ("p", ctypes.c_double),
+    ]
+
+
+def select(
+    scores: Tensor,
+    at_least: int | Tensor = 1,
+    p: float | None = None,
+    policy: Policy = LAZY_FORWARD,
+) -> Tensor:
+    """``ops.select_top_k(scores, at_least)``, or with ``p`` ``ops.select_top_p(scores, p, at_least)``.
+
+    Raises:
+        EmulatorError: with policy, seed, block and thread.
+    """
+    library = load("select")
+    size = library.vdit_emu_select_params_bytes()
+    assert size == ctypes.sizeof(SelectParams), f"Python has {ctypes.sizeof(SelectParams)} bytes, C++ {size}"
+    scores = scores.contiguous()
+    keep = torch.empty(scores.shape, dtype=torch.bool)
+    rows = at_least.expand(scores.shape[:-1]).contiguous() if isinstance(at_least, Tensor) else None
+    params = SelectParams(scores.data_ptr(), keep.data_ptr(), scores.shape[:-1].numel(), scores.shape[-1])
+    params.at_least = 1 if isinstance(at_least, Tensor) else at_least
+    if rows is not None:
+        params.k_rows, params.k_bytes = rows.data_ptr(), rows.element_size()
+    params.by_mass, params.p = p is not None, p or 0.0
+    run_policy = c_policy(policy)
+    call(library.vdit_emu_select, policy, ctypes.byref(params), ctypes.byref(run_policy))
+    return keep
