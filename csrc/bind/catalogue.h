@@ -16,6 +16,8 @@ constexpr KernelEntry kCatalogue[] = {
     {"attention", "cuda", "sm_90a", "float16 bfloat16"},
     {"attention_backward", "cpu", "portable", "float32 float16 bfloat16"},
     {"attention_backward", "cuda", "portable", "float16 bfloat16"},
+    {"compile_blocks", "cpu", "portable", "bool"},
+    {"compile_blocks", "cuda", "portable", "bool"},
     {"merge", "cpu", "portable", "float32 float16 bfloat16"},
     {"merge", "cuda", "portable", "float32 float16 bfloat16"},
     {"select_top_k", "cpu", "portable", "float32"},

@@ -19,6 +19,15 @@ VD_DEV uint64_t warp_inclusive_sum(uint64_t v) {
   return v;
 }
 
+VD_DEV uint32_t warp_inclusive_sum(uint32_t v) {
+  const int lane = threadIdx.x % 32;
+  VD_UNROLL for (int step = 1; step < 32; step *= 2) {
+    const uint32_t below = arch::shfl(v, lane >= step ? lane - step : lane);
+    if (lane >= step) v += below;
+  }
+  return v;
+}
+
 // Inclusive sum over the block. `totals` has one entry per warp; calls with the same array need a barrier in between.
 VD_DEV uint64_t block_inclusive_sum(uint64_t v, uint64_t* totals) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

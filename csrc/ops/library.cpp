@@ -12,6 +12,9 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
       "plan_batch, int plan_heads, float scale, "
       "Tensor? row_scale, Tensor? kv_len, Tensor[] segment_k, Tensor[] segment_v) -> "
       "(Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+  m.def(
+      "compile_blocks(Tensor keep, Tensor q_len, Tensor kv_len, int lq, int? q_tile=None) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
   m.def("select_top_k(Tensor scores, Tensor? k_rows, int k) -> Tensor");
   m.def("select_top_p(Tensor mass, float p, int min_keep) -> Tensor");

@@ -49,3 +49,48 @@ def select(
     run_policy = c_policy(policy)
     call(library.vdit_emu_select, policy, ctypes.byref(params), ctypes.byref(run_policy))
     return keep
+
+
+class BlockMap(ctypes.Structure):
+    """``vdit::BlockMap``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keep", "q_len", "kv_len")),
+        *((name, ctypes.c_int64) for name in ("groups", "nq", "nk")),
+        *((name, ctypes.c_int32) for name in ("q_groups", "kv_groups")),
+        *((name, ctypes.c_int64) for name in ("q_tile", "tiles")),
+    ]
+
+
+class PlanLists(ctypes.Structure):
+    """``vdit::PlanLists``."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("tiles", "run_ptr", "runs")]
+
+
+def compile_blocks(
+    keep: Tensor,
+    q_len: Tensor,
+    kv_len: Tensor,
+    lq: int,
+    q_tile: int | None = None,
+    policy: Policy = LAZY_FORWARD,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``ops.compile_blocks`` as on a GPU, with capacity to spare.
+
+    Raises:
+        EmulatorError: with policy, seed, block and thread.
+    """
+    library = load("select")
+    size = library.vdit_emu_block_map_bytes()
+    assert size == ctypes.sizeof(BlockMap), f"Python has {ctypes.sizeof(BlockMap)} bytes, C++ {size}"
+    groups, nq, nk = keep.shape
+    keep, q_len, kv_len = (t.contiguous() for t in (keep, q_len, kv_len))
+    count = groups * (nq if q_tile is None else nq + lq // q_tile)
+    lists = [torch.empty(s, dtype=torch.int32) for s in ((count, 3), (count + 1,), (count * ((nk + 1) // 2), 3))]
+    pointers = (t.data_ptr() for t in (keep, q_len, kv_len))
+    block_map = BlockMap(*pointers, groups, nq, nk, len(q_len), len(kv_len), q_tile or 0, count)
+    out = PlanLists(*(t.data_ptr() for t in lists))
+    run_policy = c_policy(policy)
+    call(library.vdit_emu_compile_blocks, policy, *(ctypes.byref(x) for x in (block_map, out, run_policy)))
+    return lists[0], lists[1], lists[2]

@@ -77,6 +77,14 @@ def test_numbers() -> None:
         torch.testing.assert_close(back[:, 2 * i : 2 * i + 2], pairs.float(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_bits() -> None:
+    data = torch.cat([torch.tensor([0, 1, -1, -(2**31)], dtype=torch.int32), words(60) >> torch.arange(60) % 31])
+    out = torch.zeros(2, len(data), dtype=torch.int32)
+    run_case("bits", [data], [out], [len(data)])
+    unsigned = [int(x) % 2**32 for x in data]
+    assert out.tolist() == [[x.bit_count() for x in unsigned], [x.bit_length() - 1 for x in unsigned]]
+
+
 @pytest.mark.parametrize("store, load", list(itertools.product((2, 4, 8, 16), repeat=2)))
 def test_shared_memory_widths(store: int, load: int) -> None:
     data, out = words(64, 8), torch.zeros(64, 8, dtype=torch.int32)

@@ -20,6 +20,15 @@ VD_KERNEL(128, 1) numbers(const VD_GRID_CONST Io io) {
   }
 }
 
+// in: words. out: their popc and highest_bit.
+VD_KERNEL(128, 1) bits(const VD_GRID_CONST Io io) {
+  const int n = int(io.number[0]);
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    output<int32_t>(io, 0)[i] = arch::popc(input<uint32_t>(io, 0)[i]);
+    output<int32_t>(io, 0)[n + i] = arch::highest_bit(input<uint32_t>(io, 0)[i]);
+  }
+}
+
 // Every thread stores 32 bytes with one width and loads those of the mirrored thread with another.
 VD_KERNEL(64, 1) shared_widths(const VD_GRID_CONST Io io) {
   VD_DYN_SMEM(smem);
