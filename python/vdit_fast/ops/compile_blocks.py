@@ -37,10 +37,13 @@ def _fake(
     keep: Tensor, q_len: Tensor, kv_len: Tensor, lq: int, q_tile: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, nq, nk = keep.shape
+    tiles: int | torch.SymInt = groups * (nq if q_tile is None else nq + lq // q_tile)
+    runs: int | torch.SymInt = tiles * ((nk + 1) // 2)
     if keep.device.type == "cpu":  # as many as there are
         context = torch.library.get_ctx()
         tiles, runs = context.new_dynamic_size(), context.new_dynamic_size()
-    else:
-        tiles = groups * (nq if q_tile is None else nq + lq // q_tile)
-        runs = tiles * ((nk + 1) // 2)
-    return tuple(keep.new_empty(shape, dtype=torch.int32) for shape in ((tiles, 3), (tiles + 1,), (runs, 3)))
+
+    def ints(*shape: int | torch.SymInt) -> Tensor:
+        return keep.new_empty(shape, dtype=torch.int32)
+
+    return ints(tiles, 3), ints(tiles + 1), ints(runs, 3)
