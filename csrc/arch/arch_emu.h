@@ -47,6 +47,7 @@ VD_DEV uint32_t as_uint(float value) {
   return bits;
 }
 VD_DEV int popc(uint32_t v) { return __builtin_popcount(v); }
+VD_DEV int highest_bit(uint32_t v) { return v == 0 ? -1 : 31 - __builtin_clz(v); }
 // .ftz: subnormal inputs and results are 0.
 VD_DEV float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.f, x) : x; }
 VD_DEV float ex2(float x) { return flush(exp2f(flush(x))); }
@@ -85,6 +86,11 @@ VD_DEV uint32_t lds16(uint32_t a) { return load_shared<uint16_t>(a); }
 VD_DEV uint32_t lds32(uint32_t a) { return load_shared<uint32_t>(a); }
 VD_DEV uint2 lds64(uint32_t a) { return load_shared<uint2>(a); }
 VD_DEV uint4 lds128(uint32_t a) { return load_shared<uint4>(a); }
+VD_DEV uint32_t shared_add(uint32_t a, uint32_t v) {
+  const uint32_t before = load_shared<uint32_t>(a);
+  store_shared(a, before + v);
+  return before;
+}
 
 // ---- global memory
 

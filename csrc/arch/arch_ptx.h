@@ -28,6 +28,7 @@ using stream_t = cudaStream_t;
 VD_DEV float as_float(uint32_t bits) { return __uint_as_float(bits); }
 VD_DEV uint32_t as_uint(float value) { return __float_as_uint(value); }
 VD_DEV int popc(uint32_t v) { return __popc(v); }
+VD_DEV int highest_bit(uint32_t v) { return 31 - __clz(int(v)); }  // -1 if there is none
 
 VD_DEV float ex2(float x) {
   float y;
@@ -93,6 +94,13 @@ VD_DEV uint4 lds128(uint32_t a) {
                : "r"(a)
                : "memory");
   return v;
+}
+
+// Returns the value before the addition.
+VD_DEV uint32_t shared_add(uint32_t a, uint32_t v) {
+  uint32_t before;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(a), "r"(v) : "memory");
+  return before;
 }
 
 // ---- global memory: plain accesses with the alignment rule of vectors made visible

@@ -26,6 +26,14 @@ constexpr KernelEntry kCatalogue[] = {
     {"merge", "cuda", "portable", "float32 float16 bfloat16"},
     {"permute_tokens", "cpu", "portable", "float32 float16 bfloat16 int32 int16"},
     {"permute_tokens", "cuda", "portable", "float32 float16 bfloat16 int32 int16"},
+    {"compile_blocks", "cpu", "portable", "bool"},
+    {"compile_blocks", "cuda", "portable", "bool"},
+    {"merge", "cpu", "portable", "float32 float16 bfloat16"},
+    {"merge", "cuda", "portable", "float32 float16 bfloat16"},
+    {"select_top_k", "cpu", "portable", "float32"},
+    {"select_top_k", "cuda", "portable", "float32"},
+    {"select_top_p", "cpu", "portable", "float32"},
+    {"select_top_p", "cuda", "portable", "float32"},
 };
 
 }  // namespace vdit

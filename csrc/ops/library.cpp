@@ -17,4 +17,10 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
   m.def("kmeans_assign(Tensor x, Tensor centroids) -> Tensor");
   m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
   m.def("permute_tokens(Tensor x, Tensor order, bool inverse) -> Tensor");
+  m.def(
+      "compile_blocks(Tensor keep, Tensor q_len, Tensor kv_len, int lq, int? q_tile=None) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
+  m.def("select_top_k(Tensor scores, Tensor? k_rows, int k) -> Tensor");
+  m.def("select_top_p(Tensor mass, float p, int min_keep) -> Tensor");
 }

@@ -3,6 +3,7 @@
 from .attention import attention
 from .blocks import block_mass, block_mean, score_lse
 from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
+from .compile_blocks import compile_blocks
 from .merge import merge
 from .select import select_top_k, select_top_p
 
@@ -10,6 +11,7 @@ __all__ = [
     "attention",
     "block_mass",
     "block_mean",
+    "compile_blocks",
     "counting_sort",
     "kmeans",
     "kmeans_assign",

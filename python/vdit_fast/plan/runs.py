@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.compile_blocks import compile_blocks as compiled
+
 INT32_MAX = 2**31 - 1
 
 
@@ -63,9 +65,28 @@ def compile_blocks(
     q_tile: int | None = None,
     partial: Tensor | None = None,
     offsets: Tensor | None = None,
-    trim: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn a block map into ``(tiles, run_ptr, runs)`` of an AttentionPlan.
+
+    By the compiled operator, or where blocks are read through bits by its twin below, which has the arguments.
+    """
+    if partial is None:
+        return compiled(keep, q_len, kv_len, lq, q_tile)
+    return compile_blocks_reference(keep, q_len, kv_len, lq=lq, q_tile=q_tile, partial=partial, offsets=offsets)
+
+
+def compile_blocks_reference(
+    keep: Tensor,
+    q_len: Tensor,
+    kv_len: Tensor,
+    *,
+    lq: int,
+    q_tile: int | None = None,
+    partial: Tensor | None = None,
+    offsets: Tensor | None = None,
+    trim: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``compile_blocks`` in whole-tensor operations.
 
     Args:
         keep: bool ``[G, nq, nk]``, G = batch * heads: the query block reads all of the key block.
