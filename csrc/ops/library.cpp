@@ -12,5 +12,9 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
       "plan_batch, int plan_heads, float scale, "
       "Tensor? row_scale, Tensor? kv_len, Tensor[] segment_k, Tensor[] segment_v) -> "
       "(Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+  m.def(
+      "block_mass(Tensor q, Tensor k, Tensor lse, int q_block, int kv_block, float scale, int fold, Tensor? kv_len) -> "
+      "Tensor");
   m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
+  m.def("score_lse(Tensor q, Tensor k, float scale, int fold, Tensor? kv_len) -> Tensor");
 }

@@ -1,4 +1,4 @@
-"""Numbers per block of tokens: means, log-sum-exps of folded scores, attention mass between blocks."""
+"""Means of blocks of tokens."""
 
 from __future__ import annotations
 
@@ -28,59 +28,3 @@ def block_mean(
         RuntimeError: dtypes, shapes or devices do not fit.
     """
     return reference.block_mean(x, lengths, order, kv_len)
-
-
-def score_lse(
-    q: Tensor, k: Tensor, *, scale: float | None = None, fold: int = 1, kv_len: Tensor | None = None
-) -> Tensor:
-    """Log-sum-exp over the keys of every (folded) query's scores, in fp32.
-
-    With ``fold`` = s > 1 the rows are those of XAttention (arXiv 2503.16428): query i is the rows ``i s + s - 1 - r``
-    and key j the rows ``j s + r``, r = 0 ... s - 1, side by side, so that a score is the sum along an antidiagonal of
-    an s x s block of QK^T. Rows beyond the end, and key rows at or above ``kv_len``, count as zeros; a key without any
-    valid row is not read.
-
-    Args:
-        q: ``[B, Lq, H, D]``, float32, bfloat16 or float16, contiguous last dimension, D at most 256.
-        k: ``[B, Lk, Hkv, D]`` of the same dtype; H is a multiple of Hkv.
-        scale: multiplies the scores; default ``D ** -0.5 / fold``.
-        fold: at least 1.
-        kv_len: int32 or int64 ``[B]`` or None.
-
-    Returns:
-        natural logarithm float32 ``[B, H, ceil(Lq / fold)]``; -inf where no key is valid.
-
-    Raises:
-        RuntimeError: dtypes, shapes or devices do not fit.
-    """
-    return reference.score_lse(q, k, scale=scale, fold=fold, kv_len=kv_len)
-
-
-def block_mass(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    q_block: int,
-    kv_block: int,
-    *,
-    scale: float | None = None,
-    fold: int = 1,
-    kv_len: Tensor | None = None,
-) -> Tensor:
-    """Attention weights exp(score - lse), summed over blocks of queries and keys (AdaSpa's search, arXiv 2502.21079).
-
-    With the exact ``lse`` of these keys the entries of a block row sum to its number of (folded) queries. A stale or
-    partial one only changes the weights of whole rows. The value tensor is not needed.
-
-    Args:
-        q, k, scale, fold, kv_len: as in ``score_lse``.
-        lse: float32 ``[B, H, ceil(Lq / fold)]``; rows of -inf have weight 0.
-        q_block, kv_block: folded rows per block, at least 1.
-
-    Returns:
-        float32 ``[B, H, ceil(Nq / q_block), ceil(Nk / kv_block)]`` with Nq = ceil(Lq / fold), Nk = ceil(Lk / fold).
-
-    Raises:
-        RuntimeError: dtypes, shapes or devices do not fit.
-    """
-    return reference.block_mass(q, k, lse, q_block, kv_block, scale=scale, fold=fold, kv_len=kv_len)
