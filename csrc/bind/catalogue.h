@@ -17,9 +17,11 @@ constexpr KernelEntry kCatalogue[] = {
     {"attention_backward", "cpu", "portable", "float32 float16 bfloat16"},
     {"attention_backward", "cuda", "portable", "float16 bfloat16"},
     {"block_mass", "cpu", "portable", "float32 float16 bfloat16"},
+    {"block_mass", "cuda", "portable", "float16 bfloat16"},
     {"merge", "cpu", "portable", "float32 float16 bfloat16"},
     {"merge", "cuda", "portable", "float32 float16 bfloat16"},
     {"score_lse", "cpu", "portable", "float32 float16 bfloat16"},
+    {"score_lse", "cuda", "portable", "float16 bfloat16"},
 };
 
 }  // namespace vdit

@@ -1,11 +1,17 @@
 // score_lse and block_mass: checks, parameters, dispatch.
 #include <torch/csrc/stable/library.h>
 
+#include <limits>
 #include <utility>
+#include <vector>
 
 #include "cpu/block_mass.h"
 #include "ops/attention_args.h"
+#include "ops/attention_cuda_params.h"
 #include "ops/cpu_call.h"
+#ifdef VDIT_CUDA
+#include "kernels/select/block_mass.h"
+#endif
 
 namespace vdit {
 namespace {
@@ -59,13 +65,24 @@ ScoreParams cpu_scores(const char* op, const Tensor& q, const Tensor& k, double 
   return p;
 }
 
+Tensor new_lse(const Tensor& q, int64_t fold) {
+  return torch::stable::new_empty(q, {q.size(0), q.size(2), ceil_div(q.size(1), fold)}, ScalarType::Float);
+}
+
 Tensor score_lse_cpu_op(const Tensor& q, const Tensor& k, double scale, int64_t fold, const Optional& kv_len) {
   check_scores("score_lse", q, k, fold, kv_len);
   std::vector<int64_t> lengths;
   const ScoreParams p = cpu_scores("score_lse", q, k, scale, fold, kv_len, &lengths);
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(2), p.queries()}, ScalarType::Float);
+  Tensor lse = new_lse(q, fold);
   score_lse_cpu(p, lse.mutable_data_ptr<float>(), parallel_for_each);
   return lse;
+}
+
+Tensor new_mass(const Tensor& q, const Tensor& k, int64_t q_block, int64_t kv_block, int64_t fold) {
+  return torch::stable::new_empty(q,
+                                  {q.size(0), q.size(2), ceil_div(ceil_div(q.size(1), fold), q_block),
+                                   ceil_div(ceil_div(k.size(1), fold), kv_block)},
+                                  ScalarType::Float);
 }
 
 Tensor block_mass_cpu_op(const Tensor& q, const Tensor& k, const Tensor& lse, int64_t q_block, int64_t kv_block,
@@ -75,12 +92,80 @@ Tensor block_mass_cpu_op(const Tensor& q, const Tensor& k, const Tensor& lse, in
   std::vector<int64_t> lengths;
   const BlockMassParams p{cpu_scores("block_mass", q, k, scale, fold, kv_len, &lengths), lse.const_data_ptr<float>(),
                           q_block, kv_block};
-  Tensor mass = torch::stable::new_empty(
-      q, {q.size(0), q.size(2), ceil_div(p.scores.queries(), q_block), ceil_div(p.scores.keys(), kv_block)},
-      ScalarType::Float);
+  Tensor mass = new_mass(q, k, q_block, kv_block, fold);
   block_mass_cpu(p, mass.mutable_data_ptr<float>(), parallel_for_each);
   return mass;
 }
+
+#ifdef VDIT_CUDA
+
+gpu::ScoreParams cuda_scores(const char* op, const Tensor& q, const Tensor& k, double scale, int64_t fold,
+                             const Optional& kv_len) {
+  VDIT_CHECK(q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half, op, ": q is ",
+             dtype_text(q.scalar_type()),
+             "; the CUDA kernels take bfloat16 and float16: convert q and k, or call vdit_fast.reference.", op);
+  VDIT_CHECK(q.size(3) % 8 == 0, op, ": head dim is ", q.size(3),
+             "; on CUDA it must be a multiple of 8: pad q and k with zeros and keep the scale");
+  const int64_t limit = std::numeric_limits<int32_t>::max();
+  VDIT_CHECK(q.size(0) <= limit && q.size(2) <= limit, op, ": q has shape ", shape_text(q), "; at most ", limit,
+             " batch items and heads");
+  gpu::ScoreParams p{};
+  p.q = rows_of(q, "q", op);
+  p.k = rows_of(k, "k", op);
+  p.batch = int32_t(q.size(0));
+  p.heads = int32_t(q.size(2));
+  p.kv_heads = int32_t(k.size(2));
+  p.dim = int32_t(q.size(3));
+  p.lq = int32_t(q.size(1));
+  p.lk = int32_t(k.size(1));
+  p.fold = int32_t(fold);
+  p.dtype = kernel_dtype(q, std::string(op) + ": q");
+  p.scale = checked_scale(scale, op);
+  if (kv_len) {
+    p.kv_len = kv_len->const_data_ptr();
+    p.kv_len_bytes = kv_len->scalar_type() == ScalarType::Long ? 8 : 4;
+  }
+  return p;
+}
+
+Tensor score_lse_cuda(const Tensor& q, const Tensor& k, double scale, int64_t fold, const Optional& kv_len) {
+  check_scores("score_lse", q, k, fold, kv_len);
+  const gpu::ScoreParams p = cuda_scores("score_lse", q, k, scale, fold, kv_len);
+  const int32_t device = q.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  options_for(device, "score_lse");
+  Tensor lse = new_lse(q, fold);
+  check_cuda(gpu::score_lse(p, lse.mutable_data_ptr<float>(), current_cuda_stream(device)), "score_lse");
+  return lse;
+}
+
+Tensor block_mass_cuda(const Tensor& q, const Tensor& k, const Tensor& lse, int64_t q_block, int64_t kv_block,
+                       double scale, int64_t fold, const Optional& kv_len) {
+  check_scores("block_mass", q, k, fold, kv_len);
+  check_mass(q, lse, q_block, kv_block, fold);
+  const gpu::ScoreParams p = cuda_scores("block_mass", q, k, scale, fold, kv_len);
+  const int32_t device = q.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  options_for(device, "block_mass");
+  Tensor mass = new_mass(q, k, q_block, kv_block, fold);
+  check_cuda(gpu::block_mass(p, lse.const_data_ptr<float>(), q_block, kv_block, mass.mutable_data_ptr<float>(),
+                             current_cuda_stream(device)),
+             "block_mass");
+  return mass;
+}
+
+#else
+
+Tensor score_lse_cuda(const Tensor&, const Tensor&, double, int64_t, const Optional&) {
+  fail_without_cuda("score_lse");
+}
+
+Tensor block_mass_cuda(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double, int64_t,
+                       const Optional&) {
+  fail_without_cuda("block_mass");
+}
+
+#endif
 
 }  // namespace
 }  // namespace vdit
@@ -88,4 +173,9 @@ Tensor block_mass_cpu_op(const Tensor& q, const Tensor& k, const Tensor& lse, in
 STABLE_TORCH_LIBRARY_IMPL(vdit_fast, CPU, m) {
   m.impl("block_mass", TORCH_BOX(&vdit::block_mass_cpu_op));
   m.impl("score_lse", TORCH_BOX(&vdit::score_lse_cpu_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vdit_fast, CUDA, m) {
+  m.impl("block_mass", TORCH_BOX(&vdit::block_mass_cuda));
+  m.impl("score_lse", TORCH_BOX(&vdit::score_lse_cuda));
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def score_lse(
     Raises:
         EmulatorError: with policy, seed, block and thread.
     """
-    lse = torch.empty(q.shape[0], q.shape[2], -(-q.shape[1] // max(fold, 1)))
+    lse = torch.empty(q.shape[0], q.shape[2], ceil(q.shape[1] / max(fold, 1)))
     params, run_policy = _params(q, k, scale, fold, kv_len), c_policy(policy)
     pointers = ctypes.byref(params), ctypes.c_void_p(lse.data_ptr()), ctypes.byref(run_policy)
     call(_library().vdit_emu_score_lse, policy, *pointers)
@@ -81,7 +82,8 @@ def block_mass(
     Raises:
         EmulatorError: with policy, seed, block and thread.
     """
-    blocks = (-(-(-(-n // max(fold, 1))) // max(b, 1)) for n, b in ((q.shape[1], q_block), (k.shape[1], kv_block)))
+    rows, columns = (ceil(x.shape[1] / max(fold, 1)) for x in (q, k))
+    blocks = ceil(rows / max(q_block, 1)), ceil(columns / max(kv_block, 1))
     mass = torch.empty(q.shape[0], q.shape[2], *blocks)
     lse = lse.contiguous()
     params, run_policy = _params(q, k, scale, fold, kv_len), c_policy(policy)

@@ -9,11 +9,12 @@
 // queries stay in shared memory; more are copied again with every chunk of keys.
 #include "kernels/select/block_mass.h"
 
-#include "kernels/attention/forward_sm80.h"
+#include "kernels/attention/backward_tile.h"
 #include "kernels/attention/problem.h"
 
 namespace vdit::gpu::search {
 
+using backward::clear;
 using sm80::chunk_offset;
 using sm80::Copy;
 using sm80::Fragments;
@@ -29,10 +30,10 @@ constexpr uint32_t kSumBytes = kSlots * kRows * 4;
 
 struct Args {
   ScoreParams p;
-  int32_t queries, keys, pieces;  // folded rows; chunks of a row slice
-  float scale_log2;               // |scale| * log2(e), never 0
-  uint32_t q_sign;                // xor of two query elements: the sign of scale
-  int32_t tile_rows, tiles;       // query rows of a CTA: at most kRows, or one block of more
+  int32_t queries, pieces;   // folded rows; chunks of a row slice
+  float scale_log2;          // |scale| * log2(e), never 0
+  uint32_t q_sign;           // xor of two query elements: the sign of scale
+  int32_t tile_rows, tiles;  // query rows of a CTA: at most kRows, or one block of more
   const float* lse;
   float* out;
   int32_t q_block, kv_block, q_blocks, kv_blocks;
@@ -132,8 +133,8 @@ struct LogSumExp {
       const int c = 2 * (i % 2);
       float most = -INFINITY;
       VD_UNROLL for (int n = 0; n < kKeys / 8; ++n) {
-        if (8 * n + column >= valid) f[n][c] = -INFINITY;
-        if (8 * n + column + 1 >= valid) f[n][c + 1] = -INFINITY;
+        if (valid < kKeys && 8 * n + column >= valid) f[n][c] = -INFINITY;
+        if (valid < kKeys && 8 * n + column + 1 >= valid) f[n][c + 1] = -INFINITY;
         most = fmaxf(most, fmaxf(f[n][c], f[n][c + 1]));
       }
       most = fmaxf(most, arch::shfl_xor_f(most, 1));
@@ -149,7 +150,7 @@ struct LogSumExp {
       top[i] = most;
     }
   }
-  VD_METHOD void end(const Args& a, const Place& at, int32_t, int32_t) {
+  VD_METHOD void end(const Args& a, const Place& at) {
     VD_UNROLL for (int i = 0; i < 4; ++i) {
       float total = sum[i];
       total += arch::shfl_xor_f(total, 1);
@@ -188,10 +189,12 @@ struct Mass {
   }
 
   VD_METHOD void stage(const Args& a, const Place& at, int32_t keys, int32_t first, Fragments<kKeys / 8> (&s)[2]) {
-    VD_UNROLL for (int i = 0; i < 4; ++i) {
+    VD_UNROLL for (int m = 0; m < 2; ++m) {
       VD_UNROLL for (int n = 0; n < kKeys / 8; ++n) {
-        VD_UNROLL for (int c = 2 * (i % 2); c < 2 * (i % 2) + 2; ++c) s[i / 2][n][c] =
-            arch::ex2(fmaf(s[i / 2][n][c], a.scale_log2, -lse2[i]));
+        VD_UNROLL for (int c = 0; c < 4; ++c) {
+          float& x = s[m][n][c];
+          x = arch::ex2(fmaf(x, a.scale_log2, -lse2[2 * m + c / 2]));
+        }
       }
     }
     const int32_t last = keys - first < kKeys ? keys : first + kKeys;
@@ -208,9 +211,11 @@ struct Mass {
     const int column = 2 * (threadIdx.x % 4);
     float part[4] = {0.f, 0.f, 0.f, 0.f};
     if (to - from == kKeys) {
-      VD_UNROLL for (int i = 0; i < 4; ++i) {
-        VD_UNROLL for (int n = 0; n < kKeys / 8; ++n) part[i] +=
-            s[i / 2][n][2 * (i % 2)] + s[i / 2][n][2 * (i % 2) + 1];
+      VD_UNROLL for (int n = 0; n < kKeys / 8; ++n) {
+        VD_UNROLL for (int i = 0; i < 4; ++i) {
+          const float* pair = &s[i / 2][n][2 * (i % 2)];
+          part[i] += pair[0] + pair[1];
+        }
       }
     } else {
       VD_UNROLL for (int n = 0; n < kKeys / 8; ++n) {
@@ -275,7 +280,7 @@ struct Mass {
   }
 
   // Key blocks beyond the valid keys.
-  VD_METHOD void end(const Args& a, const Place& at, int32_t, int32_t) {
+  VD_METHOD void end(const Args& a, const Place& at) {
     if (!first_pass) return;
     const int blocks = (at.end - at.row + a.q_block - 1) / a.q_block;
     for (int g = 0; g < blocks; ++g) {
@@ -332,8 +337,7 @@ search(const VD_GRID_CONST Args a) {
     uint32_t from = ring;
     for (int32_t j = 0; j < stages; ++j) {
       float s[2][kKeys / 8][4];
-      VD_UNROLL for (int m = 0; m < 2; ++m) VD_UNROLL for (int n = 0; n < kKeys / 8; ++n)
-          VD_UNROLL for (int c = 0; c < 4; ++c) s[m][n][c] = 0.f;
+      VD_UNROLL for (int m = 0; m < 2; ++m) clear<kKeys / 8>(s[m]);
       int32_t piece = 0;
       for (int32_t c = 0; c < chunks; ++c) {
         arch::cp_async_wait<kBuffers - 2>();
@@ -347,7 +351,7 @@ search(const VD_GRID_CONST Args a) {
     }
     arch::cp_async_wait<0>();
     arch::syncthreads();  // the buffers are free
-    reduce.end(a, at, keys, stages);
+    reduce.end(a, at);
   }
 }
 
@@ -355,7 +359,6 @@ template <class T, class Reduce>
 int launch(Args& a, void* stream) {
   const ScoreParams& p = a.p;
   const float scale = p.scale;
-  a.keys = (p.lk + p.fold - 1) / p.fold;
   a.pieces = int32_t(ceil_div(p.dim, kDepth));
   a.scale_log2 = scale == 0.f ? 1e-30f : fabsf(scale) * kLog2e;  // products times 1e-30 are as good as 0
   a.q_sign = scale < 0.f ? 0x80008000u : 0u;
