@@ -1,7 +1,8 @@
 """Typed Python faces of the compiled operators, with their fake and autograd registrations."""
 
 from .attention import attention
-from .blocks import block_mass, block_mean, score_lse
+from .block_mass import block_mass, score_lse
+from .blocks import block_mean
 from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .compile_blocks import compile_blocks
 from .merge import merge
