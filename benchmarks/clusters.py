@@ -2,8 +2,8 @@
 
     python benchmarks/clusters.py --out benchmarks/results/cpu
 
-All contenders of a problem run in turn in one process, so that a slow spell of the machine hits all alike. Times are CPU
-seconds of the one thread that works, which other programs on the machine disturb least; ratios are medians of the
+All contenders of a problem run in turn in one process, so that a slow spell of the machine hits all alike. Times are
+CPU seconds of the one thread that works, which other programs on the machine disturb least; ratios are medians of the
 rounds' own ratios, with their minimum and maximum.
 """
 
@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 import vdit_fast
-from vdit_fast import ops, report
-from vdit_fast.reference import blocks
+from vdit_fast import ops, reference, report
 
 TOKENS, HEADS = 6144, 2
 CLUSTERS = {"queries": 100, "keys": 200}
@@ -83,7 +82,7 @@ def problems(dtype: torch.dtype, dim: int) -> dict[str, Contenders]:
         },
         "means of 200 clusters": {
             "vdit_fast": lambda: ops.block_mean(k, counts, order),
-            "torch gather, scatter_add": lambda: blocks.block_mean(k, counts, order),
+            "torch gather, scatter_add": lambda: reference.block_mean(k, counts, order),
         },
         "means of 48 patches of 128": {
             "vdit_fast": lambda: ops.block_mean(k, patches),

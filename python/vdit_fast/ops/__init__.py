@@ -2,7 +2,7 @@
 
 from .attention import attention
 from .block_mass import block_mass, score_lse
-from .blocks import block_mean
+from .block_mean import block_mean
 from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .compile_blocks import compile_blocks
 from .merge import merge

@@ -2,7 +2,7 @@
 
 from .attention import attention
 from .block_mass import block_mass, score_lse
-from .blocks import block_mean
+from .block_mean import block_mean
 from .clusters import counting_sort, kmeans_assign, permute_tokens
 from .merge import merge
 from .select import select_top_k, select_top_p
