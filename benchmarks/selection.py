@@ -1,6 +1,6 @@
 """The selection operators and the compilation of block maps on a CPU, against their pure-torch twins.
 
-    python benchmarks/select.py --out benchmarks/results/cpu
+    python benchmarks/selection.py --out benchmarks/results/cpu
 
 Operator and twin run in turn in one process, so that a slow spell of the machine hits both alike; ratios are medians of
 the rounds' own ratios, with their minimum and maximum. Results are compared first.
@@ -97,7 +97,7 @@ def main() -> None:
     document = {
         "rows": rows,
         "settings": f"{args.rounds} rounds, {torch.get_num_threads()} threads",
-        "command": f"python benchmarks/select.py --rounds {args.rounds}",
+        "command": f"python benchmarks/selection.py --rounds {args.rounds}",
         "environment": report.environment(),
     }
     args.out.mkdir(parents=True, exist_ok=True)
