@@ -2,8 +2,8 @@
 
     python benchmarks/selection.py --out benchmarks/results/cpu
 
-Operator and twin run in turn in one process, so that a slow spell of the machine hits both alike; ratios are medians of
-the rounds' own ratios, with their minimum and maximum. Results are compared first.
+CPU time of one thread, so that other work on the machine does not count. Operator and twin run in turn; ratios are medians
+of the rounds' own ratios, with their minimum and maximum. Results are compared first.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def cases() -> list[tuple[str, Callable[[], Any], Callable[[], Any]]]:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     call()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 def same(a: Any, b: Any) -> bool:
@@ -71,6 +71,7 @@ def main() -> None:
     ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     rows = []
     for name, operator, twin in cases():
         assert same(operator(), twin()), f"{name}: the results differ"
@@ -96,7 +97,7 @@ def main() -> None:
     print(report.table(table, HEADINGS))
     document = {
         "rows": rows,
-        "settings": f"{args.rounds} rounds, {torch.get_num_threads()} threads",
+        "settings": f"{args.rounds} rounds, CPU time of one thread",
         "command": f"python benchmarks/selection.py --rounds {args.rounds}",
         "environment": report.environment(),
     }
