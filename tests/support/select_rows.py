@@ -14,8 +14,8 @@ def draw(kind: str, rows: int, n: int, seed: int = 0) -> Tensor:
     shape = (rows, n)
     if kind == "normal":
         return torch.randn(shape, generator=g)
-    if kind == "ties":
-        return torch.randint(-2, 3, shape, generator=g).float()
+    if kind == "ties":  # also between -0 and 0
+        return torch.randint(-2, 3, shape, generator=g) * torch.randn(shape, generator=g).sign()
     if kind == "softmax":
         return torch.softmax(4 * torch.randn(shape, generator=g), -1)
     if kind == "wild":
