@@ -33,12 +33,6 @@ MUTANTS = [
         "    slots = 0;\n",
         "blocks",
     ),
-    _bug(
-        "the next pass overwrites queries that a warp reads",
-        "arch::syncthreads();  // the buffers are free\n",
-        "\n",
-        "blocks or passes",
-    ),
     # ---- which rows
     _bug("queries in the order of keys", "p.fold + p.fold - 1 - chunk.slice", "p.fold + chunk.slice", "fold"),
     _bug("keys beyond kv_len are read", "row < at.limit);", "row < p.lk);", "kv-len"),

@@ -349,9 +349,7 @@ search(const VD_GRID_CONST Args a) {
       }
       reduce.stage(a, at, keys, j * kKeys, s);
     }
-    arch::cp_async_wait<0>();
-    arch::syncthreads();  // the buffers are free
-    reduce.end(a, at);
+    reduce.end(a, at);  // all copies have landed, and the last write_slots ended with a barrier: the buffers are free
   }
 }
 
