@@ -1,14 +1,18 @@
 """Planners: one file per sparse-attention method, each turning queries and keys into an AttentionPlan."""
 
+from .adaspa import AdaSpa
 from .base import REGISTRY, Decision, Planner, from_dict
 from .draft import Draft
+from .rettention import Rettention
 from .window import Window
 
 __all__ = [
     "REGISTRY",
+    "AdaSpa",
     "Decision",
     "Draft",
     "Planner",
+    "Rettention",
     "Window",
     "from_dict",
 ]
