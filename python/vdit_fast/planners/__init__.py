@@ -2,6 +2,7 @@
 
 from .base import REGISTRY, Decision, Planner, from_dict
 from .draft import Draft
+from .sparse_vdit import SparseVDiT
 from .window import Window
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Decision",
     "Draft",
     "Planner",
+    "SparseVDiT",
     "Window",
     "from_dict",
 ]
