@@ -6,6 +6,7 @@ from .draft import Draft
 from .svg1 import SVG1
 from .svg2 import SVG2
 from .rettention import Rettention
+from .sparse_vdit import SparseVDiT
 from .window import Window
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Draft",
     "Planner",
     "Rettention",
+    "SparseVDiT",
     "Window",
     "from_dict",
 ]
