@@ -94,8 +94,8 @@ def test_closed_form_density(context):
     for sparsity, m, (my, mx) in ((0.75, 3, (2, 2)), (0.5, 6, (3, 3)), (0.9, 1, (2, 1))):
         planner = Window(sparsity=sparsity, tile=(1, 4, 4), heads=("spatial", "temporal"))
         assert planner.widths(ctx.grid) == {"spatial": (m, 4, 4), "temporal": (12, my, mx)}
-        density = planner.plan(*random(ctx), ctx).density_per_head[0]
-        torch.testing.assert_close(density, torch.tensor([m / 12, my * mx / 16]).double())
+        found = planner.plan(*random(ctx), ctx).density_per_head[0]
+        torch.testing.assert_close(found, torch.tensor([m / 12, my * mx / 16]).double())
 
 
 @given(tiles=st.integers(1, 12), width=st.integers(1, 12))
