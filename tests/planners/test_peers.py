@@ -155,6 +155,17 @@ def test_same_inputs_same_plan_and_geometry_is_not_mixed_up(context, name):
 
 
 @each
+def test_nothing_is_read_back_to_the_host(context, name):
+    """Tensors without data: every look at a value on the device raises."""
+    q, k, v = torch.empty(3, 2, 315 + 6, 2, 16, device="meta").unbind()
+    knobs = {"gate": 1.0} if name == "vsa" else {}
+    for kv_len in (None, torch.empty(2, dtype=torch.int32, device="meta")):
+        assert (
+            PEERS[name](sinks=1, **knobs).decision(q, k, v, context(GRID, 6, kv_len=kv_len)).plan.device.type == "meta"
+        )
+
+
+@each
 def test_plan_of_inference_mode_serves_a_backward(context, name):
     ctx, planner = context(GRID), PEERS[name]()
     q, k, v = random(ctx, dim=16)
