@@ -3,22 +3,32 @@
 from .adaspa import AdaSpa
 from .base import REGISTRY, Decision, Planner, from_dict
 from .draft import Draft
+from .radial import Radial
+from .rettention import Rettention
+from .sliding_tile import SlidingTile
+from .sparge import Sparge
+from .sparse_vdit import SparseVDiT
 from .svg1 import SVG1
 from .svg2 import SVG2
-from .rettention import Rettention
-from .sparse_vdit import SparseVDiT
+from .vsa import VSA
 from .window import Window
+from .xattention import XAttention
 
 __all__ = [
     "REGISTRY",
     "SVG1",
     "SVG2",
+    "VSA",
     "AdaSpa",
     "Decision",
     "Draft",
     "Planner",
+    "Radial",
     "Rettention",
+    "SlidingTile",
+    "Sparge",
     "SparseVDiT",
     "Window",
+    "XAttention",
     "from_dict",
 ]

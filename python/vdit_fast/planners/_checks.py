@@ -64,13 +64,13 @@ def switch(name: str, value: Any) -> bool:
     return value
 
 
-def number(name: str, value: Any, *, least: float, most: float = math.inf) -> float:
-    """A finite number in [least, most]."""
-    bound = f"in [{least:g}, {most:g}]" if math.isfinite(most) else f"≥ {least:g}"
+def number(name: str, value: Any, *, least: float = -math.inf, most: float = math.inf) -> float:
+    """A finite number in [least, most]; bool is refused."""
+    bound = "".join([f" ≥ {least:g}"] * (least > -math.inf) + [f" ≤ {most:g}"] * (most < math.inf))
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number {bound}, got {value!r}")
+        raise TypeError(f"{name} must be a finite number{bound}, got {value!r}")
     if not (math.isfinite(value) and least <= value <= most):
-        raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return float(value)
 
 
