@@ -13,4 +13,8 @@ app = typer.Typer(
     add_completion=True,
 )
 for verb in (doctor, demo, generate, compare, bench, plot):
-    app.command(verb.__name__.rpartition(".")[2])(verb.command)
+    name = verb.__name__.rpartition(".")[2]
+    if hasattr(verb, "app"):  # a verb with commands of its own
+        app.add_typer(verb.app, name=name)
+    else:
+        app.command(name)(verb.command)
