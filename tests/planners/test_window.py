@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from vdit_fast.context import LayerContext, StepContext
 from vdit_fast.plan import windows3d
 from vdit_fast.planners import Window
-from vdit_fast.planners.window import KINDS, _band, _density
+from vdit_fast.planners._windows import band, density
+from vdit_fast.planners.window import KINDS
 from vdit_fast.reference import attention
 
 
@@ -76,14 +77,14 @@ def test_density_is_near_the_request_and_monotone(grid):
         planner = Window(sparsity=sparsity, tile=(1, 4, 4))
         axes = planner.axes(grid)
         for kind, width in planner.widths(grid).items():
-            density = _density(axes, width)
-            share[kind].append(density)
+            found = density(axes, width)
+            share[kind].append(found)
             free = axes[:1] if kind == "spatial" else axes[1:]
             # the next window adds one piece on one axis, so the nearest is at most half such a step away
             least = math.prod(1 / len(a) for a in free)
             step = max(1 / len(a) for a in free)
-            assert density - (1 - sparsity) <= max(least, 0.55 * step) + 1e-9
-            assert (1 - sparsity) - density <= 0.55 * step + 1e-9
+            assert found - (1 - sparsity) <= max(least, 0.55 * step) + 1e-9
+            assert (1 - sparsity) - found <= 0.55 * step + 1e-9
     for values in share.values():
         assert values == sorted(values, reverse=True) and values[0] == 1
 
@@ -93,16 +94,16 @@ def test_closed_form_density(context):
     for sparsity, m, (my, mx) in ((0.75, 3, (2, 2)), (0.5, 6, (3, 3)), (0.9, 1, (2, 1))):
         planner = Window(sparsity=sparsity, tile=(1, 4, 4), heads=("spatial", "temporal"))
         assert planner.widths(ctx.grid) == {"spatial": (m, 4, 4), "temporal": (12, my, mx)}
-        density = planner.plan(*random(ctx), ctx).density_per_head[0]
-        torch.testing.assert_close(density, torch.tensor([m / 12, my * mx / 16]).double())
+        found = planner.plan(*random(ctx), ctx).density_per_head[0]
+        torch.testing.assert_close(found, torch.tensor([m / 12, my * mx / 16]).double())
 
 
 @given(tiles=st.integers(1, 12), width=st.integers(1, 12))
 def test_bands_are_constant_and_nested(tiles, width):
     width = min(width, tiles)
-    band = _band(tiles, width)
-    assert (band.sum(1) == width).all() and band.diagonal().all()
-    assert (band <= _band(tiles, min(width + 1, tiles))).all()
+    narrow = band(tiles, width)
+    assert (narrow.sum(1) == width).all() and narrow.diagonal().all()
+    assert (narrow <= band(tiles, min(width + 1, tiles))).all()
 
 
 def test_one_run_per_spatial_tile_and_row_of_places(context):

@@ -52,3 +52,13 @@ def switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be true or false, got {value!r}")
     return value
+
+
+def number(name: str, value: Any, *, least: float = -math.inf, most: float = math.inf) -> float:
+    """A finite number in [least, most]; bool is refused."""
+    limits = " and".join([f" ≥ {least:g}"] * (least > -math.inf) + [f" ≤ {most:g}"] * (most < math.inf))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a finite number{limits}, got {value!r}")
+    if not (math.isfinite(value) and least <= value <= most):
+        raise ValueError(f"{name} must be a finite number{limits}, got {value!r}")
+    return float(value)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from . import _checks
 from ._tokens import Axes, Tiling, cut, tiling
+from ._windows import Widths, band, density
 from .base import Planner
 
 if TYPE_CHECKING:
     from ..context import LayerContext
     from ..plan import AttentionPlan
 
-Widths = tuple[int, int, int]
 KINDS = ("spatial", "temporal")
 MAJOR = {"spatial": (0, 1, 2), "temporal": (1, 2, 0)}  # tile order in which that window is one run, or a few
 
@@ -103,7 +103,7 @@ class Window(Planner):
             else:
                 options = [(full[0], my, mx) for my, mx in _growing(axes[1], axes[2])]
             target = 1 - self.sparsity
-            found[kind] = min(options, key=lambda w: (abs(_density(axes, w) - target), -_density(axes, w)))
+            found[kind] = min(options, key=lambda w: (abs(density(axes, w) - target), -density(axes, w)))
         return found
 
     # ------------------------------------------------------------------ plan
@@ -142,7 +142,7 @@ class Window(Planner):
                 tiles = tiling(
                     axes, major=major, text=ctx.text, text_first=ctx.text_first, sinks=self.sinks, device=device
                 )
-                t, y, x = (_band(len(p), w, device) for p, w in zip(axes, self.widths(ctx.grid)[kind], strict=True))
+                t, y, x = (band(len(p), w, device) for p, w in zip(axes, self.widths(ctx.grid)[kind], strict=True))
                 grid = t[:, None, None, :, None, None] & y[:, None, None, :, None] & x[:, None, None, :]
                 keep = grid.permute(*major, *(3 + i for i in major)).flatten(3).flatten(0, 2)
                 ctx.state[key] = (tiles, tiles.complete(keep))
@@ -205,30 +205,13 @@ class Window(Planner):
                 tile = torch.repeat_interleave(
                     torch.arange(len(pieces), device=device), lengths, output_size=sum(pieces)
                 )
-                bands.append(_band(len(pieces), w, device)[tile[place[axis]]][:, tile])
+                bands.append(band(len(pieces), w, device)[tile[place[axis]]][:, tile])
             t, y, x = bands
             kinds.append((t[:, :, None, None] & y[:, None, :, None] & x[:, None, None, :]).flatten(1))
         inside = torch.stack(kinds, -1)
         if self.sinks:
             inside[:, : self.sinks * height * width] = True
         return inside.float()
-
-
-def _band(tiles: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """bool [tiles, tiles]: `width` tiles around each, shifted inward at the borders."""
-    at = torch.arange(tiles, device=device)
-    start = (at - width // 2).clamp(0, tiles - width)[:, None]
-    return (at >= start) & (at < start + width)
-
-
-def _density(axes: Axes, width: Widths) -> float:
-    """Pairs in the window / all pairs, exact for unequal pieces."""
-    share = 1.0
-    for pieces, w in zip(axes, width, strict=True):
-        n = len(pieces)
-        read = [sum(pieces[s : s + w]) for s in (min(max(i - w // 2, 0), n - w) for i in range(n))]
-        share *= sum(p * r for p, r in zip(pieces, read, strict=True)) / sum(pieces) ** 2
-    return share
 
 
 def _growing(rows: tuple[int, ...], columns: tuple[int, ...]) -> list[tuple[int, int]]:

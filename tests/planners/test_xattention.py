@@ -1,0 +1,78 @@
+"""XAttention: antidiagonal masses, the selection by mass."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vdit_fast.planners import XAttention
+
+
+def exact_mass(q, k, block):
+    """Attention weights summed over blocks, divided by the block's rows: fp64 [B, H, n, n]."""
+    weight = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / math.sqrt(q.shape[-1]), -1)
+    rows = torch.stack([part.sum(2) for part in weight.split(block, 2)], 2) / block
+    return torch.stack([part.sum(3) for part in rows.split(block, 3)], 3)
+
+
+@pytest.mark.parametrize("grid", [(5, 7, 9), (4, 8, 8)])
+def test_stride_one_gives_the_exact_masses(context, grid):
+    ctx = context(grid)
+    q, k = torch.randn(2, 2, ctx.num_tokens, 3, 8).unbind()
+    mass = XAttention(stride=1, block=32).mass(q, k, ctx)
+    torch.testing.assert_close(mass.double(), exact_mass(q, k, 32), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8])
+def test_scores_are_sums_along_antidiagonals(context, stride):
+    ctx = context((2, 8, 8))
+    q, k = torch.randn(2, 1, 128, 2, 8).unbind()
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double())
+    patches = scores.unflatten(3, (-1, stride)).unflatten(2, (-1, stride))  # [b, h, i, r, j, c]
+    r = torch.arange(stride)
+    along = patches[:, :, :, stride - 1 - r, :, r].sum(0)  # (r in front) → [b, h, i, j]
+    weight = torch.softmax(along / (stride * math.sqrt(8)), -1)
+    want = weight.unflatten(3, (-1, 32 // stride)).sum(4).unflatten(2, (-1, 32 // stride)).mean(3)
+    got = XAttention(stride=stride, block=32).mass(q, k, ctx)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize(("text", "text_first"), [(0, False), (5, True)])
+def test_reads_the_fewest_blocks_that_hold_the_share(context, top_p, text, text_first):
+    ctx, planner = context((5, 7, 9), text, text_first=text_first), XAttention(stride=4, block=16, top_p=top_p)
+    q, k = (2 * torch.randn(2, 1, ctx.num_tokens, 2, 8)).unbind()
+    mass = planner.mass(q, k, ctx).double()
+    mass = mass / mass.sum(-1, keepdim=True)
+    video = planner.plan(q, k, ctx).validate().to_mask()[..., ctx.video_slice, ctx.video_slice]
+    keep = video[:, :, ::16, ::16]
+    assert torch.equal(keep.repeat_interleave(16, 2).repeat_interleave(16, 3)[..., :315, :315], video)
+    held = (mass * keep).sum(-1)
+    weakest = mass.masked_fill(~keep, math.inf).amin(-1)
+    assert (held >= top_p - 1e-6).all() and (held - weakest <= top_p + 1e-6).all()
+    assert (weakest >= mass.masked_fill(keep, 0).amax(-1) - 1e-9).all()
+    assert keep.any(-1).all() and (top_p < 1 or keep.all())
+
+
+@pytest.mark.parametrize("length", [250, 315])
+def test_padding_keys_have_no_mass(context, length):
+    ctx = context((5, 7, 9), 6, kv_len=torch.tensor([length]))
+    q, k = torch.randn(2, 1, ctx.num_tokens, 2, 8).unbind()
+    k[:, length:] = 1e4
+    mass = XAttention(stride=1, block=16).mass(q, k, ctx)
+    want = exact_mass(q[:, :315], k[:, :length], 16)
+    torch.testing.assert_close(mass[..., : want.shape[-1]].double(), want, rtol=1e-4, atol=1e-6)
+    assert (mass[..., want.shape[-1] :] == 0).all()
+
+
+def test_large_blocks_are_not_clipped(context):
+    """More rows than the selection's largest mass: the mean over the rows is selected, not their sum."""
+    ctx = context((4, 16, 16))
+    q, k = torch.randn(2, 1, 1024, 1, 8).unbind()
+    planner = XAttention(stride=1, block=512, top_p=0.0)
+    mass = planner.mass(q, k, ctx)
+    assert mass.amax() < 1
+    want = mass == mass.amax(-1, keepdim=True)
+    assert torch.equal(planner.plan(q, k, ctx).to_mask()[:, :, ::512, ::512], want)
