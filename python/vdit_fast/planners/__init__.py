@@ -1,8 +1,10 @@
 """Planners: one file per sparse-attention method, each turning queries and keys into an AttentionPlan."""
 
+from .adaspa import AdaSpa
 from .base import REGISTRY, Decision, Planner, from_dict
 from .draft import Draft
 from .radial import Radial
+from .rettention import Rettention
 from .sliding_tile import SlidingTile
 from .sparge import Sparge
 from .vsa import VSA
@@ -12,10 +14,12 @@ from .xattention import XAttention
 __all__ = [
     "REGISTRY",
     "VSA",
+    "AdaSpa",
     "Decision",
     "Draft",
     "Planner",
     "Radial",
+    "Rettention",
     "SlidingTile",
     "Sparge",
     "Window",

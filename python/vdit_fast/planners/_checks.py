@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Iterable
@@ -62,3 +63,19 @@ def number(name: str, value: Any, *, least: float = -math.inf, most: float = mat
     if not (math.isfinite(value) and least <= value <= most):
         raise ValueError(f"{name} must be a finite number{limits}, got {value!r}")
     return float(value)
+
+
+def schedule(name: str, value: Any) -> tuple[int, ...] | tuple[float, ...]:
+    """Increasing denoising steps: all step ids (integers ≥ 0) or all fractions of the schedule (floats in [0, 1))."""
+    if not isinstance(value, list | tuple) or not value:
+        raise TypeError(f"{name} must list step ids or fractions of the schedule, such as (10, 30), got {value!r}")
+    fractions = any(isinstance(item, float) for item in value)
+    items: list[Any] = []
+    for i, item in enumerate(value):
+        label = f"{name}[{i}]"
+        if fractions and not isinstance(item, float) and item != 0:
+            raise TypeError(f"{name} must hold step ids (int) or fractions (float), not both, got {value!r}")
+        items.append(fraction(label, item) if fractions else count(label, item))
+    if any(b <= a for a, b in itertools.pairwise(items)):
+        raise ValueError(f"{name} must increase, got {value!r}")
+    return tuple(items)

@@ -122,3 +122,31 @@ def _sum_pieces(x: Tensor, dim: int, pieces: tuple[int, ...]) -> Tensor:
         parts.append(part.sum(dim + 1, dtype=torch.float32))
         start += count * size
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def stretches(
+    n_video: int,
+    block: int,
+    *,
+    text: int = 0,
+    text_first: bool = False,
+    sinks: int = 0,
+    device: torch.device | str | None = None,
+) -> Tiling:
+    """Cut the joint sequence in its own order: stretches of `block` video tokens, the last maybe shorter; text apart.
+
+    `sinks` counts tokens: stretches that begin before it are sinks. `order` is the identity, which a plan need not be
+    given. Nothing is copied from the host.
+    """
+    with torch.inference_mode(False):
+        starts = torch.arange(0, n_video, block, device=device)
+        lengths, sink, first = (n_video - starts).clamp(max=block), starts < sinks, 0
+        tiles = lengths.numel()
+        if text:
+            words = (text - torch.arange(0, text, TEXT_BLOCK, device=device)).clamp(max=TEXT_BLOCK)
+            none = torch.zeros_like(words, dtype=torch.bool)
+            first = words.numel() if text_first else 0
+            lengths = torch.cat([words, lengths] if text_first else [lengths, words])
+            sink = torch.cat([none, sink] if text_first else [sink, none])
+        order = torch.arange(n_video + text, dtype=torch.int32, device=device)[None, None]
+        return Tiling(order, lengths, slice(first, first + tiles), sink)
