@@ -74,7 +74,7 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
         root = roots.get(id(item.root))
         if root is None:
             expert = "transformer" if single else item.root_path or "transformer"
-            root = Root(item.root, Session(settings, tracker, expert), item.adapter, handle)
+            root = Root(item.root, Session(settings, tracker, expert, item.adapter.family), item.adapter, handle)
             if item.hooked:
                 root.hook()
             roots[id(item.root)] = root

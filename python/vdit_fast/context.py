@@ -72,6 +72,8 @@ class LayerContext:
     step: StepContext = field(default_factory=StepContext)
     state: dict[Any, Any] = field(default_factory=dict)
     """One transformer's, survives steps, cleared when a new generation begins. The planner chooses the keys."""
+    family: str = ""
+    """The model family of the adapter that serves the layer; empty when unknown."""
 
     @property
     def num_tokens(self) -> int:

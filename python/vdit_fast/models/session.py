@@ -93,13 +93,15 @@ class Session:
         config: what to do.
         tracker: the denoising run's progress, shared between the transformers of a pipeline.
         expert: the transformer's name in its pipeline.
+        family: its model family.
     """
 
-    def __init__(self, config: Config, tracker: StepTracker, expert: str) -> None:
+    def __init__(self, config: Config, tracker: StepTracker, expert: str, family: str = "") -> None:
         self.id = next(_ids)
         self.config = config
         self.tracker = tracker
         self.expert = expert
+        self.family = family
         self.active = True
         self.layers: list[LayerLedger] = []
         self.state: dict[Any, Any] = {}
@@ -119,7 +121,7 @@ class Session:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         # For a copied model: the same layers and configuration, its own records.
-        new = Session(self.config, copy.deepcopy(self.tracker, memo), self.expert)
+        new = Session(self.config, copy.deepcopy(self.tracker, memo), self.expert, self.family)
         new.active = self.active
         for layer in self.layers:
             new.add_layer(layer.name)
@@ -234,6 +236,7 @@ class Session:
             kv_len=kv_len,
             step=forward.step,
             state=self.state,
+            family=self.family,
         )
         return context, ""
 

@@ -8,6 +8,7 @@ from .rettention import Rettention
 from .sliding_tile import SlidingTile
 from .sparge import Sparge
 from .vsa import VSA
+from .sparse_vdit import SparseVDiT
 from .window import Window
 from .xattention import XAttention
 
@@ -22,6 +23,7 @@ __all__ = [
     "Rettention",
     "SlidingTile",
     "Sparge",
+    "SparseVDiT",
     "Window",
     "XAttention",
     "from_dict",
