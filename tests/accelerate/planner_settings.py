@@ -22,6 +22,16 @@ class Setting:
 
 
 SETTINGS: dict[str, Setting] = {
+    "adaspa": Setting(
+        {"sparsity": 0.6, "block": 16, "search": [1, 3]}, loose={"sparsity": 0.0, "head_adaptive": False}
+    ),
     "draft": Setting({"sparsity": 0.6, "pool": [3, 4]}, loose={"sparsity": 0.0}),
+    "radial": Setting({"block": 16, "sinks": 0}, loose={"decay": 64.0, "thinning": False}),
+    "rettention": Setting({"window": 0.25, "interval": 3}, loose={"window": 1.0, "increment": 0.0}),
+    "sliding_tile": Setting({"sparsity": 0.6, "tile": [2, 3, 3]}, loose={"sparsity": 0.0}),
+    "sparge": Setting({"sparsity": 0.6, "block": [32, 16]}, loose={"sparsity": 0.0}),
+    "sparse_vdit": Setting({"modes": "dm", "block": 16, "sparsity": 0.6}, loose={"modes": "full"}),
+    "vsa": Setting({"sparsity": 0.6, "cube": [2, 3, 3]}, loose={"sparsity": 0.0}),
     "window": Setting({"sparsity": 0.6, "tile": [2, 3, 3]}, loose={"sparsity": 0.0}),
+    "xattention": Setting({"top_p": 0.5, "block": 16, "stride": 4}, loose={"top_p": 1.0}),
 }

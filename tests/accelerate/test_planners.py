@@ -97,7 +97,7 @@ def test_generations(planner: str, kind: str) -> None:
     first = split(model, inputs)
     check_sparse(handle)
     assert all(x.isfinite().all() for x in first)
-    assert 1e-6 < far(first[-2:], stock[-2:]) < 0.5
+    assert 1e-6 < far(first, stock) < 0.5
     assert same(split(model, inputs), first), "a second generation in the same process gives another clip"
     together = batched(model, inputs)
     assert far(together, first if setting(planner).alone else stock) < (1e-4 if setting(planner).alone else 0.5)
@@ -147,7 +147,7 @@ def test_inside_first_block_cache(planner: str) -> None:
 
     def generate() -> list[Tensor]:
         out = []
-        for t in (900.0, 500.0, 499.0, 100.0):
+        for t in (900.0, 500.0, 499.0, 498.0, 100.0):
             for number, name in enumerate(("cond", "uncond")):
                 with model.cache_context(name):
                     out.append(tiny.run(model, tiny.at(branch(inputs, number), t)))
@@ -159,7 +159,7 @@ def test_inside_first_block_cache(planner: str) -> None:
     handle = accelerate(model, config(planner))
     first = generate()
     calls = [layer["calls"] for layer in handle.stats()["layers"]]
-    assert calls[0] == 8 and 2 <= calls[-1] < 8, "the cache must have skipped something"
+    assert calls[0] == 10 and 4 <= calls[-1] < 10, "the cache must have skipped something"
     check_sparse(handle)
     assert all(x.isfinite().all() for x in first)
 

@@ -24,6 +24,8 @@ class Method:
         low, high: between which values it is searched; density may rise or fall with it.
         choices: the values to try instead, for a knob that is no number.
         fixed: settings that fit frames of 16 x 16 tokens, where the planner's defaults are made for larger ones.
+        searches: whether its first call after `dense_steps` is a dense one, in which it learns what the sparse ones
+            need; that is then the last of the dense steps that all methods share.
     """
 
     knob: str
@@ -31,11 +33,19 @@ class Method:
     high: float = 0.98
     choices: tuple[Any, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    searches: bool = False
 
 
 METHODS: dict[str, Method] = {
+    "adaspa": Method("sparsity", low=0.34, fixed={"search": [0.0, 0.6]}, searches=True),
     "draft": Method("sparsity", fixed={"pool": [4, 8]}),
+    "radial": Method("decay", low=0.0, high=4.0, fixed={"block": 64}),
+    "rettention": Method("window", searches=True),
+    "sliding_tile": Method("sparsity", fixed={"tile": [4, 4, 4]}),
+    "sparge": Method("sparsity"),
+    "vsa": Method("sparsity"),
     "window": Method("sparsity", fixed={"tile": [2, 4, 4]}),
+    "xattention": Method("top_p", high=1.0, fixed={"block": 64}),
 }
 """One line per planner; one without a line joins by its `sparsity` or `top_p` and is else reported as left out."""
 

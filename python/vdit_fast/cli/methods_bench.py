@@ -196,10 +196,10 @@ class _Bench:
             handle.remove()
 
     def record(self) -> list[Call]:
-        """Attention calls of a dense run: two steps in a row, the middle and the last one; three layers."""
+        """Attention calls of a dense run: three steps in a row, the middle and the last one; three layers."""
         self.tell("recording attention calls")
         first, last = self.settings.dense_steps, self.settings.steps - 1
-        steps = {first, min(first + 1, last), (first + last + 1) // 2, last}
+        steps = {first - 1, first, min(first + 1, last), (first + last + 1) // 2, last}
         low = min(self.settings.dense_layers, self.layers - 1)
         layers = {low, (low + self.layers - 1) // 2, self.layers - 1}
         recording = Recording(steps=steps, layers=layers)
@@ -209,7 +209,8 @@ class _Bench:
 
     def planner(self, name: str, found: Method, value: Any) -> Planner:
         s = self.settings
-        same = {"dense_steps": s.dense_steps, "dense_layers": s.dense_layers}
+        dense_steps = max(s.dense_steps - found.searches, 0)
+        same = {"dense_steps": dense_steps, "dense_layers": s.dense_layers}
         return from_dict({"method": name, **same, **found.fixed, found.knob: value})
 
     def fit(self, name: str, found: Method, calls: list[Call], target: float) -> Contestant:

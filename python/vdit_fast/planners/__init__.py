@@ -7,8 +7,8 @@ from .radial import Radial
 from .rettention import Rettention
 from .sliding_tile import SlidingTile
 from .sparge import Sparge
-from .vsa import VSA
 from .sparse_vdit import SparseVDiT
+from .vsa import VSA
 from .window import Window
 from .xattention import XAttention
 
