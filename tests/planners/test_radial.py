@@ -30,7 +30,7 @@ def definition(planner, frames, tokens):
                 for b in range(n):
                     share = inside[edges[a] : edges[a + 1], edges[b] : edges[b + 1]].double().mean(0)
                     used = (share > 0).sum()
-                    out[i * n + a, j * n + b] = bool(used) and float((share > 1 / 3).sum() / used) > 0.6
+                    out[i * n + a, j * n + b] = int(used) > 0 and int((share > 1 / 3).sum()) / int(used) > 0.6
     return out
 
 
@@ -54,7 +54,14 @@ def test_densities_of_the_published_settings(context, frames, decay, sinks, dens
 @pytest.mark.parametrize("thinning", [False, True])
 @pytest.mark.parametrize(
     ("grid", "block", "decay"),
-    [((10, 4, 8), 8, 0.5), ((7, 5, 9), 8, 0.3), ((17, 5, 7), 16, 0.9), ((6, 3, 5), 32, 0.2), ((5, 1, 1), 4, 0.0)],
+    [
+        ((10, 4, 8), 8, 0.5),
+        ((7, 5, 9), 8, 0.3),
+        ((17, 5, 7), 16, 0.9),
+        ((6, 3, 5), 32, 0.2),
+        ((5, 1, 1), 4, 0.0),
+        ((6, 4, 6), 3, 0.3),
+    ],
 )
 def test_mask_is_the_definition(context, grid, block, decay, thinning):
     planner = Radial(decay=decay, block=block, thinning=thinning, sinks=0)
