@@ -139,6 +139,15 @@ def test_head_adaptive_budgets_reach_the_plan():
     assert abs(planner.plan(q, k, ctx).density - uniform) < 1e-9  # equal blocks: the mean density is the same
 
 
+def test_sinks_count_as_kept_when_heads_are_ranked():
+    planner, ctx = AdaSpa(block=16, sparsity=0.8, sinks=4), layer((10, 4, 4))  # ten blocks, the first four are sinks
+    spread, mostly_sinks = torch.ones(10), torch.zeros(10)
+    mostly_sinks[[0, 1, 2, 3, 9]] = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0])
+    mass = torch.stack([spread, mostly_sinks])[None, :, None].expand(1, 2, 10, 10).contiguous()
+    assert planner.select(mass, ctx).sum(-1)[0, :, 0].tolist() == [3, 1]  # recall 0.5 and 1
+    assert AdaSpa(block=16).select(mass, ctx).sum(-1)[0, :, 0].tolist() == [2, 2]  # 0.2 and 0.5
+
+
 def test_block_diagonal_attention_is_found():
     ctx = layer((2, 8, 16))
     label = torch.arange(256) // 16

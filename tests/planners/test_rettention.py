@@ -320,6 +320,9 @@ def test_a_caching_step_that_nobody_observed_is_repeated():
     q, k, v = draw(layer(GRID))
     assert planner.decision(q, k, v, layer(GRID, state=state)).observe is not None
     assert planner.decision(q, k, v, layer(GRID, step=1, state=state)).observe is not None
+    call(planner, layer(GRID, step=2, state=state), q, k, v)
+    assert planner.decision(q, k, v, layer(GRID, step=7, state=state)).observe is not None
+    assert not [key for key in state if key[0] == "rettention"]  # freed before the new one is made
 
 
 def test_two_generations_are_equal():
@@ -378,6 +381,8 @@ def test_rows_without_keys_stay_zero():
 def test_gradients_and_inference_mode():
     planner, state = Rettention(dense_steps=0, window=0.2), {}
     with torch.inference_mode():
+        plan = planner.plan(*draw(layer(GRID))[:2], layer(GRID, state=state))
+        assert not any(t is not None and t.is_inference() for t in plan.op_args())
         call(planner, layer(GRID, state=state), *draw(layer(GRID)))
     for step in (1, 2):
         q, k, v = (x.requires_grad_() for x in draw(layer(GRID)))
@@ -400,6 +405,7 @@ def test_nothing_is_read_back(text, text_first):
         ctx = layer(GRID, text, text_first, step=step, kv_len=kv_len, state=state)
         found = planner.decision(x, x, x, ctx)
         assert kind(found) == ("observed" if step == 0 else "sparse")
+        assert found.plan is None or found.plan.device.type == "meta"
         if found.observe is not None:
             found.observe(x, torch.empty(2, 4, 315 + text, device="meta"))
 

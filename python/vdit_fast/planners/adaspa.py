@@ -127,12 +127,12 @@ class AdaSpa(Planner):
         same = (step.generation, tuple(ctx.grid), ctx.text, ctx.text_first, *q.shape, k.shape[2], q.device)
 
         def search(lse: Tensor) -> _Found:
-            with torch.inference_mode(False), torch.no_grad():  # what is kept must be ordinary tensors
-                keep = self.select(self.mass(q, k, lse, ctx), ctx)
-                later = due < len(self.search)
-                ctx.state[key] = found = _Found(same, due, _pack(keep), lse.clone() if later else None)
+            keep = self.select(self.mass(q, k, lse, ctx), ctx)
+            later = due < len(self.search)
+            ctx.state[key] = found = _Found(same, due, _pack(keep), lse.clone() if later else None)
             return found
 
+        @torch.no_grad()
         def observe(_: Tensor, lse: Tensor) -> None:
             search(lse[:, :, ctx.video_slice])
 
