@@ -332,3 +332,15 @@ def test_stripes_outside_the_grid_and_empty_ones(context):
         SparseVDiT(modes="fv", block=16, stripes={"0.1": "3,11"}).plan(q, k, ctx)
     with pytest.raises(ValueError, match="head 0 of layer 0 is vertical but reads nothing"):
         SparseVDiT(modes="vertical", sinks=0).plan(q, k, ctx)
+
+
+@pytest.mark.parametrize("mode", ["diagonal", "multi_diagonal"])
+def test_error_falls_as_density_grows(context, smooth, mode):
+    grid, errors = (6, 12, 12), torch.zeros(4)
+    for seed in range(3):
+        q, k, v = smooth(grid, 2, 16, 2.0, seed)
+        dense = vdit_fast.attention(q, k, v)
+        for i, sparsity in enumerate((0.9, 0.7, 0.4, 0.0)):
+            plan = SparseVDiT(modes=mode, sparsity=sparsity, block=18).plan(q, k, context(grid))
+            errors[i] += float((vdit_fast.attention(q, k, v, plan) - dense).norm() / dense.norm())
+    assert (errors.diff() < 0).all() and errors[-1] < 1e-5, errors

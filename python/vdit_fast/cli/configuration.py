@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,7 @@ SetOption = Annotated[
 ]
 
 
-def resolve(config: str, overrides: list[str] | None = None) -> Config:
+def resolve(config: str | Mapping[str, Any], overrides: list[str] | None = None) -> Config:
     """Turn the options into a Config.
 
     Raises:

@@ -100,9 +100,9 @@ def run_demo(
     recorder: Recorder | None = None
     explained: dict[str, Any] = {}
 
-    def run_fast(what: str, count: int) -> Sample:
+    def run_fast(what: str, count: int, config: Config = found) -> Sample:
         nonlocal recorder, explained
-        watched, recorder = _watched(found, layers // 2)
+        watched, recorder = _watched(config, layers // 2)
         handle = accelerate(pipe, watched)
         try:
             drawn = run(what, count)
@@ -113,7 +113,7 @@ def run_demo(
 
     started = time.perf_counter()
     run("warm-up, dense", WARMUP_STEPS)
-    run_fast(f"warm-up, {label}", WARMUP_STEPS)
+    run_fast(f"warm-up, {label}", WARMUP_STEPS, _forced(found))
     dense: list[Sample] = []
     fast: list[Sample] = []
     for turn in range(1, repeats + 1):
@@ -201,6 +201,12 @@ def _watched(config: Config, layer: int) -> tuple[Config, Recorder | None]:
         return config, None
     recorder = Recorder(inner=config.attention, keep_layer=layer)
     return replace(config, attention=recorder), recorder
+
+
+def _forced(config: Config) -> Config:
+    """The config with a planner that takes any number of steps: the warm-up has others than the runs."""
+    planner: Any = config.attention
+    return replace(config, attention=replace(planner, force=True)) if hasattr(planner, "force") else config
 
 
 def token_grid(model: Any, frames: int, height: int, width: int) -> tuple[int, int, int]:
