@@ -16,8 +16,12 @@ constexpr KernelEntry kCatalogue[] = {
     {"attention", "cuda", "sm_90a", "float16 bfloat16"},
     {"attention_backward", "cpu", "portable", "float32 float16 bfloat16"},
     {"attention_backward", "cuda", "portable", "float16 bfloat16"},
+    {"block_mean", "cpu", "portable", "float32 float16 bfloat16"},
+    {"counting_sort", "cpu", "portable", "int32"},
+    {"kmeans_assign", "cpu", "portable", "float32 float16 bfloat16"},
     {"merge", "cpu", "portable", "float32 float16 bfloat16"},
     {"merge", "cuda", "portable", "float32 float16 bfloat16"},
+    {"permute_tokens", "cpu", "portable", "float32 float16 bfloat16 int32 int16"},
 };
 
 }  // namespace vdit

@@ -12,5 +12,9 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
       "plan_batch, int plan_heads, float scale, "
       "Tensor? row_scale, Tensor? kv_len, Tensor[] segment_k, Tensor[] segment_v) -> "
       "(Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+  m.def("block_mean(Tensor x, Tensor lengths, Tensor? order, Tensor? kv_len) -> (Tensor, Tensor)");
+  m.def("counting_sort(Tensor labels, int classes) -> (Tensor, Tensor)");
+  m.def("kmeans_assign(Tensor x, Tensor centroids) -> Tensor");
   m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
+  m.def("permute_tokens(Tensor x, Tensor order, bool inverse) -> Tensor");
 }

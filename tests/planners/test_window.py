@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vdit_fast.context import LayerContext, StepContext
 from vdit_fast.plan import windows3d
 from vdit_fast.planners import Window
+from vdit_fast.planners._sampling import sample
 from vdit_fast.planners._windows import band, density
 from vdit_fast.planners.window import KINDS
 from vdit_fast.reference import attention
@@ -170,10 +171,10 @@ def test_masses_are_the_attention_inside_the_windows(context):
 @pytest.mark.parametrize("grid", [(24, 16, 16), (21, 30, 52), (16, 8, 8)])
 def test_samples_cover_rows_and_columns(grid):
     n = math.prod(grid)
-    sample = Window()._sample(n, torch.device("cpu"))
-    assert len(set(sample.tolist())) == 64 and sample.min() >= 0 and sample.max() < n
-    assert len(set((sample % grid[2]).tolist())) > grid[2] * 0.6
-    assert sample.sort().values.diff().max() < 3 * n / 64  # no large hole
+    picked = sample(64, n, torch.device("cpu"))
+    assert len(set(picked.tolist())) == 64 and picked.min() >= 0 and picked.max() < n
+    assert len(set((picked % grid[2]).tolist())) > grid[2] * 0.6
+    assert picked.sort().values.diff().max() < 3 * n / 64  # no large hole
 
 
 def test_choice_is_kept_per_generation_layer_branch_and_refreshed(context):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..reference import blocks as reference
@@ -13,7 +14,8 @@ def block_mean(
     """Mean of the tokens of every block, accumulated in fp32 in a fixed order.
 
     Block i holds the next ``lengths[i]`` tokens of the (permuted) sequence; tokens beyond the last block belong to
-    none. Not differentiable (plans carry no gradient).
+    none. Not differentiable (plans carry no gradient). A GPU reads nothing back to check it: there lengths are clamped to
+    what is left of the sequence, and order entries outside [0, N) are left out; a CPU refuses both.
 
     Args:
         x: ``[B, N, H, D]``, float32, bfloat16 or float16, any strides with a contiguous last dimension.
@@ -27,7 +29,17 @@ def block_mean(
     Raises:
         RuntimeError: dtypes, shapes or devices do not fit.
     """
-    return reference.block_mean(x, lengths, order, kv_len)
+    return torch.ops.vdit_fast.block_mean(x.detach(), lengths, order, kv_len)
+
+
+@torch.library.register_fake("vdit_fast::block_mean")
+def _fake_mean(x: Tensor, lengths: Tensor, order: Tensor | None, kv_len: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, _, heads, dim = x.shape
+    blocks = lengths.shape[-1]
+    return (
+        x.new_empty((batch, heads, blocks, dim), dtype=torch.float32),
+        x.new_empty((batch, heads, blocks), dtype=torch.int32),
+    )
 
 
 def score_lse(

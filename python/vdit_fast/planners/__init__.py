@@ -8,12 +8,16 @@ from .rettention import Rettention
 from .sliding_tile import SlidingTile
 from .sparge import Sparge
 from .sparse_vdit import SparseVDiT
+from .svg1 import SVG1
+from .svg2 import SVG2
 from .vsa import VSA
 from .window import Window
 from .xattention import XAttention
 
 __all__ = [
     "REGISTRY",
+    "SVG1",
+    "SVG2",
     "VSA",
     "AdaSpa",
     "Decision",

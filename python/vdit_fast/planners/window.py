@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._memory import choice
+from ._sampling import head_scores, sample
 from ._tokens import Axes, Tiling, cut, tiling
 from ._windows import Widths, band, density
 from .base import Planner
@@ -152,15 +154,12 @@ class Window(Planner):
     # ------------------------------------------------------------------ choice of heads
     def _chosen(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
         """bool [B, H] of this layer and branch, True = temporal; from the state, or measured now."""
-        step = ctx.step
-        key = ("window heads", self, ctx.layer, step.branch, step.expert, step.frame_block)
-        same = (step.generation, tuple(ctx.grid), ctx.text, ctx.text_first, q.shape[0], q.shape[2], q.device)
-        known = ctx.state.get(key)
-        if known is None or known[0] != same or (self.refresh and step.step - known[1] >= self.refresh):
+
+        def choose() -> Tensor:
             mass = self.masses(q, k, ctx)
-            known = ctx.state[key] = (same, step.step, mass[..., 1] > mass[..., 0])
-        temporal: Tensor = known[2]
-        return temporal
+            return mass[..., 1] > mass[..., 0]
+
+        return choice("window heads", self, q, ctx, self.refresh, choose)
 
     @torch.no_grad()
     def masses(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
@@ -168,35 +167,19 @@ class Window(Planner):
 
         Padding keys (`ctx.kv_len`) get no mass; text keys, read by everyone, count for neither window.
         """
-        batch, tokens, heads, dim = q.shape
-        sample = self._sample(ctx.n_video, q.device)
-        inside = self._inside(sample, ctx, q.device)  # [rows, n_video, 2]
+        picked = sample(self.rows, ctx.n_video, q.device)
+        inside = self._inside(picked, ctx, q.device)  # [rows, n_video, 2]
         first = ctx.text if ctx.text_first else 0
-        rows = q.index_select(1, sample + first).float() * dim**-0.5
-        padding = None
-        if ctx.kv_len is not None:
-            padding = torch.arange(tokens, device=q.device) >= ctx.kv_len.to(q.device).view(-1, 1, 1, 1)
-        group = heads // k.shape[2]
         found = []
-        for j in range(k.shape[2]):  # one key head at a time keeps the scores small
-            scores = rows[:, :, j * group : (j + 1) * group].transpose(1, 2) @ k[:, None, :, j].float().mT
-            if padding is not None:
-                scores = scores.masked_fill(padding, -math.inf)
+        for _, scores in head_scores(q.index_select(1, picked + first), k, ctx.kv_len):
             mass = torch.softmax(scores, -1).narrow(-1, first, ctx.n_video)  # [B, group, rows, n_video]
-            found.append((mass.flatten(0, 1).transpose(0, 1) @ inside).mean(0).view(batch, group, 2))
+            found.append((mass.flatten(0, 1).transpose(0, 1) @ inside).mean(0).view(*mass.shape[:2], 2))
         return torch.cat(found, 1)
 
-    def _sample(self, n_video: int, device: torch.device) -> Tensor:
-        """Video tokens to look at. Golden-ratio steps: as even as equal steps, never in phase with the columns."""
-        if self.rows >= n_video:
-            return torch.arange(n_video, device=device)
-        golden = (math.sqrt(5) - 1) / 2
-        return torch.tensor([int((i + 0.5) * golden % 1.0 * n_video) for i in range(self.rows)], device=device)
-
-    def _inside(self, sample: Tensor, ctx: LayerContext, device: torch.device) -> Tensor:
+    def _inside(self, picked: Tensor, ctx: LayerContext, device: torch.device) -> Tensor:
         """fp32 [rows, n_video, 2]: 1 where a sampled query reads the video key by the spatial / temporal window."""
         _, height, width = ctx.grid
-        place = (sample // (height * width), sample // width % height, sample % width)
+        place = (picked // (height * width), picked // width % height, picked % width)
         kinds = []
         for kind in KINDS:
             bands = []

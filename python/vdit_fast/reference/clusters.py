@@ -16,6 +16,7 @@ def kmeans_assign(x: Tensor, centroids: Tensor) -> Tensor:
 
 def counting_sort(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """See ``ops.counting_sort``."""
+    labels = labels.clamp(0, classes - 1)
     counts = torch.zeros(*labels.shape[:-1], classes, dtype=torch.int32, device=labels.device)
     counts.scatter_add_(-1, labels.long(), torch.ones_like(labels, dtype=torch.int32))
     return labels.argsort(dim=-1, stable=True).to(torch.int32), counts

@@ -1,0 +1,28 @@
+#include "cpu/permute.h"
+
+#include <cstring>
+
+namespace vdit {
+
+bool cpu_permute_tokens(const PermuteParams& p, int64_t first, int64_t last) {
+  const auto* x = static_cast<const char*>(p.x.data);
+  auto* out = static_cast<char*>(p.out);
+  const int64_t row_bytes = int64_t{p.dim} * p.element_bytes;
+  bool in_range = true;
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t h = i % p.heads, position = i / p.heads % p.tokens, b = i / p.heads / p.tokens;
+    const int32_t token = static_cast<const int32_t*>(
+        p.order.data)[b * p.order.batch_stride + h * p.order.head_stride + position * p.order.stride];
+    if (token < 0 || token >= p.tokens) {
+      in_range = false;
+      continue;
+    }
+    const int64_t from = p.inverse != 0 ? position : token, to = p.inverse != 0 ? token : position;
+    const int64_t at = b * p.x.batch_stride + from * p.x.row_stride + h * p.x.head_stride;
+    std::memcpy(out + ((b * p.tokens + to) * p.heads + h) * row_bytes, x + at * p.element_bytes,
+                static_cast<size_t>(row_bytes));
+  }
+  return in_range;
+}
+
+}  // namespace vdit
