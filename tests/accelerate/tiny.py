@@ -109,6 +109,26 @@ def build(family: str, **kw: Any) -> Built:
     return BUILDERS[family](**kw)
 
 
+def regrid(inputs: dict[str, Any], grid: tuple[int, int, int]) -> dict[str, Any]:
+    """The same kind of inputs for another grid of tokens (frames, height, width)."""
+    frames, height, width = grid
+    latents, timestep = inputs["hidden_states"], inputs["timestep"]
+    batch, size = latents.shape[0], (2 * height, 2 * width)
+    new = dict(inputs)
+    if "image_rotary_emb" in inputs:  # CogVideoX: frames before channels
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+        new["hidden_states"] = torch.randn(batch, frames, latents.shape[2], *size)
+        if inputs["image_rotary_emb"] is not None:
+            new["image_rotary_emb"] = get_3d_rotary_pos_embed(16, ((0, 0), (height, width)), (height, width), frames)
+    else:
+        new["hidden_states"] = torch.randn(batch, latents.shape[1], frames, *size)
+    if timestep.ndim == 2:
+        new["timestep"] = torch.full((batch, frames * height * width), 500.0)
+        new["timestep"][:, : height * width] = 0
+    return new
+
+
 def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Floating inputs in ``dtype``; timesteps and RoPE tables stay as they are, like in the pipelines."""
     keep = ("timestep", "image_rotary_emb")

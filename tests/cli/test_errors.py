@@ -15,7 +15,7 @@ import vdit_fast.cli
 from vdit_fast.cli.configuration import resolve
 from vdit_fast.cli.output import finite, session
 
-VERBS = ("doctor", "demo", "generate", "compare", "bench", "plot", "tune")
+VERBS = ("doctor", "demo", "generate", "compare", "bench", "profile", "plot", "tune")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -112,3 +112,12 @@ def test_options_that_the_pipeline_lacks() -> None:
     assert Request("x", height=16).arguments(Still()) == {"prompt": "x", "height": 16}
     with pytest.raises(ValueError, match="frames: Still has no argument 'num_frames'"):
         Request("x", frames=9).arguments(Still())
+
+
+def test_profile_of_a_pipeline(model: Path, run_json: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    knobs = ["--method", "window", "--set", "attention.tile=[1,2,2]", "--set", "attention.dense_steps=1"]
+    document = run_json("profile", "-m", model, "-p", "a red circle", "--out", tmp_path, *knobs, *SMALL)
+    assert document["tokens"]["grid"] == [3, 2, 3] and document["steps"] == 3 and document["forwards"] == 6
+    assert document["calls"] == 12 and document["sparse_calls"] == 8 and document["cost"]["density"] < 1
+    assert (tmp_path / "plan.png").stat().st_size > 500

@@ -11,6 +11,7 @@ import torch
 
 from vdit_fast.config import Config
 from vdit_fast.demo import run as demo_run
+from vdit_fast.demo.numbers import density_summary
 from vdit_fast.demo.recorder import PlannedCall
 from vdit_fast.demo.run import run_demo
 from vdit_fast.planners import REGISTRY
@@ -123,7 +124,7 @@ def test_bad_numbers_are_named_before_any_work(demo: Any, tmp_path: Path, option
 
 def test_density_averages_count_unplanned_calls_as_dense() -> None:
     calls = [PlannedCall(step=1, branch=b, layer=1, density=[0.25, 0.75], seconds=0.0) for b in (0, 1)]
-    found = demo_run._density(calls, [], steps=2, branches=2, layers=2, heads=2)
+    found = density_summary(calls, [], steps=2, branches=2, layers=2, heads=2)
     assert found["sparse_calls"] == pytest.approx(0.5)
     assert found["sparse_steps"] == pytest.approx(0.75)
     assert found["overall"] == pytest.approx(0.875)
@@ -133,6 +134,6 @@ def test_density_averages_count_unplanned_calls_as_dense() -> None:
 
 def test_forecast_steps_read_nothing() -> None:
     calls = [PlannedCall(step=1, branch=0, layer=0, density=[0.5], seconds=0.0)]
-    found = demo_run._density(calls, [2, 3], steps=4, branches=1, layers=1, heads=1)
+    found = density_summary(calls, [2, 3], steps=4, branches=1, layers=1, heads=1)
     assert found["layer_step"] == [[1.0, 0.5, 0.0, 0.0]]
     assert (found["overall"], found["sparse_steps"], found["sparse_calls"]) == pytest.approx((0.375, 0.5, 0.5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from vdit_fast.cli.verbs import bench, compare, demo, doctor, generate, plot, tune
+from vdit_fast.cli.verbs import bench, compare, demo, doctor, generate, plot, profile, tune
 
 app = typer.Typer(
     help="Fast attention for video diffusion transformers: check the machine, see it work, measure it.",
@@ -12,5 +12,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
-for verb in (doctor, demo, generate, compare, bench, plot, tune):
-    app.command(verb.__name__.rpartition(".")[2])(verb.command)
+for verb in (doctor, demo, generate, compare, bench, profile, plot, tune):
+    name = verb.__name__.rpartition(".")[2]
+    if hasattr(verb, "app"):  # a verb with commands of its own
+        app.add_typer(verb.app, name=name)
+    else:
+        app.command(name)(verb.command)

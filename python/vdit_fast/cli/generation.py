@@ -109,6 +109,23 @@ def load_pipeline(folder: str | Path, dtype: str = "auto", device: str = "cpu") 
     return pipe.to(device)
 
 
+def watched(
+    pipe: Any, request: Request, arguments: dict[str, Any], progress: Progress | None, what: str
+) -> dict[str, Any]:
+    """The arguments with a callback that reports every step, in place of the pipeline's own progress bar."""
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    if progress is None or "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
+        return arguments
+
+    def tick(_: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        total = getattr(pipe, "num_timesteps", None) or request.steps or step + 1
+        progress(step + 1, total, what)
+        return values
+
+    return arguments | {"callback_on_step_end": tick}
+
+
 def draw(pipe: Any, request: Request, config: Config | None, progress: Progress | None = None) -> Drawn:
     """Run the pipeline, accelerated with ``config`` or stock with None, and restore it.
 
@@ -120,17 +137,7 @@ def draw(pipe: Any, request: Request, config: Config | None, progress: Progress 
 
     arguments = request.arguments(pipe)
     what = "stock" if config is None else "accelerated"
-    known = inspect.signature(pipe.__call__).parameters
-    if progress is not None and "callback_on_step_end" in known:
-
-        def tick(_: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            total = getattr(pipe, "num_timesteps", None) or request.steps or step + 1
-            progress(step + 1, total, what)
-            return values
-
-        arguments["callback_on_step_end"] = tick
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(disable=True)
+    arguments = watched(pipe, request, arguments, progress, what)
     handle = None if config is None else accelerate(pipe, config)
     try:
         start = time.perf_counter()

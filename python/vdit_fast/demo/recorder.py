@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlannedCall:
-    """One sparse attention call: where it happened, the density of each head, and the seconds of planning."""
+    """One call that the planner worked on: where, the density of each head, and the seconds of planning.
+
+    ``search`` marks a call that the planner looked at after it had run; a dense one has density 1.
+    """
 
     step: int
     branch: int
     layer: int
     density: list[float]
     seconds: float
+    search: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +61,22 @@ class Recorder(Planner):
         start = time.perf_counter()
         decision = self.inner.decision(q, k, v, ctx)
         seconds = time.perf_counter() - start
-        plan = decision.plan
+        plan, observe = decision.plan, decision.observe
+        if plan is None and observe is None:
+            return decision
+        density = [1.0] * q.size(2)
         if plan is not None:
             density = plan.density_per_head.float().mean(0).expand(q.size(2)).tolist()
-            self.calls.append(PlannedCall(ctx.step.step, ctx.step.branch, ctx.layer, density, seconds))
             if ctx.layer == self.keep_layer and ctx.step.branch == 0:
                 self.plans.append((ctx.step.step, plan))
-        return decision
+        call = PlannedCall(ctx.step.step, ctx.step.branch, ctx.layer, density, seconds, observe is not None)
+        self.calls.append(call)
+        if observe is None:
+            return decision
+
+        def timed(out: Tensor, lse: Tensor) -> None:
+            begin = time.perf_counter()
+            observe(out, lse)
+            call.seconds += time.perf_counter() - begin
+
+        return replace(decision, observe=timed)

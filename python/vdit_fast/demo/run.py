@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,10 @@ import torch
 from vdit_fast import report
 from vdit_fast.demo.architecture import FRAMES, HEIGHT, WIDTH
 from vdit_fast.demo.model import demo_metadata, load_demo_model
+from vdit_fast.demo.numbers import density_summary, spread, step_rows
 from vdit_fast.demo.pictures import draw, draw_plan, write_clips
 from vdit_fast.demo.prompts import parse
-from vdit_fast.demo.recorder import PlannedCall, Recorder
+from vdit_fast.demo.recorder import Recorder
 from vdit_fast.demo.sampler import GUIDANCE, DemoPipeline, Sample
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def run_demo(
     calls, plans = (recorder.calls, recorder.plans) if recorder else ([], [])
 
     forecast = list((explained["cache"] or {}).get("forecast", {}))
-    grid = _token_grid(transformer, frames, height, width)
+    grid = token_grid(transformer, frames, height, width)
     heads = int(transformer.config.num_attention_heads)
     branches = 1 if guidance == 1 else 2
     dense_seconds, fast_seconds = ([s.seconds for s in runs] for runs in (dense, fast))
@@ -148,13 +149,13 @@ def run_demo(
         },
         "model": metadata,
         "speed": {
-            "dense_seconds": _spread(dense_seconds),
-            "fast_seconds": _spread(fast_seconds),
-            "speedup": _spread([d / f for d, f in zip(dense_seconds, fast_seconds, strict=True)])
+            "dense_seconds": spread(dense_seconds),
+            "fast_seconds": spread(fast_seconds),
+            "speedup": spread([d / f for d, f in zip(dense_seconds, fast_seconds, strict=True)])
             | {"median": statistics.median(dense_seconds) / statistics.median(fast_seconds)},
         },
-        "density": _density(calls, forecast, steps, branches, layers, heads),
-        "steps": _steps(calls, forecast, fast, dense),
+        "density": density_summary(calls, forecast, steps, branches, layers, heads),
+        "steps": step_rows(calls, forecast, fast, dense),
         "quality": comparison.to_dict(),
         "latent_relative_l2": [
             report.relative_l2(a, b) for a, b in zip(fast[0].latents, dense[0].latents, strict=True)
@@ -208,47 +209,7 @@ def _forced(config: Config) -> Config:
     return replace(config, attention=replace(planner, force=True)) if hasattr(planner, "force") else config
 
 
-def _density(
-    calls: Iterable[PlannedCall], forecast: list[int], steps: int, branches: int, layers: int, heads: int
-) -> dict[str, Any]:
-    """Average densities; in a forecast step nothing is read, and a call that was not planned is a dense one."""
-    table = torch.ones(steps, branches, layers, heads)
-    table[forecast] = 0
-    for call in calls:
-        table[call.step, call.branch, call.layer] = torch.tensor(call.density)
-    sparse_calls = ((table < 1) & (table > 0)).any(-1)
-    sparse_steps = sparse_calls.flatten(1).any(1)
-    return {
-        "overall": table.mean().item(),
-        "sparse_steps": table[sparse_steps].mean().item() if sparse_steps.any() else 1.0,
-        "sparse_calls": table[sparse_calls].mean().item() if sparse_calls.any() else 1.0,
-        "layer_head": (table[sparse_steps] if sparse_steps.any() else table).mean((0, 1)).tolist(),
-        "layer_step": table.mean((1, 3)).T.tolist(),
-    }
-
-
-def _steps(
-    calls: list[PlannedCall], forecast: list[int], fast: list[Sample], dense: list[Sample]
-) -> list[dict[str, Any]]:
-    rows = []
-    for i, sigma in enumerate(fast[0].sigmas):
-        planned = [call for call in calls if call.step == i]
-        rows.append(
-            {
-                "mode": "forecast" if i in forecast else "sparse" if planned else "dense",
-                "sigma": sigma,
-                "seconds": statistics.median(s.step_seconds[i] for s in fast),
-                "plan_seconds": sum(call.seconds for call in planned),
-                "dense_seconds": statistics.median(s.step_seconds[i] for s in dense),
-            }
-        )
-    return rows
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
-
-
-def _token_grid(model: Any, frames: int, height: int, width: int) -> tuple[int, int, int]:
+def token_grid(model: Any, frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(frames, height, width) in tokens of a clip of so many pixels."""
     pt, ph, pw = model.config.patch_size
     return frames // pt, height // ph, width // pw

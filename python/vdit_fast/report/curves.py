@@ -63,8 +63,12 @@ def recall_curve(
         index = 0
         for name, curve in data.items():
             oracle = name.lower() == "oracle"
-            style = {"color": INK, "linestyle": "--"} if oracle else {"color": colour(index), "linestyle": "-"}
+            style: dict[str, Any] = {"color": INK, "linestyle": "--"}
+            if not oracle:
+                style = {"color": colour(index), "linestyle": "-"}
             marker = MARKERS[index % len(MARKERS)] if not oracle else "."
+            if len(curve["density"]) == 1:  # one point, above the lines that it is compared with
+                style |= {"linestyle": "none", "markersize": 10, "markeredgecolor": "white", "zorder": 4}
             axes.plot(curve["density"], curve["recall"], marker=marker, label=name, **style)
             index += not oracle
         axes.set_xlim(0, 1.02)

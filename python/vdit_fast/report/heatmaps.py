@@ -131,16 +131,23 @@ def _matrix(density: Any) -> np.ndarray:
 
 
 def density_heatmap(
-    density: Any, path: str | Path, *, columns: str = "head", rows: str = "layer", title: str | None = None
+    density: Any,
+    path: str | Path,
+    *,
+    columns: str = "head",
+    rows: str = "layer",
+    title: str | None = None,
+    label: str = "density",
 ) -> Path:
     """Achieved density as a layer × head or layer × step map: ``density[row][column]`` in [0, 1], None where unknown.
 
-    ``columns`` and ``rows`` name the axes. Writes ``path`` and its .json; returns the picture's path.
+    ``columns`` and ``rows`` name the axes, ``label`` the colours when the shares are of something else.
+    Writes ``path`` and its .json; returns the picture's path.
     Raises ValueError for a table that is empty, ragged or outside [0, 1].
     """
     values = _matrix(density)
     count, width = values.shape
-    data = {"density": values, "columns": columns, "rows": rows, "title": title}
+    data = {"density": values, "columns": columns, "rows": rows, "title": title, "label": label}
 
     def draw(figure: Any) -> None:
         from matplotlib import colormaps
@@ -152,16 +159,16 @@ def density_heatmap(
         axes.grid(False)
         if values.size <= 240:  # few enough cells to read their numbers
             for (row, column), value in np.ndenumerate(values):
-                label = "–" if math.isnan(value) else f"{100 * value:.0f}"
+                number = "–" if math.isnan(value) else f"{100 * value:.0f}"
                 shade = "white" if value < 0.5 else INK
-                axes.text(column, row, label, ha="center", va="center", fontsize=9, color=shade)
+                axes.text(column, row, number, ha="center", va="center", fontsize=9, color=shade)
         axes.set_xlabel(columns)
         axes.set_ylabel(rows)
         axes.xaxis.set_major_locator(MaxNLocator(min(width, 16), integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(min(count, 16), integer=True))
         axes.set_title(title or f"Attention density by {rows} and {columns}: mean {100 * np.nanmean(values):.1f} %")
         bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=28)
-        bar.set_label("density (%)" if values.size <= 240 else "density")
+        bar.set_label(f"{label} (%)" if values.size <= 240 else label)
         if values.size <= 240:
             bar.set_ticks([0, 0.25, 0.5, 0.75, 1.0], labels=["0", "25", "50", "75", "100"])
         bar.outline.set_visible(False)

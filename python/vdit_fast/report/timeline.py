@@ -10,7 +10,8 @@ from typing import Any
 from .style import colour, render
 from .tables import format_seconds
 
-KNOWN = {"dense": 0, "sparse": 1, "cached": 2, "mixed": 3}  # fixed colours, so that two timelines compare
+# fixed colours, so that two timelines compare
+KNOWN = {"dense": 0, "sparse": 1, "cached": 2, "mixed": 3, "search": 4, "forecast": 5}
 
 
 def step_timeline(steps: Sequence[Mapping[str, Any]], path: str | Path, *, title: str | None = None) -> Path:

@@ -11,6 +11,7 @@ from rich.table import Table
 from vdit_fast.cli.bench import DENSITIES, SUITES, Shape, draw, run_bench
 from vdit_fast.cli.devices import DTYPES, resolve_device, resolve_dtype
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
+from vdit_fast.cli.verbs import bench_methods
 
 Suite = Annotated[str, typer.Option(help=f"Shapes to run: {', '.join(SUITES)}.")]
 _DENSITIES = ",".join(f"{d:g}" for d in DENSITIES)
@@ -22,7 +23,13 @@ Block = Annotated[int, typer.Option(help="Side of the square blocks.", min=1)]
 Repeats = Annotated[int, typer.Option(help="Timed rounds.", min=1)]
 
 
+app = typer.Typer(invoke_without_command=True)
+app.command("methods")(bench_methods.command)
+
+
+@app.callback()
 def command(
+    context: typer.Context,
     suite: Suite = "quick",
     shape: Shapes = None,
     densities: Densities = _DENSITIES,
@@ -35,7 +42,12 @@ def command(
     as_json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
-    """Time dense and block-sparse attention, interleaved with torch SDPA; medians of several rounds."""
+    """Time dense and block-sparse attention, interleaved with torch SDPA; medians of several rounds.
+
+    The command `methods` compares the sparse methods on the demo model instead.
+    """
+    if context.invoked_subcommand is not None:
+        return
     with session(as_json, debug) as out:
         from vdit_fast import report
 

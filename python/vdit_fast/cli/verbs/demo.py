@@ -78,7 +78,7 @@ def results_table(results: dict[str, Any]) -> Table:
     table.add_row(f"accelerate(…, {results['label']!r})", seconds(fast))
     bounds = (ratio["min"], ratio["max"]) if len(ratio["all"]) > 1 else (None, None)
     table.add_row("speed-up", f"[bold]{format_ratio(ratio['median'], *bounds)}[/]")
-    sparse = sum(step["mode"] == "sparse" for step in results["steps"])
+    sparse = sum(any(0 < d < 1 for d in layers) for layers in zip(*density["layer_step"], strict=True))
     forecast = sum(step["mode"] == "forecast" for step in results["steps"])
     if forecast:
         table.add_row("steps forecast", f"{forecast} of {s['steps']}")

@@ -10,7 +10,8 @@ from rich.markup import escape
 
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
 
-File = Annotated[Path, typer.Argument(help="results.json of demo, bench.json of bench, or a picture's own JSON.")]
+_FILE = "results.json of demo, bench.json, methods.json or profile.json, or a picture's own JSON."
+File = Annotated[Path, typer.Argument(help=_FILE)]
 OutDir = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the pictures; default: beside the file.")]
 
 
@@ -30,7 +31,7 @@ def redraw(file: Path, out_dir: Path | None = None) -> list[Path]:
         ValueError: it is not a results file.
     """
     from vdit_fast import report
-    from vdit_fast.cli import bench
+    from vdit_fast.cli import bench, methods_bench, methods_report, profile_report, profiling
     from vdit_fast.demo import pictures
     from vdit_fast.demo.run import KIND
 
@@ -42,4 +43,8 @@ def redraw(file: Path, out_dir: Path | None = None) -> list[Path]:
         return pictures.redraw(document, file.parent, folder)
     if kind == bench.KIND:
         return bench.draw(document, folder)
+    if kind == methods_bench.KIND:
+        return methods_report.draw(document, folder)
+    if kind == profiling.KIND:
+        return profile_report.draw(document, folder)
     return [report.replot(file, None if out_dir is None else folder / file.with_suffix(".png").name)]

@@ -1,0 +1,37 @@
+"""What the matrix test sets for every planner: add one line here when a planner joins the registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one planner is run on grids of a few hundred tokens.
+
+    Attributes:
+        knobs: what makes it sparse there, on top of one dense step and no dense layer.
+        loose: what makes it read everything, so that the answer must be the dense one; None: no knob does that.
+        alone: batch items are planned independently of each other, so that batched and split guidance agree.
+    """
+
+    knobs: dict[str, Any] = field(default_factory=dict)
+    loose: dict[str, Any] | None = None
+    alone: bool = True
+
+
+SETTINGS: dict[str, Setting] = {
+    "adaspa": Setting(
+        {"sparsity": 0.6, "block": 16, "search": [1, 3]}, loose={"sparsity": 0.0, "head_adaptive": False}
+    ),
+    "draft": Setting({"sparsity": 0.6, "pool": [3, 4]}, loose={"sparsity": 0.0}),
+    "radial": Setting({"block": 16, "sinks": 0}, loose={"decay": 64.0, "thinning": False}),
+    "rettention": Setting({"window": 0.25, "interval": 3}, loose={"window": 1.0, "increment": 0.0}),
+    "sliding_tile": Setting({"sparsity": 0.6, "tile": [2, 3, 3]}, loose={"sparsity": 0.0}),
+    "sparge": Setting({"sparsity": 0.6, "block": [32, 16]}, loose={"sparsity": 0.0}),
+    "sparse_vdit": Setting({"modes": "dm", "block": 16, "sparsity": 0.6}, loose={"modes": "full"}),
+    "vsa": Setting({"sparsity": 0.6, "cube": [2, 3, 3]}, loose={"sparsity": 0.0}),
+    "window": Setting({"sparsity": 0.6, "tile": [2, 3, 3]}, loose={"sparsity": 0.0}),
+    "xattention": Setting({"top_p": 0.5, "block": 16, "stride": 4}, loose={"top_p": 1.0}),
+}
