@@ -2,8 +2,8 @@
 
     python benchmarks/clusters.py --out benchmarks/results/cpu
 
-All contenders of a problem run in turn in one process, so that a slow spell of the machine hits all alike. Times are CPU
-seconds of the one thread that works, which other programs on the machine disturb least; ratios are medians of the
+All contenders of a problem run in turn in one process, so that a slow spell of the machine hits all alike. Times are
+CPU seconds of the one thread that works, which other programs on the machine disturb least; ratios are medians of the
 rounds' own ratios, with their minimum and maximum.
 """
 
