@@ -125,10 +125,10 @@ MUTANTS = [
         "test_sort",
     ),
     _bug(
-        "totals of a tile are overwritten while they are read",
+        "the total of a tile is read before it is there",
         SORT,
-        "    arch::syncthreads();  // both arrays may be written again\n",
-        "",
+        "    arch::syncthreads();\n    before += tile_total[0];",
+        "    before += tile_total[0];",
         "test_sort",
     ),
     _bug("negative labels are not clamped", SORT, "label < 0 ? 0 : label <", "label <", "test_sort"),

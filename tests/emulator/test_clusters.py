@@ -19,8 +19,10 @@ def strided(shape: tuple[int, int, int, int], dtype: torch.dtype, kind: str) -> 
     b, n, h, d = shape
     if kind == "heads first":
         return torch.randn(b, h, n, d).to(dtype).transpose(1, 2)
-    if kind == "odd rows":  # nothing is aligned to 16 bytes
-        return torch.randn(b, n, h, d + 3).to(dtype)[..., 1 : 1 + d]
+    if kind == "odd rows":  # the first is aligned to 16 bytes, others are not
+        return torch.randn(b, n, h, d + 3).to(dtype)[..., :d]
+    if kind == "odd start":
+        return torch.randn(b, n, h, d + 8).to(dtype)[..., 1 : 1 + d]
     if kind == "text first":
         return torch.randn(b, n + 5, h, d).to(dtype)[:, 5:]
     return torch.randn(shape).to(dtype)
@@ -49,7 +51,7 @@ def check_labels(x: Tensor, centroids: Tensor, labels: Tensor) -> None:
     ((1, 70, 2, 200), 20, F16, "heads first"),
     ((1, 37, 1, 33), 97, BF16, "contiguous"),
     ((2, 1, 3, 1), 1, F16, "contiguous"),
-    ((1, 3, 2, 16), 129, BF16, "odd rows"),
+    ((1, 3, 2, 16), 129, BF16, "odd start"),
 ], ids=str)  # fmt: skip
 def test_nearest_centroids(shape: tuple[int, int, int, int], classes: int, dtype: torch.dtype, kind: str) -> None:
     torch.manual_seed(classes)
@@ -126,6 +128,7 @@ def test_sort_of_strided_labels() -> None:
     ((2, 65, 1, 6), F16, "contiguous"),
     ((1, 64, 2, 128), BF16, "text first"),
     ((1, 129, 1, 24), F32, "odd rows"),
+    ((1, 20, 2, 24), F16, "odd start"),
     ((1, 1, 1, 1), torch.int16, "contiguous"),
 ], ids=str)  # fmt: skip
 def test_permutation(shape: tuple[int, int, int, int], dtype: torch.dtype, kind: str) -> None:
@@ -166,7 +169,7 @@ LENGTHS = {
 
 @pytest.mark.parametrize(("dtype", "dim", "kind"), [
     (BF16, 128, "contiguous"), (F16, 64, "text first"), (F32, 64, "heads first"), (BF16, 33, "contiguous"),
-    (F32, 260, "contiguous"), (F16, 8, "odd rows"), (F32, 7, "contiguous"),
+    (F32, 260, "contiguous"), (F16, 8, "odd rows"), (F32, 7, "odd start"),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_means(lengths: list[int], dtype: torch.dtype, dim: int, kind: str) -> None:

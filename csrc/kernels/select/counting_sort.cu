@@ -81,8 +81,7 @@ offsets(const VD_GRID_CONST Args a) {
       }
     }
     arch::syncthreads();
-    before += tile_total[0];
-    arch::syncthreads();  // both arrays may be written again
+    before += tile_total[0];  // written again only after the next sum's barrier
   }
 }
 
