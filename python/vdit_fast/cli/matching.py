@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vdit_fast.planners import REGISTRY
+from vdit_fast.planners import REGISTRY, Planner
 
 TOLERANCE = 0.05
 """Densities at most so far apart count as matched."""
@@ -26,6 +26,7 @@ class Method:
         fixed: settings that fit frames of 16 x 16 tokens, where the planner's defaults are made for larger ones.
         searches: whether its first call after `dense_steps` is a dense one, in which it learns what the sparse ones
             need; that is then the last of the dense steps that all methods share.
+        prepare: an offline search, (pipeline, one run of it, the planner) -> more fixed settings.
     """
 
     knob: str
@@ -34,6 +35,19 @@ class Method:
     choices: tuple[Any, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     searches: bool = False
+    prepare: Callable[[Any, Callable[[], Any], Planner], Mapping[str, Any]] | None = None
+
+
+def _modes_per_head(pipe: Any, run: Callable[[], Any], planner: Planner) -> Mapping[str, Any]:
+    """Sparse-vDiT's table of the least error among its modes of the planner's density; no head is full or skipped."""
+    from vdit_fast.planners import SparseVDiT
+    from vdit_fast.tune import tune
+
+    assert isinstance(planner, SparseVDiT)
+    sparse = ("diagonal", "multi_diagonal", "vertical")
+    tuned = tune(pipe, [run], base=planner, modes=sparse, price=0.0, max_loss=math.inf, cost="pairs")
+    found = tuned.planner.to_dict()
+    return {knob: found[knob] for knob in ("modes", "stripes", "made_for", "record")}
 
 
 METHODS: dict[str, Method] = {
@@ -43,6 +57,9 @@ METHODS: dict[str, Method] = {
     "rettention": Method("window", searches=True),
     "sliding_tile": Method("sparsity", fixed={"tile": [4, 4, 4]}),
     "sparge": Method("sparsity"),
+    "sparse_vdit": Method("sparsity", fixed={"block": 64}, prepare=_modes_per_head),
+    "svg1": Method("sparsity", fixed={"block": 64}),
+    "svg2": Method("top_p", high=1.0),
     "vsa": Method("sparsity"),
     "window": Method("sparsity", fixed={"tile": [2, 4, 4]}),
     "xattention": Method("top_p", high=1.0, fixed={"block": 64}),

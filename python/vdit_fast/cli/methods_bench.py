@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from vdit_fast.planners import REGISTRY, Planner, from_dict
 
 KIND = "vdit_fast.bench.methods"
 PROMPTS = ("red circle right, blue square up",)
+CALIBRATION = "white ring down, green triangle left"
+"""The prompt of offline searches."""
 Progress = Callable[[int, int, str], None]
 
 
@@ -107,8 +109,9 @@ def run_methods(
     bench.total = 1 + len(methods) + settings.repeats * (2 + len(methods))
     calls = bench.record()
     contestants = []
-    for name, found in methods.items():
-        bench.tell(f"{name}: knob {found.knob}")
+    for name, line in methods.items():
+        bench.tell(f"{name}: knob {line.knob}")
+        found = bench.prepared(name, line)
         one = bench.fit(name, found, calls, settings.density)
         if one.found.density is None:
             left_out[name] = "; ".join(one.replayed.reasons) or "no sparse call"
@@ -183,10 +186,10 @@ class _Bench:
         }
 
     # ------------------------------------------------------------------ runs
-    def draw(self, prompt: str) -> Sample:
+    def draw(self, prompt: str, more_seed: int = 0) -> Sample:
         s = self.settings
         size: dict[str, Any] = {"frames": s.frames, "height": s.height, "width": s.width}
-        return self.pipe(prompt, steps=s.steps, seed=s.seed, keep_latents=True, **size)
+        return self.pipe(prompt, steps=s.steps, seed=s.seed + more_seed, keep_latents=True, **size)
 
     def draw_with(self, planner: Planner | None, prompt: str) -> tuple[Sample, dict[str, Any]]:
         handle = accelerate(self.pipe, Config(attention=planner))
@@ -212,6 +215,14 @@ class _Bench:
         dense_steps = max(s.dense_steps - found.searches, 0)
         same = {"dense_steps": dense_steps, "dense_layers": s.dense_layers}
         return from_dict({"method": name, **same, **found.fixed, found.knob: value})
+
+    def prepared(self, name: str, found: Method) -> Method:
+        """The method after its offline search, on another prompt and seed than those it is judged by."""
+        if found.prepare is None:
+            return found
+        base = self.planner(name, found, 1 - self.settings.density)
+        more = found.prepare(self.pipe, lambda: self.draw(CALIBRATION, 1), base)
+        return replace(found, fixed={**found.fixed, **more})
 
     def fit(self, name: str, found: Method, calls: list[Call], target: float) -> Contestant:
         """A method with the knob's value at which its plans of the recorded calls have the wanted density."""

@@ -139,12 +139,15 @@ def _quality(row: dict[str, Any], key: str) -> str:
 
 
 def _seconds(row: dict[str, Any]) -> str:
-    low, high = report.format_seconds(row["min"]), report.format_seconds(row["max"])
-    return f"{report.format_seconds(row['median'])} ({low} to {high})"
+    text = str(report.format_seconds(row["median"]))
+    if len(row["all"]) == 1:
+        return text
+    return f"{text} ({report.format_seconds(row['min'])} to {report.format_seconds(row['max'])})"
 
 
 def _spread(row: dict[str, Any]) -> str:
-    return str(report.format_ratio(row["median"], row["min"], row["max"]))
+    bounds = (row["min"], row["max"]) if len(row["all"]) > 1 else (None, None)
+    return str(report.format_ratio(row["median"], *bounds))
 
 
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:

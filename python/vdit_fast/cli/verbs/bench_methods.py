@@ -97,7 +97,8 @@ def _tables(rows: list[list[str]], document: dict[str, Any]) -> list[Table]:
     for what, columns in (("quality", range(SPEED)), ("speed", (0, *range(SPEED, len(HEADERS))))):
         table = Table(title=f"sparse methods, {what}: {work}", title_justify="left")
         for column in columns:
-            table.add_column(HEADERS[column], justify="left" if HEADERS[column] in ("method", "setting") else "right")
+            words = HEADERS[column] in ("method", "setting")
+            table.add_column(HEADERS[column], justify="left" if words else "right", no_wrap=words)
         for row in rows:
             table.add_row(*(escape(row[column]) for column in columns))
         tables.append(table)
