@@ -62,9 +62,9 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_few_steps_on_the_device_path(name: str, emulated: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_steps_on_the_device_path(name: str, emulated: Policy) -> None:
     text, text_first = LAYOUTS[NAMES.index(name) % len(LAYOUTS)]
-    planner = from_dict({"method": name, **SETTINGS[name].knobs})
+    planner = from_dict({"method": name, "dense_steps": 1, **SETTINGS[name].knobs})
     torch.manual_seed(1)
     state: dict = {}
     sparse = 0
@@ -72,6 +72,8 @@ def test_a_few_steps_on_the_device_path(name: str, emulated: Policy, monkeypatch
         ctx = layer(GRID, text, text_first, step=step, num_steps=10, state=state)
         q, k, v = (torch.randn(1, ctx.num_tokens, 2, 16).bfloat16() for _ in range(3))
         found = planner.decision(q, k, v, ctx)
+        if found.plan is None and found.observe is None:
+            continue  # dense attention has tests of its own
         out, lse = attention(q, k, v, found.plan, row_scale=found.row_scale, policy=emulated)
         exact, exact_lse = reference.attention(
             q.double(), k.double(), v.double(), found.plan, row_scale=found.row_scale, return_lse=True
