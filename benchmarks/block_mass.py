@@ -9,6 +9,7 @@ rounds' own ratios, with their minimum and maximum.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -87,6 +88,7 @@ def main() -> None:
     ap.add_argument("--rounds", type=int, default=15)
     ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
+    load = os.getloadavg()[1]  # what else the machine is doing
     results = [measure(shape, args.rounds) for shape in SHAPES]
     for result in results:
         print(f"\nbatch x heads x tokens x dim = {result['shape']}, fp32, {torch.get_num_threads()} threads")
@@ -103,6 +105,7 @@ def main() -> None:
     document = {
         "kind": "vdit_fast.block_mass",
         "settings": {"dtype": "float32", "rounds": args.rounds, "seed": 0, "threads": torch.get_num_threads()},
+        "load_average_5_min": load,
         "results": results,
         "command": f"python benchmarks/block_mass.py --rounds {args.rounds}",
         "environment": report.environment(),
