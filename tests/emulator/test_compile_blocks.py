@@ -31,9 +31,10 @@ def test_lengths_of_their_own(policy: Policy, shared: tuple[bool, bool], q_tile:
 
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.95, 1.0])
-@pytest.mark.parametrize("empty", [0.0, 0.9])
-def test_densities(policy: Policy, density: float, empty: float) -> None:
-    check(draw(3, 6, 70, density=density, empty=empty, q_tile=7, seed=2), policy)
+@pytest.mark.parametrize("empty", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("q_tile", [None, 7])
+def test_densities(policy: Policy, density: float, empty: float, q_tile: int | None) -> None:
+    check(draw(3, 6, 70, density=density, empty=empty, q_tile=q_tile, seed=2), policy)
 
 
 @pytest.mark.parametrize("policy", RANDOMS[:2], ids=str)
