@@ -2,8 +2,8 @@
 
     python benchmarks/selection.py --out benchmarks/results/cpu
 
-CPU time of one thread, so that other work on the machine does not count. Operator and twin run in turn; ratios are medians
-of the rounds' own ratios, with their minimum and maximum. Results are compared first.
+CPU time of one thread, so that other work on the machine does not count. Operator and twin run in turn; ratios are
+medians of the rounds' own ratios, with their minimum and maximum. Results are compared first.
 """
 
 from __future__ import annotations
