@@ -78,7 +78,9 @@ def test_numbers() -> None:
 
 
 def test_bits() -> None:
-    data = torch.cat([torch.tensor([0, 1, -1, -(2**31)], dtype=torch.int32), words(60) >> torch.arange(60) % 31])
+    data = torch.cat(
+        [torch.tensor([0, 1, -1, -(2**31)], dtype=torch.int32), words(60) >> (torch.arange(60) % 31).int()]
+    )
     out = torch.zeros(2, len(data), dtype=torch.int32)
     run_case("bits", [data], [out], [len(data)])
     unsigned = [int(x) % 2**32 for x in data]

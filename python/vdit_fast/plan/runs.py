@@ -1,8 +1,9 @@
 """The core every builder uses: a boolean block map becomes tiles, merged key runs and their CSR index.
 
 It is a compiled operator; its twin here is a fixed number of whole-tensor operations, and serves maps with bit masks.
-On a CPU the buffers have exactly the needed length. Elsewhere the lengths depend on shapes only (capacity), so that nothing has to be read back by the host: entries are placed by
-prefix sums, tiles in excess get ``q_len`` 0 and runs in excess lie beyond ``run_ptr[-1]``.
+On a CPU the buffers have exactly the needed length. Elsewhere the lengths depend on shapes only (capacity), so that
+nothing has to be read back by the host: entries are placed by prefix sums, tiles in excess get ``q_len`` 0 and runs in
+excess lie beyond ``run_ptr[-1]``.
 """
 
 from __future__ import annotations
