@@ -317,7 +317,7 @@ search(const VD_GRID_CONST Args a) {
 
     Chunk next{0, 0, 0};
     uint32_t to = ring;
-    auto load_next = [&]() {
+    auto load_next = [&] {
       if (next.stage < stages) {
         load_keys(a, at, next, to);
         if constexpr (!kResident) load_queries(a, at, next, to + kKeyBytes);
