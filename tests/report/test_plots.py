@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,3 +153,37 @@ def test_missing_library_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"vdit-fast\[plots\]"):
         report.step_timeline(STEPS, tmp_path / "x")
+
+
+def test_crowded_labels_stay_apart(tmp_path: Path) -> None:
+    """Thirteen points within a few pixels of each other: no two names may overlap."""
+    from matplotlib.text import Text
+
+    from vdit_fast.report import curves
+
+    points = [{"label": f"method {i}", "speedup": 1.5 + 0.004 * i, "psnr": 30 + 0.05 * (i % 3)} for i in range(13)]
+    points += [{"label": "far", "speedup": 3, "psnr": 40}]
+    seen: list[Any] = []
+    place = curves._place_labels
+
+    def watch(axes: Any, labels: Any) -> None:
+        place(axes, labels)
+        renderer = axes.figure.canvas.get_renderer()
+        notes = [text for text in axes.texts if text.get_text()]
+        seen.extend(Text.get_window_extent(note, renderer) for note in notes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "_place_labels", watch)
+        report.pareto(points, tmp_path / "crowd.png")
+    assert len(seen) == 14
+    assert not any(a.overlaps(b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_marks_of_the_dense_model_and_words_of_a_map(tmp_path: Path) -> None:
+    steps = [{"mode": "search", "seconds": 1.0, "dense_seconds": 2.0}, {"mode": "forecast", "seconds": 0.1}]
+    path = report.step_timeline(steps, tmp_path / "t.svg")
+    saved = json.loads(path.with_suffix(".json").read_text())["data"]["steps"]
+    assert saved[0]["dense_seconds"] == 2.0 and "dense_seconds" not in saved[1]
+    check_picture(report.replot(path.with_suffix(".json")))
+    path = report.density_heatmap([[0.1, 0.2]], tmp_path / "h.png", label="mass kept")
+    assert json.loads(path.with_suffix(".json").read_text())["data"]["label"] == "mass kept"

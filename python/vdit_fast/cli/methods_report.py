@@ -156,7 +156,7 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     if not rows:
         return []
     what = f"demo model, {document['settings']['tokens']:,} tokens, {document['settings']['steps']} steps"
-    points = [{"label": row["method"], "speedup": row["speedup"]["median"], "psnr": row["psnr"]} for row in rows]
+    points = [_point(row, all(other["matched"] for other in rows)) for row in rows]
     files = [report.pareto(points, folder / "pareto.png", title=f"Speed against quality: {what}")]
     for row in rows:
         name, density = row["method"], row["density"]
@@ -165,6 +165,18 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
         title = f"{name}: seconds per denoising step"
         files.append(report.step_timeline(row["steps"], folder / f"steps_{name}.png", title=title))
     return files
+
+
+def _point(row: dict[str, Any], alike: bool) -> dict[str, Any]:
+    """A point of the trade-off; one of another density says which, in another colour."""
+    density = "" if row["matched"] else f" ({report.format_percent(row['density']['sparse_calls'])})"
+    group = None if alike else "matched density" if row["matched"] else "another density"
+    return {
+        "label": row["method"] + density,
+        "speedup": row["speedup"]["median"],
+        "psnr": row["psnr"],
+        "group": group,
+    }
 
 
 def draw_plans(contestants: Sequence[Contestant], grid: tuple[int, int, int], layer: int, folder: Path) -> list[Path]:

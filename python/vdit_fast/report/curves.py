@@ -83,8 +83,17 @@ def recall_curve(
     return render("recall_curve", path, {"curves": data, "title": title}, draw, (6.8, 4.6))
 
 
+def _spots() -> list[tuple[float, float]]:
+    """Offsets of a label from its point, in points, the preferred ones first: near, then further out."""
+    near = [(0, 1), (0, -1), (1, 0), (-1, 0), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8)]
+    return [(distance * x, distance * y) for distance in (9, 20, 32, 46) for x, y in near]
+
+
 def _place_labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Point labels above, or below, right or left where that would cover another label, a point or the frame."""
+    """Point labels above, below or beside, where they cover no other label, no point and not the frame.
+
+    One that finds no place near its point stands further out, with a thin line to it.
+    """
     from matplotlib.patheffects import withStroke
 
     halo = withStroke(linewidth=3, foreground=PAPER)
@@ -92,19 +101,31 @@ def _place_labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None
     figure.canvas.draw()
     renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
     pixel = [axes.transData.transform((x, y)) for x, y, _ in points]
+    radius = 5 * figure.dpi / 72
     taken: list[Any] = []
-    spots = [(0, 9, "center", "bottom"), (0, -9, "center", "top"), (9, 0, "left", "center"), (-9, 0, "right", "center")]
-    spots += [(dx, dy, ha, va) for dx, ha in ((8, "left"), (-8, "right")) for dy, va in ((8, "bottom"), (-8, "top"))]
     for number, (x, y, text) in enumerate(points):
         best: tuple[float, Any, Any] | None = None
-        for dx, dy, ha, va in spots:
+        for dx, dy in _spots():
+            far = math.hypot(dx, dy) > 14
+            ha = "center" if dx == 0 else "left" if dx > 0 else "right"
+            va = "center" if dy == 0 else "bottom" if dy > 0 else "top"
+            line = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4} if far else None
             note = axes.annotate(
-                text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=10, color=INK
+                text,
+                (x, y),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha=ha,
+                va=va,
+                fontsize=10,
+                color=INK,
+                arrowprops=line,
             )
             note.set_path_effects([halo])
-            box = note.get_window_extent(renderer)
+            box = note.get_window_extent(renderer) if not far else _text_box(note, renderer)
+            wide = box.padded(radius)
             clash = sum(box.overlaps(other) for other in taken)
-            clash += sum(box.contains(*at) for i, at in enumerate(pixel) if i != number)
+            clash += sum(wide.contains(*at) for i, at in enumerate(pixel) if i != number)
             clash += 2 * (box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1)
             if best is None or clash < best[0]:
                 if best is not None:
@@ -116,6 +137,14 @@ def _place_labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None
                 break
         if best is not None:
             taken.append(best[2])
+
+
+def _text_box(note: Any, renderer: Any) -> Any:
+    """Extent of an annotation's words without its line."""
+    from matplotlib.text import Text
+
+    note.update_positions(renderer)
+    return Text.get_window_extent(note, renderer)
 
 
 def _infinite_tick(axes: Any, highest: float, top: float) -> None:
