@@ -11,20 +11,21 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import checks, machine
-from .problems import Problem, problems
+from . import checks, machine, methods
+from .problems import problems
 from .store import Store
 from .supervise import Journal, tail, watch
 from .timing import FULL, QUICK
 from .worker import SECTION as TIMINGS
 from .worker import item_name, journal_path, spec_of
 
-SECTIONS = ("environment", "ceilings", "primitives", "tests", "sanitizer", TIMINGS)
+SECTIONS = ("environment", "ceilings", "primitives", "tests", "sanitizer", TIMINGS, methods.SECTION)
 SHARE = {"primitives": 0.2, "tests": 0.3, "sanitizer": 0.3}  # of the budget, at most, so that timings get their part
+KEEP_FOR_LAST = 0.75  # the part of what is left that the timings may use when another section follows
 
 
 class Run:
@@ -121,53 +122,63 @@ def run_sanitizer(run: Run) -> None:
         run.item("sanitizer", f"sanitizer/{tool}", work, least=60, tests=("tests/emulator",))
 
 
-def pending(run: Run) -> list[Problem]:
-    """Problems that are wanted and not stored yet."""
+def pending(run: Run, specs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Items (with their specs) that are wanted and not stored yet."""
     found = []
-    for problem in problems(run.args.quick):
-        item = item_name(problem)
+    for item, spec in specs.items():
         if run.args.only and not any(text in item for text in run.args.only):
             continue
-        if run.store.done(item, spec_of(problem, run.device), retry_failed=run.args.retry_failed):
+        if run.store.done(item, spec, retry_failed=run.args.retry_failed):
             run.say(f"{item}: kept")
         else:
-            found.append(problem)
+            found.append(item)
     return found
 
 
-def run_timings(run: Run) -> None:
-    """Child processes run the problems; one that hangs or dies is replaced, and its problem has failed."""
-    todo = {item_name(p): p for p in pending(run)}
-    journal, log = Journal(journal_path(run.folder)), run.folder / "logs" / "timings.log"
-    until = run.wall + run.args.budget
+def supervise(run: Run, section: str, module: str, path: Path, specs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Child processes run the items; one that hangs or dies is replaced, and its item has failed."""
+    todo = pending(run, specs)
+    journal, log = Journal(path), run.folder / "logs" / f"{section}.log"
+    more = section != SECTIONS[-1] and SECTIONS[-1] in run.args.sections
+    until = time.time() + (KEEP_FOR_LAST if more else 1.0) * run.left()
     log.unlink(missing_ok=True)
     while todo:
         journal.clear()
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", "--out", str(run.folder.resolve())]
+        command = [sys.executable, "-m", f"benchmarks.gpu.{module}", "--out", str(run.folder.resolve())]
         command += ["--device", run.device, "--until", f"{until:.3f}", *(["--quick"] if run.args.quick else [])]
-        command += [p.name for p in todo.values()]
-        ended = watch(command, journal, seconds=max(5.0, run.left() + 60), log=log)
+        command += [item.removeprefix(section + "/") for item in todo]
+        ended = watch(command, journal, seconds=max(5.0, until - time.time() + 60), log=log)
         outcomes = journal.outcomes()
         for item, outcome in outcomes.items():
-            todo.pop(item, None)
+            todo.remove(item)
             if outcome["status"] == "failed":
                 run.failed.append(item)
         if ended.how == "finished":
             break
         if ended.item in todo:
-            problem = todo.pop(ended.item)
-            reason, spec = f"{ended.how} (exit code {ended.code}): {tail(log)}", spec_of(problem, run.device)
+            todo.remove(ended.item)
+            reason = f"{ended.how} (exit code {ended.code}): {tail(log)}"
             status = "skipped" if ended.how == "budget" else "failed"
-            run.store.write(ended.item, TIMINGS, status, reason=reason, spec=spec, seconds=ended.seconds)
+            run.store.write(ended.item, section, status, reason=reason, spec=specs[ended.item], seconds=ended.seconds)
             run.say(f"{ended.item}: {status}, {ended.how}")
             if ended.how == "budget":
                 break
             run.failed.append(ended.item)
         elif not outcomes:
-            raise SystemExit(f"the timings' child process ended with exit code {ended.code}:\n{tail(log, 30)}")
+            raise SystemExit(f"the child process of {section} ended with exit code {ended.code}:\n{tail(log, 30)}")
     for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
-        if line.startswith(TIMINGS + "/"):
+        if line.startswith(section + "/"):
             run.say(line)
+
+
+def run_timings(run: Run) -> None:
+    specs = {item_name(p): spec_of(p, run.device) for p in problems(run.args.quick)}
+    supervise(run, TIMINGS, "worker", journal_path(run.folder), specs)
+
+
+def run_methods(run: Run) -> None:
+    specs = {methods.item_name(c): c.spec() for c in methods.cases(run.args.quick)}
+    supervise(run, methods.SECTION, "methods", methods.journal_path(run.folder), specs)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -207,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tests": run_tests,
         "sanitizer": run_sanitizer,
         TIMINGS: run_timings,
+        methods.SECTION: run_methods,
     }
     for name, step in steps.items():
         if name in args.sections:

@@ -91,6 +91,34 @@ def group_table(documents: Sequence[Document]) -> str:
     return table([row(d, peers) for d in documents], headings, style="markdown")
 
 
+def methods_table(documents: Sequence[Document]) -> str:
+    """One transformer block with random weights, stock and with each sparse method."""
+    headings = ["model", "method", "density", "stock ms", "compiled ms", "own dense ms", "sparse ms (min-max)"]
+    headings += ["sparse step over stock", "planning ms per layer", "attention ms per layer"]
+    headings += ["clip, with dense steps", "published"]
+    rows = []
+    for d in documents:
+        spec, r = d["spec"], d["result"]
+        times = r["contenders"]
+        before = (times[name]["ms"] if name in times else None for name in ("stock", "stock, compiled", "dense"))
+        own, step = times[spec["method"]], r["sparse_step_speedup"]
+        rows.append(
+            [
+                f"{spec['model']['name']}, {r['tokens']:,} tokens, {r['layers']} layers",
+                spec["method"],
+                format_percent(r["density"]),
+                *(None if ms is None else f"{ms:.1f}" for ms in before),
+                f"{own['ms']:.1f} ({own['ms_min']:.1f}-{own['ms_max']:.1f})",
+                format_ratio(step["median"], step["min"], step["max"]),
+                f"{r['planning_ms_per_layer']:.2f}",
+                f"{r['attention_ms_per_layer']:.2f}",
+                f"{r['clip_speedup']:.2f}x at {format_percent(spec['dense_share'], 0)} dense steps",
+                f"{r['published_speedup']:g}x" if r["published_speedup"] else None,
+            ]
+        )
+    return table(rows, headings, style="markdown")
+
+
 def peer_notes(documents: Sequence[Document]) -> list[str]:
     """Why peers are missing, once per reason."""
     reasons: Counter[tuple[str, str]] = Counter()
@@ -194,6 +222,10 @@ def markdown(documents: Sequence[Document], pictures: Sequence[Path] = ()) -> st
                 if d["result"]["peak_bytes"] is not None
             ]
             parts += [f"Memory of a call: {', '.join(memory)}."] if memory else []
+    blocks = [d for d in documents if d["section"] == "methods" and d["result"] is not None]
+    if blocks:
+        parts += ["## Transformer blocks", "Random weights of the true shapes: times only, nothing about quality."]
+        parts.append(methods_table(blocks))
     parts += [f"![{path.stem}]({path.name})" for path in pictures]
     parts += ["## Every item", summary(documents)]
     return "\n\n".join(part for part in parts if part) + "\n"

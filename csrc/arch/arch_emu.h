@@ -47,6 +47,7 @@ VD_DEV uint32_t as_uint(float value) {
   return bits;
 }
 VD_DEV int popc(uint32_t v) { return __builtin_popcount(v); }
+VD_DEV int highest_bit(uint32_t v) { return v == 0 ? -1 : 31 - __builtin_clz(v); }
 // .ftz: subnormal inputs and results are 0.
 VD_DEV float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.f, x) : x; }
 VD_DEV float ex2(float x) { return flush(exp2f(flush(x))); }
@@ -85,6 +86,11 @@ VD_DEV uint32_t lds16(uint32_t a) { return load_shared<uint16_t>(a); }
 VD_DEV uint32_t lds32(uint32_t a) { return load_shared<uint32_t>(a); }
 VD_DEV uint2 lds64(uint32_t a) { return load_shared<uint2>(a); }
 VD_DEV uint4 lds128(uint32_t a) { return load_shared<uint4>(a); }
+VD_DEV uint32_t shared_add(uint32_t a, uint32_t v) {
+  const uint32_t before = load_shared<uint32_t>(a);
+  store_shared(a, before + v);
+  return before;
+}
 
 // ---- global memory
 
@@ -117,6 +123,7 @@ VD_DEV void bar_arrive() {
 VD_DEV uint32_t shfl_xor(uint32_t v, int lane_mask) { return emu::shfl_xor(~0u, v, lane_mask); }
 VD_DEV uint32_t shfl(uint32_t v, int lane) { return emu::shfl_idx(~0u, v, lane); }
 VD_DEV uint32_t vote_ballot(bool p) { return emu::ballot(~0u, p); }
+VD_DEV uint32_t match_any(uint32_t v) { return emu::match_any(~0u, v); }
 VD_DEV bool elect_one() { return emu::elect_one(); }
 
 // ---- cp.async

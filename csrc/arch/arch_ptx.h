@@ -28,6 +28,7 @@ using stream_t = cudaStream_t;
 VD_DEV float as_float(uint32_t bits) { return __uint_as_float(bits); }
 VD_DEV uint32_t as_uint(float value) { return __float_as_uint(value); }
 VD_DEV int popc(uint32_t v) { return __popc(v); }
+VD_DEV int highest_bit(uint32_t v) { return 31 - __clz(int(v)); }  // -1 if there is none
 
 VD_DEV float ex2(float x) {
   float y;
@@ -95,6 +96,13 @@ VD_DEV uint4 lds128(uint32_t a) {
   return v;
 }
 
+// Returns the value before the addition.
+VD_DEV uint32_t shared_add(uint32_t a, uint32_t v) {
+  uint32_t before;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(a), "r"(v) : "memory");
+  return before;
+}
+
 // ---- global memory: plain accesses with the alignment rule of vectors made visible
 
 VD_DEV uint4 ldg128(const void* p) { return *static_cast<const uint4*>(p); }
@@ -123,6 +131,7 @@ VD_DEV void bar_arrive() {
 VD_DEV uint32_t shfl_xor(uint32_t v, int lane_mask) { return __shfl_xor_sync(~0u, v, lane_mask); }
 VD_DEV uint32_t shfl(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
 VD_DEV uint32_t vote_ballot(bool p) { return __ballot_sync(~0u, p); }
+VD_DEV uint32_t match_any(uint32_t v) { return __match_any_sync(~0u, v); }  // lanes that hold the same value
 
 // ---- cp.async: 16 bytes per thread, global to shared; the bytes beyond `src_bytes` become 0 and are not read
 

@@ -69,8 +69,14 @@ size_t BlockMeanSchedule::row_of(int64_t bh) const {
 
 BlockMeanWork BlockMeanSchedule::work(int64_t i) {
   const auto after = std::upper_bound(parts_before_.begin(), parts_before_.end(), i);
-  const int64_t bh = after - parts_before_.begin() - 1;
-  const Part& part = parts_[static_cast<size_t>(row_begin_[row_of(bh)] + i - *(after - 1))];
+  int64_t bh = after - parts_before_.begin() - 1, index = i - *(after - 1);
+  if (p_.lengths_heads == 1) {  // the same part of all heads, one after the other: their rows are neighbours in memory
+    const int64_t first = bh / p_.heads * p_.heads;
+    index = i - parts_before_[static_cast<size_t>(first)];
+    bh = first + index % p_.heads;
+    index /= p_.heads;
+  }
+  const Part& part = parts_[static_cast<size_t>(row_begin_[row_of(bh)] + index)];
   const bool whole = part.slot < 0;
   const int64_t to = whole ? bh * p_.blocks + part.block : slots_before_[static_cast<size_t>(bh)] + part.slot;
   return {bh / p_.heads,

@@ -36,6 +36,20 @@ struct TileShape {
   int mask_row;             // row of the plan's tile at which these rows start
 };
 
+// Folded query rows against all folded keys of one head (block_mass.h): a product of `fold` slices of `head_dim`.
+struct FoldedTile {
+  int rows, head_dim, fold;
+  const float* q;       // [fold][kTileRows][head_dim], scaled by scale*log2(e)
+  const float* panels;  // [panels][fold][head_dim][panel_keys]
+  int64_t keys;         // those beyond it in the last panel are not read
+};
+
+// Rows [first, last) of a tile, summed into one row of key blocks.
+struct RowGroup {
+  int first, last;
+  double* sums;  // [ceil(keys / kv_block)]
+};
+
 struct TileKernels {
   int panel_keys;
   void (*load_row)(const void* src, DType dtype, int64_t stride, int n, float scale, float* dst);
@@ -49,6 +63,11 @@ struct TileKernels {
   void (*backward)(const TileShape& shape, const float* q, const float* dout, const float* lse2, const float* delta,
                    const KeyValues& kv, const PanelRef* refs, int n, const int32_t* mask_bits, float* scratch,
                    float* dq, float* dk, float* dv);
+  // Running base-2 maximum m and sum l (as in `forward`) of every row's scores.
+  void (*score_lse)(const FoldedTile& tile, float* scratch, float* m, float* l);
+  // Adds 2^(score - lse2[row]) to the groups' sums.
+  void (*block_mass)(const FoldedTile& tile, const float* lse2, const RowGroup* groups, int num_groups,
+                     int64_t kv_block, float* scratch);
 };
 
 constexpr int kForwardScratch = kTileRows * kStageKeys;

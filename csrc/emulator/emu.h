@@ -96,6 +96,7 @@ void bar_arrive(unsigned id, unsigned count);
 uint32_t shfl_xor(uint32_t mask, uint32_t value, int lane_mask);
 uint32_t shfl_idx(uint32_t mask, uint32_t value, int lane);
 uint32_t ballot(uint32_t mask, bool p);
+uint32_t match_any(uint32_t mask, uint32_t value);
 bool elect_one();
 void setmaxnreg(int registers, bool increase);
 

@@ -96,6 +96,20 @@ uint32_t ballot(uint32_t mask, bool p) {
   return x.result;
 }
 
+uint32_t match_any(uint32_t mask, uint32_t value) {
+  Exchange x{value, 0, 0};
+  warp_collective("match.any", mask, &x, [](void** operands, uint32_t m) {
+    for (int i = 0; i < 32; ++i) {
+      if ((m >> i & 1) == 0) continue;
+      auto* own = static_cast<Exchange*>(operands[i]);
+      own->result = 0;
+      for (int j = 0; j < 32; ++j)
+        if ((m >> j & 1) && static_cast<Exchange*>(operands[j])->value == own->value) own->result |= 1u << j;
+    }
+  });
+  return x.result;
+}
+
 bool elect_one() {
   warp_collective("elect.sync", ~0u, nullptr, nullptr);
   return cur->lane == 0;

@@ -1,12 +1,7 @@
 // attention and attention_backward on the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-#include <atomic>
-#include <exception>
-#include <functional>
 #include <limits>
-#include <mutex>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -15,20 +10,10 @@
 #include "cpu/attention.h"
 #include "cpu/attention_plan.h"
 #include "ops/attention_args.h"
+#include "ops/cpu_call.h"
 
 namespace vdit {
 namespace {
-
-View4 view_of(const Tensor& t, const std::string& what) {
-  View4 v;
-  v.data = const_cast<void*>(t.const_data_ptr());
-  v.dtype = kernel_dtype(t, what);
-  for (int i = 0; i < 4; ++i) {
-    v.size[i] = t.size(i);
-    v.stride[i] = t.stride(i);
-  }
-  return v;
-}
 
 OrderView order_of(const Optional& t, const char* name, const Tensor& q) {
   OrderView o;
@@ -101,34 +86,11 @@ struct Call {
   }
 
   void set_kv_len(const Tensor& t, const Tensor& q, const Tensor& k) {
-    const bool wide = check_kv_len(t, q);
-    for (int64_t b = 0; b < q.size(0); ++b) {
-      const int64_t n = wide ? t.const_data_ptr<int64_t>()[b] : t.const_data_ptr<int32_t>()[b];
-      VDIT_CHECK(n >= 0 && n <= k.size(1), "attention: kv_len[", b, "] is ", n, "; expected 0 to ", k.size(1));
-      kv_len.push_back(n);
-    }
+    check_kv_len(t, q);
+    kv_len = lengths_of(t, k.size(1), "attention");
     params.kv_len = kv_len.data();
   }
 };
-
-// Indices are drawn one at a time, so that long and short items balance themselves.
-void parallel_for_each(int64_t n, const std::function<void(int64_t)>& fn) {
-  if (n <= 0) return;
-  std::atomic<int64_t> next{0};
-  const int64_t workers = std::min<int64_t>(n, torch::stable::get_num_threads());
-  std::exception_ptr error;  // out of memory in a work item: reported after all workers have stopped
-  std::mutex guard;
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    try {
-      for (int64_t i = next++; i < n; i = next++) fn(i);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(guard);
-      error = std::current_exception();
-      next = n;
-    }
-  });
-  if (error) std::rethrow_exception(error);
-}
 
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& tiles,
                                          const Optional& run_ptr, const Optional& runs, const Optional& mask_bits,

@@ -25,9 +25,9 @@ void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
   VDIT_CHECK(q.size(1) <= limit && k.size(1) <= limit, "attention: more than ", limit, " tokens in one sequence");
 }
 
-float checked_scale(double scale) {
+float checked_scale(double scale, const char* op) {
   const auto narrow = static_cast<float>(scale);
-  VDIT_CHECK(narrow - narrow == 0.f, "attention: scale is ", scale, "; expected a finite number");
+  VDIT_CHECK(narrow - narrow == 0.f, op, ": scale is ", scale, "; expected a finite number");
   return narrow;
 }
 
@@ -69,11 +69,11 @@ void check_order(const Tensor& t, const char* name, const Tensor& q) {
              device_text(q), ", got ", dtype_text(t.scalar_type()), " ", shape_text(t), " on ", device_text(t));
 }
 
-bool check_kv_len(const Tensor& t, const Tensor& q) {
+bool check_kv_len(const Tensor& t, const Tensor& q, const char* op) {
   const bool wide = t.scalar_type() == ScalarType::Long;
   VDIT_CHECK((wide || t.scalar_type() == ScalarType::Int) && t.dim() == 1 && t.size(0) == q.size(0) &&
                  t.is_contiguous() && same_device(t, q),
-             "attention: kv_len is ", dtype_text(t.scalar_type()), " ", shape_text(t), " on ", device_text(t),
+             op, ": kv_len is ", dtype_text(t.scalar_type()), " ", shape_text(t), " on ", device_text(t),
              "; expected contiguous int32 or int64 [", q.size(0), "] on ", device_text(q));
   return wide;
 }

@@ -15,8 +15,8 @@ constexpr int64_t kMaxHeadDim = 256;
 
 void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v);
 
-// The scale as the kernels take it; throws unless it is finite.
-float checked_scale(double scale);
+// The scale as the kernels take it; throws unless it is finite. `op` begins the message.
+float checked_scale(double scale, const char* op = "attention");
 
 // An fp32 tensor [batch, heads, queries].
 void check_rows(const Tensor& t, const char* name, const Tensor& q);
@@ -32,8 +32,8 @@ bool check_plan_lists(const Tensor& q, const Optional& tiles, const Optional& ru
 // dtype, device and rank of an order.
 void check_order(const Tensor& t, const char* name, const Tensor& q);
 
-// Returns whether the entries are int64.
-bool check_kv_len(const Tensor& t, const Tensor& q);
+// Lengths [batch]; returns whether the entries are int64.
+bool check_kv_len(const Tensor& t, const Tensor& q, const char* op = "attention");
 
 void check_segments(const Tensors& segment_k, const Tensors& segment_v, const Tensor& q, const Tensor& k);
 

@@ -83,20 +83,20 @@ bool has_aligned_rows(const Tensor& t) {
   return aligned && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
 
-gpu::Rows rows_of(const Tensor& t, const std::string& name) {
-  VDIT_CHECK(has_aligned_rows(t), "attention: ", name, " has strides ", strides_text(t),
+gpu::Rows rows_of(const Tensor& t, const std::string& name, const char* op) {
+  VDIT_CHECK(has_aligned_rows(t), op, ": ", name, " has strides ", strides_text(t),
              "; on CUDA the last dimension must be contiguous, and every row must begin at a multiple of 16 bytes "
              "(strides a multiple of 8); pass ",
              name, ".contiguous()");
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-gpu::ForwardOptions options_for(int32_t device) {
+gpu::ForwardOptions options_for(int32_t device, const char* op) {
   DeviceLimits info{};
-  check_cuda(cuda_device_limits(device, &info), "attention");
-  VDIT_CHECK(info.compute_capability >= 80, "attention: the GPU cuda:", device, " has compute capability ",
-             info.compute_capability / 10, ".", info.compute_capability % 10, "; the kernels need 8.0 or newer; ",
-             kElsewhere);
+  check_cuda(cuda_device_limits(device, &info), op);
+  VDIT_CHECK(info.compute_capability >= 80, op, ": the GPU cuda:", device, " has compute capability ",
+             info.compute_capability / 10, ".", info.compute_capability % 10,
+             "; the kernels need 8.0 or newer; move the tensors to the CPU, or call vdit_fast.reference.", op);
   gpu::ForwardOptions options;
   options.compute_capability = info.compute_capability;
   options.sm_count = info.processors;

@@ -13,11 +13,12 @@ constexpr const char* kElsewhere = "move the tensors to the CPU, or call vdit_fa
 // Kernels copy 16 bytes at a time: a row is contiguous and begins at a multiple of 16 bytes.
 bool has_aligned_rows(const Tensor& t);
 
-// Strides and address of a tensor [batch, tokens, heads, dim]; throws unless its rows are aligned.
-gpu::Rows rows_of(const Tensor& t, const std::string& name);
+// Strides and address of a tensor [batch, tokens, heads, dim]; throws unless its rows are aligned. `op` begins the
+// message, here and below.
+gpu::Rows rows_of(const Tensor& t, const std::string& name, const char* op = "attention");
 
 // What the kernels may use of a GPU; throws if it is too old.
-gpu::ForwardOptions options_for(int32_t device);
+gpu::ForwardOptions options_for(int32_t device, const char* op = "attention");
 
 // Checks all arguments. They must outlive the result.
 gpu::AttentionParams cuda_params(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& tiles,

@@ -12,9 +12,18 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
       "plan_batch, int plan_heads, float scale, "
       "Tensor? row_scale, Tensor? kv_len, Tensor[] segment_k, Tensor[] segment_v) -> "
       "(Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+  m.def(
+      "block_mass(Tensor q, Tensor k, Tensor lse, int q_block, int kv_block, float scale, int fold, Tensor? kv_len) -> "
+      "Tensor");
   m.def("block_mean(Tensor x, Tensor lengths, Tensor? order, Tensor? kv_len) -> (Tensor, Tensor)");
+  m.def(
+      "compile_blocks(Tensor keep, Tensor q_len, Tensor kv_len, int lq, int? q_tile=None) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def("counting_sort(Tensor labels, int classes) -> (Tensor, Tensor)");
   m.def("kmeans_assign(Tensor x, Tensor centroids) -> Tensor");
   m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
   m.def("permute_tokens(Tensor x, Tensor order, bool inverse) -> Tensor");
+  m.def("score_lse(Tensor q, Tensor k, float scale, int fold, Tensor? kv_len) -> Tensor");
+  m.def("select_top_k(Tensor scores, Tensor? k_rows, int k) -> Tensor");
+  m.def("select_top_p(Tensor mass, float p, int min_keep) -> Tensor");
 }

@@ -131,6 +131,21 @@ def test_autocast() -> None:
     assert not handle.stats()["layers"][0]["fallbacks"]
 
 
+def test_planners_run_without_autocast() -> None:
+    seen = []
+
+    class Watched(Band):
+        def plan(self, q: torch.Tensor, k: torch.Tensor, ctx: Any) -> Any:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().plan(q, k, ctx)
+
+    model, inputs = tiny.wan()
+    accelerate(model, Config(attention=Watched()))
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny.run(model, inputs)
+    assert seen and not any(seen)
+
+
 def gradients(model: nn.Module, runs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss = torch.zeros(())

@@ -77,6 +77,13 @@ EMULATOR = [
         "warp_matrix",
     ),
     _emulator(
+        "match.any also takes other values",
+        WARP,
+        "->value == own->value) own->result",
+        "->value >= own->value) own->result",
+        "collectives",
+    ),
+    _emulator(
         "cp.async does not zero-fill",
         AMPERE,
         "memset(dst + op.src_bytes, 0, op.bytes - op.src_bytes);",

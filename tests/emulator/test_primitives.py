@@ -77,6 +77,16 @@ def test_numbers() -> None:
         torch.testing.assert_close(back[:, 2 * i : 2 * i + 2], pairs.float(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_bits() -> None:
+    data = torch.cat(
+        [torch.tensor([0, 1, -1, -(2**31)], dtype=torch.int32), words(60) >> (torch.arange(60) % 31).int()]
+    )
+    out = torch.zeros(2, len(data), dtype=torch.int32)
+    run_case("bits", [data], [out], [len(data)])
+    unsigned = [int(x) % 2**32 for x in data]
+    assert out.tolist() == [[x.bit_count() for x in unsigned], [x.bit_length() - 1 for x in unsigned]]
+
+
 @pytest.mark.parametrize("store, load", list(itertools.product((2, 4, 8, 16), repeat=2)))
 def test_shared_memory_widths(store: int, load: int) -> None:
     data, out = words(64, 8), torch.zeros(64, 8, dtype=torch.int32)
@@ -87,7 +97,7 @@ def test_shared_memory_widths(store: int, load: int) -> None:
 @pytest.mark.parametrize("lane_mask, lane", [(1, 0), (2, 31), (16, 7), (31, 12)])
 def test_collectives(policy: Policy, lane_mask: int, lane: int) -> None:
     data = words(3, 32).abs()
-    out, total = torch.zeros(3, 32, 4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    out, total = torch.zeros(3, 32, 5, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     run_case("collectives", [data], [out, total], [lane_mask, lane], policy)
     index = torch.arange(32)
     assert torch.equal(out[..., 0], data[:, index ^ lane_mask])
@@ -95,7 +105,25 @@ def test_collectives(policy: Policy, lane_mask: int, lane: int) -> None:
     ballot = ((data % 3 == 0).long() << index).sum(1)
     assert torch.equal(out[..., 2].long() & 0xFFFFFFFF, ballot[:, None].expand(3, 32))
     assert torch.equal(out[..., 3].sum(1), torch.ones(3, dtype=torch.long))
+    same = (data[:, :, None] % 5 == data[:, None] % 5).long()
+    assert torch.equal(out[..., 4].long() & 0xFFFFFFFF, (same << index).sum(-1))
     assert int(total) & 0xFFFFFFFF == int(data.long().sum()) & 0xFFFFFFFF
+
+
+def test_shared_counters(policy: Policy) -> None:
+    data = words(96)
+    found, totals = torch.zeros(96, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    run_case("shared_counters", [data], [found, totals], policy=policy)
+    wrap = 2**32
+    for slot in range(8):
+        mine = (data % 8 == slot).nonzero().flatten()
+        # In whatever order the threads came: each found the sum of those before it.
+        steps = sorted((int(found[i]) % wrap, int(data[i]) % wrap) for i in mine)
+        chain = {before: value for before, value in steps}
+        at = 0
+        for _ in steps:
+            at = (at + chain[at]) % wrap
+        assert at == int(totals[slot]) % wrap == sum(value for _, value in steps) % wrap
 
 
 def test_named_barriers(policy: Policy) -> None:

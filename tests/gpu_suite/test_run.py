@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.gpu import __main__ as suite
-from benchmarks.gpu import machine, store, worker
+from benchmarks.gpu import machine, methods, store, worker
 from benchmarks.gpu.problems import full, problems
 from benchmarks.gpu.supervise import Ended
 
@@ -27,8 +27,14 @@ def by_item(folder: Path) -> dict[str, dict]:
 def test_every_item_is_stored_with_its_facts(finished: Path) -> None:
     found = by_item(finished)
     timed = {f"timings/{p.name}" for p in problems(True)}
+    blocks = {f"methods/{c.name}" for c in methods.cases(True)}
     others = {"environment", "ceilings", "primitives", "tests", *(f"sanitizer/{t}" for t in suite.checks.TOOLS)}
-    assert set(found) == timed | others
+    assert set(found) == timed | others | blocks
+    for item in blocks:
+        result = found[item]["result"]
+        assert found[item]["status"] == "ok" and result["dense_error"] < 1e-5
+        assert 0 < result["density"] < 0.9 and result["sparse_calls"] >= 3 and result["planning_ms_per_layer"] > 0
+        assert {"stock", "dense", found[item]["spec"]["method"]} == set(result["contenders"])
     for item in timed:
         document = found[item]
         assert document["status"] == "ok" and document["seconds"] > 0

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vdit_fast.plan import AttentionPlan, from_block_mask, from_classes, from_clusters, from_mask
 from vdit_fast.plan.args import equal_lengths
 from vdit_fast.plan.bits import block_words
-from vdit_fast.plan.runs import compile_blocks
+from vdit_fast.plan.runs import compile_blocks_reference
 
 FAST = settings(max_examples=40, deadline=None)
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_capacity_path_equals_trimmed_path(agrees, groups, nq, nk, q_tile, seed)
         lengths.scatter_add_(1, picks, torch.ones_like(picks))
     plans = []
     for trim in (True, False):
-        tensors = compile_blocks(keep, q_len, kv_len, lq=lq, q_tile=q_tile, trim=trim)
+        tensors = compile_blocks_reference(keep, q_len, kv_len, lq=lq, q_tile=q_tile, trim=trim)
         plans.append(AttentionPlan(1, groups, lq, lk, *tensors))
     agrees(plans[0], plans[0].to_mask())
     agrees(plans[1], plans[0].to_mask())
@@ -55,7 +55,9 @@ def test_capacity_path_with_bits(agrees, lq, lk, bq, bk, seed):
     cells = [[mask[:, i : i + bq, j : j + bk] for j in range(0, lk, bk)] for i in range(0, lq, bq)]
     full = torch.stack([torch.stack([c.flatten(1).all(1) for c in row], -1) for row in cells], 1)
     some = torch.stack([torch.stack([c.flatten(1).any(1) for c in row], -1) for row in cells], 1)
-    tensors = compile_blocks(full, rows[None], cols[None], lq=lq, partial=some & ~full, offsets=offsets, trim=False)
+    tensors = compile_blocks_reference(
+        full, rows[None], cols[None], lq=lq, partial=some & ~full, offsets=offsets, trim=False
+    )
     plan = AttentionPlan(1, 2, lq, lk, *tensors, words)
     agrees(plan, mask[None])
     same_work(plan, trimmed)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from planner_calls import ODD_GRIDS, TEXTS, call, dense_weights, draw, kind, layer, plans_equal
 
 from vdit_fast.planners import AdaSpa, from_dict
-from vdit_fast.planners._tokens import stretches
+from vdit_fast.planners._strips import equal
 from vdit_fast.planners.adaspa import _pack, _unpack, budgets, kept_blocks
 from vdit_fast.reference import attention
 
@@ -47,21 +47,12 @@ def test_mass_is_the_block_sum_of_the_softmax(grid, text, text_first, block):
     mass = AdaSpa(block=block).mass(q * 2, k, lse[:, :, ctx.video_slice], ctx)
     assert mass.dtype == torch.float32
     torch.testing.assert_close(mass.double(), exact_mass(q * 2, k, ctx, block), atol=1e-5, rtol=1e-5)
-    rows = stretches(ctx.n_video, block).lengths.double()
+    rows = torch.tensor(equal(ctx.n_video, block)).double()
     share = dense_weights(q * 2, k)[..., ctx.video_slice, ctx.video_slice].sum(-1)  # without text: 1 per row
     on_video = torch.stack([part.sum(-1) for part in share.split(block, -1)], -1)
     torch.testing.assert_close(mass.double().sum(-1), on_video, atol=1e-5, rtol=1e-5)
     if not text:
         torch.testing.assert_close(mass.double().sum(-1), rows.expand_as(mass[..., 0]), atol=1e-5, rtol=1e-5)
-
-
-def test_stretches_cover_the_sequence():
-    tiles = stretches(130, 64, text=300, text_first=True, sinks=65)
-    assert tiles.lengths.tolist() == [128, 128, 44, 64, 64, 2] and tiles.video == slice(3, 6)
-    assert tiles.sink.tolist() == [False] * 3 + [True, True, False]
-    last = stretches(130, 64, text=300)
-    assert last.lengths.tolist() == [64, 64, 2, 128, 128, 44] and not last.sink.any()
-    assert torch.equal(last.order, torch.arange(430, dtype=torch.int32)[None, None])
 
 
 # ------------------------------------------------------------------ selection

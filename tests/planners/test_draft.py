@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vdit_fast
+from vdit_fast.ops import block_mean
 from vdit_fast.planners import Draft
-from vdit_fast.planners._tokens import cut, pool, tiling, video_tokens
+from vdit_fast.planners._tokens import cut, tiling
 from vdit_fast.planners.draft import select
 from vdit_fast.reference import attention
 
@@ -46,11 +47,13 @@ def test_order_is_a_permutation_and_pooling_is_the_mean_of_neighbours(context, g
     order = tiles.order.flatten().long()
     assert torch.equal(order.sort().values, torch.arange(ctx.n_video + 5))
     assert tiles.lengths.sum() == ctx.n_video + 5
-    sizes = tiles.lengths[tiles.video]
-    pooled = pool(video_tokens(x, ctx), planner.axes(grid), sizes.float())
     blocks = x[:, order].split(tiles.lengths.tolist(), 1)[tiles.video]
-    assert [b.shape[1] for b in blocks] == sizes.tolist()
+    assert [b.shape[1] for b in blocks] == tiles.lengths[tiles.video].tolist()
     mean = torch.stack([b.double().mean(1) for b in blocks], 2)
+    # the means of the tokens of a patch, gathered from the grid in the obvious way
+    video, label = x[:, ctx.video_slice].double(), patches(grid, planner)
+    torch.testing.assert_close(mean, torch.stack([video[:, label == i].mean(1) for i in range(len(blocks))], 2))
+    pooled = block_mean(x, tiles.lengths[None, None], tiles.order)[0][:, :, tiles.video]
     torch.testing.assert_close(pooled.double(), mean, atol=1e-6, rtol=1e-5)
 
 
@@ -84,10 +87,14 @@ def test_selection_ties_flat_rows_and_nan():
     kept = select(weights, 0.9)
     assert weights[0, 0] < weights.flatten().kthvalue(int(0.9 * 4096)).values
     assert (kept.sum(-1) > 0).all() and kept[0].all()  # its maximum is everywhere: ties are kept
+    assert select(torch.zeros(8, 8), 0.9).all()  # nothing to choose by
     holes = torch.randn(4, 16, 16)
     holes[1, 2, 3] = math.nan
     kept = select(holes, 0.75)
     assert kept[1, 2].all() and torch.equal(kept[2:], select(holes[2:], 0.75))
+    holes[:, 4:] = math.nan  # more than stay: the other rows keep their maxima
+    kept = select(holes, 0.75)
+    assert kept[:, 4:].all() and (kept[0, :4].sum(-1) == 1).all()
 
 
 @pytest.mark.parametrize(("grid", "size", "pool_t"), [((3, 16, 16), (4, 8), 1), ((5, 7, 9), (3, 4), 2)])
@@ -102,7 +109,7 @@ def test_constant_patches_make_the_draft_exact(context, grid, size, pool_t):
     # so the kept pairs are the heaviest ones
     mask = planner.plan(q, k, ctx).to_mask()
     first = torch.tensor([int((label == i).nonzero()[0]) for i in range(count)])
-    best = select(exact[:, :, first][..., first], 0.8)
+    best = select(exact[:, :, first][..., first].float(), 0.8)
     assert torch.equal(mask, best[:, :, label][..., label])
 
 
@@ -150,7 +157,7 @@ def test_half_inputs_and_strided_views_are_selected_in_fp32(context, dtype):
     ctx = context(grid)
     draft = planner.draft(q, k, ctx)
     assert draft.dtype == torch.float32
-    exact = planner.draft(q.double().contiguous(), k.double().contiguous(), ctx)
+    exact = planner.draft(q.float().contiguous(), k.float().contiguous(), ctx)
     torch.testing.assert_close(draft, exact, atol=1e-5, rtol=1e-6)
     assert torch.equal(planner.plan(q, k, ctx).to_mask(), planner.plan(q.float(), k.float(), ctx).to_mask())
 
@@ -248,3 +255,40 @@ def test_compensate_reads_means_of_dropped_video_patches_only(context, text, tex
     torch.testing.assert_close(
         vdit_fast.attention(q, k, v, plan), vdit_fast.reference.attention(q, k, v, plan), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(("grid", "size"), [((2, 45, 20), (8, 16)), ((5, 7, 9), (3, 4))])
+def test_frames_that_are_no_multiple_of_the_pool_run_exactly(context, grid, size) -> None:
+    """No padding: the plan's attention is dense attention under the selected patches, border patches included."""
+    ctx, planner = context(grid, 3), Draft(pool=size, sparsity=0.6)
+    q, k, v = torch.randn(3, 1, ctx.num_tokens, 2, 16).unbind()
+    plan = planner.plan(q, k, ctx)
+    label = patches(grid, planner)
+    mask = torch.ones(1, 2, ctx.num_tokens, ctx.num_tokens, dtype=torch.bool)
+    mask[..., ctx.video_slice, ctx.video_slice] = select(planner.draft(q, k, ctx), 0.6)[:, :, label][..., label]
+    want = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+    torch.testing.assert_close(vdit_fast.attention(q, k, v, plan), want.transpose(1, 2), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_planning_reads_nothing_back(context, compensate) -> None:
+    """Tensors without values: any look at one would raise."""
+    planner, ctx = Draft(pool=(4, 4), compensate=compensate, sinks=1), context((2, 16, 16), 5)
+    q = torch.empty(1, ctx.num_tokens, 2, 8, device="meta")
+    plan = planner.plan(q, q, ctx)
+    assert plan.device.type == "meta" and plan.shape == (1, 2, ctx.num_tokens, ctx.num_tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the meta device stands in above")
+def test_cuda_planning_does_not_synchronise(context) -> None:
+    planner, ctx = Draft(pool=(4, 4), sinks=1), context((2, 16, 16), 5)
+    q, k = torch.randn(2, 1, ctx.num_tokens, 2, 8).unbind()
+    there = planner.plan(q.cuda(), k.cuda(), ctx)  # makes the tiling of this grid, once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = planner.plan(q.cuda(non_blocking=True), k.cuda(non_blocking=True), ctx)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(there.to_mask(), again.to_mask())
+    assert torch.equal(again.to_mask().cpu(), planner.plan(q, k, ctx).to_mask())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vdit_fast.planners import Draft, Window
+from vdit_fast.planners import VSA, Draft, Radial, SlidingTile, Sparge, Window, XAttention
 from vdit_fast.reference import attention
 
 GRID = (6, 12, 12)
@@ -15,6 +15,11 @@ MAKERS = {
     "window": lambda s: Window(sparsity=s, tile=(1, 3, 3)),
     "spatial": lambda s: Window(sparsity=s, tile=(1, 3, 3), heads="spatial"),
     "temporal": lambda s: Window(sparsity=s, tile=(1, 3, 3), heads="temporal"),
+    "radial": lambda s: Radial(decay=1 / s - 1 if s else 1e3, block=4, thinning=s > 0),
+    "sliding_tile": lambda s: SlidingTile(sparsity=s, tile=(1, 3, 3)),
+    "vsa": lambda s: VSA(sparsity=s, cube=(2, 3, 4)),
+    "sparge": lambda s: Sparge(sparsity=s, block=(12, 12)),
+    "xattention": lambda s: XAttention(top_p=1 - s, block=12, stride=4),
 }
 
 

@@ -90,7 +90,7 @@ def test_density_is_near_the_request_and_monotone(grid):
         assert values == sorted(values, reverse=True) and values[0] == 1
 
 
-def test_closed_form_density(context):
+def test_closed_formdensity(context):
     ctx = context((12, 16, 16))
     for sparsity, m, (my, mx) in ((0.75, 3, (2, 2)), (0.5, 6, (3, 3)), (0.9, 1, (2, 1))):
         planner = Window(sparsity=sparsity, tile=(1, 4, 4), heads=("spatial", "temporal"))

@@ -57,12 +57,14 @@ def test_reads_the_fewest_blocks_that_hold_the_share(context, top_p, text, text_
 
 
 @pytest.mark.parametrize("length", [250, 315])
-def test_padding_keys_have_no_mass(context, length):
-    ctx = context((5, 7, 9), 6, kv_len=torch.tensor([length]))
+@pytest.mark.parametrize("text_first", [False, True])
+def test_padding_keys_have_no_mass(context, length, text_first):
+    ctx = context((5, 7, 9), 6, text_first=text_first, kv_len=torch.tensor([length]))
     q, k = torch.randn(2, 1, ctx.num_tokens, 2, 8).unbind()
     k[:, length:] = 1e4
     mass = XAttention(stride=1, block=16).mass(q, k, ctx)
-    want = exact_mass(q[:, :315], k[:, :length], 16)
+    video = ctx.video_slice
+    want = exact_mass(q[:, video], k[:, video.start : length], 16)
     torch.testing.assert_close(mass[..., : want.shape[-1]].double(), want, rtol=1e-4, atol=1e-6)
     assert (mass[..., want.shape[-1] :] == 0).all()
 

@@ -9,6 +9,8 @@ void attention_forward_tile(const TileShape&, const float*, const vdit::KeyValue
 void attention_backward_tile(const TileShape&, const float*, const float*, const float*, const float*,
                              const vdit::KeyValues&, const PanelRef*, int, const int32_t*, float*, float*, float*,
                              float*);
+void score_lse_tile(const vdit::FoldedTile&, float*, float*, float*);
+void block_mass_tile(const vdit::FoldedTile&, const float*, const vdit::RowGroup*, int, int64_t, float*);
 
 using vdit::DType;
 
@@ -51,7 +53,13 @@ static void transpose_panel(const float* rows, int64_t ld, int head_dim, float* 
 }
 
 extern const vdit::TileKernels kernels;
-const vdit::TileKernels kernels = {
-    NR, load_row, store_row, transpose_panel, attention_forward_tile, attention_backward_tile};
+const vdit::TileKernels kernels = {NR,
+                                   load_row,
+                                   store_row,
+                                   transpose_panel,
+                                   attention_forward_tile,
+                                   attention_backward_tile,
+                                   score_lse_tile,
+                                   block_mass_tile};
 
 }  // namespace VDIT_NS

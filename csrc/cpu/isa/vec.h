@@ -41,6 +41,17 @@ static inline vf max_or_second(vf a, vf b) {
 #endif
 }
 
+// Lane-wise a < b ? a : b: a NaN in b is returned, one in a is not.
+static inline vf min_or_second(vf a, vf b) {
+#if VDIT_VL == 16 && defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif VDIT_VL == 8 && defined(__AVX__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 static inline bool any_greater(vf a, vf b) {
 #if VDIT_VL == 16 && defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
@@ -78,6 +89,9 @@ static inline vf exp2_nonpositive(vf x) {
   p = p * f + 1.0f;
   return (vf)((vi)p + ((vi)r << 23));
 }
+
+// 2^x for every x: the bits of exp2_nonpositive are right up to 128, where they are those of inf.
+static inline vf exp2_any(vf x) { return exp2_nonpositive(min_or_second(splat(128.f), x)); }
 
 // c[M x NR] (+)= a * b. a: element (i, k) at a[i*a_row + k*a_col]; b: row k at b + k*b_row; c: rows c_row apart.
 template <int M, bool ACC>

@@ -37,8 +37,10 @@ constexpr auto run_wgmma = one_block<warpgroup_mma<T, N, TransposeA, TransposeB,
 
 const Case kCases[] = {
     {"numbers", one_block<numbers, 128, 0>},
+    {"bits", one_block<bits, 128, 0>},
     {"shared_widths", one_block<shared_widths, 64, 2048>},
     {"collectives", one_block<collectives, 96, 0>},
+    {"shared_counters", one_block<shared_counters, 96, 0>},
     {"named_barriers", one_block<named_barriers, 96, 0>},
     {"copies", one_block<copies, 32, 1536>},
     {"matrices", one_block<matrices, 32, 1024>},

@@ -20,6 +20,15 @@ VD_KERNEL(128, 1) numbers(const VD_GRID_CONST Io io) {
   }
 }
 
+// in: words. out: their popc and highest_bit.
+VD_KERNEL(128, 1) bits(const VD_GRID_CONST Io io) {
+  const int n = int(io.number[0]);
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    output<int32_t>(io, 0)[i] = arch::popc(input<uint32_t>(io, 0)[i]);
+    output<int32_t>(io, 0)[n + i] = arch::highest_bit(input<uint32_t>(io, 0)[i]);
+  }
+}
+
 // Every thread stores 32 bytes with one width and loads those of the mirrored thread with another.
 VD_KERNEL(64, 1) shared_widths(const VD_GRID_CONST Io io) {
   VD_DYN_SMEM(smem);
@@ -52,16 +61,28 @@ VD_KERNEL(64, 1) shared_widths(const VD_GRID_CONST Io io) {
   }
 }
 
-// out: shfl_xor, shfl, ballot and elect of every lane; a counter.
+// out: shfl_xor, shfl, ballot, elect and match of every lane; a counter.
 VD_KERNEL(96, 1) collectives(const VD_GRID_CONST Io io) {
   const uint32_t value = input<uint32_t>(io, 0)[threadIdx.x];
-  uint32_t* out = output<uint32_t>(io, 0) + threadIdx.x * 4;
+  uint32_t* out = output<uint32_t>(io, 0) + threadIdx.x * 5;
   out[0] = arch::shfl_xor(value, int(io.number[0]));
   out[1] = arch::shfl(value, int(io.number[1]));
   out[2] = arch::vote_ballot(value % 3 == 0);
   out[3] = arch::elect_one();
+  out[4] = arch::match_any(value % 5);
   arch::syncwarp();
   arch::atomic_add(output<uint32_t>(io, 1), value);
+}
+
+// in: words. Every thread adds its word to counter (word % 8); out: the value it found there, and the counters.
+VD_KERNEL(96, 1) shared_counters(const VD_GRID_CONST Io io) {
+  VD_SHARED(uint32_t, counter, 8);
+  const uint32_t value = input<uint32_t>(io, 0)[threadIdx.x], base = arch::smem_u32(counter);
+  if (threadIdx.x < 8) arch::sts32(base + 4 * threadIdx.x, 0);
+  arch::syncthreads();
+  output<uint32_t>(io, 0)[threadIdx.x] = arch::shared_add(base + value % 8 * 4, value);
+  arch::syncthreads();
+  if (threadIdx.x < 8) output<uint32_t>(io, 1)[threadIdx.x] = arch::lds32(base + 4 * threadIdx.x);
 }
 
 // Warp 0 fills a slot and arrives, warps 1 and 2 wait for it, reply on another barrier: `rounds` times.

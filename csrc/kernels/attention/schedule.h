@@ -1,29 +1,12 @@
 // Device kernels around an attention kernel: the list of work items, and the rows that no tile covers.
 #pragma once
 #include "kernels/attention/work.h"
+#include "kernels/block_sum.h"
 
 namespace vdit::gpu {
 
 constexpr int kScheduleThreads = 512;
 constexpr int kHeaderBytes = 16;
-
-VD_DEV uint64_t shfl_u64(uint64_t v, int lane) {
-  const uint32_t low = arch::shfl(uint32_t(v), lane);
-  return low | uint64_t(arch::shfl(uint32_t(v >> 32), lane)) << 32;
-}
-
-// Inclusive sum over the block. `totals` has one entry per warp; calls with the same array need a barrier in between.
-VD_DEV uint64_t block_inclusive_sum(uint64_t v, uint64_t* totals) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  VD_UNROLL for (int step = 1; step < 32; step *= 2) {
-    const uint64_t below = shfl_u64(v, lane >= step ? lane - step : lane);
-    if (lane >= step) v += below;
-  }
-  if (lane == 31) totals[warp] = v;
-  arch::syncthreads();
-  for (int i = 0; i < warp; ++i) v += totals[i];
-  return v;
-}
 
 // One CTA: cuts the tiles into items of at most `rows` rows, in the order of the tiles (a plan puts most work first).
 // A thread owns a strip of neighbouring tiles: count, sum over the block, write.

@@ -205,7 +205,7 @@ class Session:
         if context is None:
             self.fall_back(ledger.layer, problem, served_dense=True)
             return Decision(reason=problem)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # selection scores are fp32
             decision = planner.decision(q.detach(), k.detach(), v.detach(), context)
         if decision.plan is None:
             reason = decision.reason or "the planner keeps it dense"

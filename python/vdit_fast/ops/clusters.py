@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import block_mean
+from .block_mean import block_mean
 
 
 def kmeans_assign(x: Tensor, centroids: Tensor) -> Tensor:

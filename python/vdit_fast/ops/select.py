@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-
-from ..reference import select as reference
 
 
 def select_top_k(scores: Tensor, k: int | Tensor) -> Tensor:
@@ -14,17 +13,19 @@ def select_top_k(scores: Tensor, k: int | Tensor) -> Tensor:
     keeps at least one entry: k is clamped to [1, n]. The result is the same bit for bit on every device.
 
     Args:
-        scores: float32 ``[..., n]``, contiguous in the last dimension, n at least 1.
-        k: one number for all rows, or an integer tensor that broadcasts to ``scores.shape[:-1]`` (on the scores'
-            device; it is not read back).
+        scores: float32 ``[..., n]``, n from 1 to 2^31 - 1; copied if it is not contiguous.
+        k: one number for all rows, or an int32 or int64 tensor that broadcasts to ``scores.shape[:-1]`` (on the
+            scores' device; it is not read back).
 
     Returns:
-        bool, the shape of ``scores``.
+        bool, the shape of ``scores``, contiguous. Not differentiable.
 
     Raises:
         RuntimeError: dtype, shape or device do not fit.
     """
-    return reference.select_top_k(scores, k)
+    if isinstance(k, Tensor):
+        return torch.ops.vdit_fast.select_top_k(scores, k.expand(scores.shape[:-1]), 1)
+    return torch.ops.vdit_fast.select_top_k(scores, None, k)
 
 
 def select_top_p(mass: Tensor, p: float, min_keep: int = 1) -> Tensor:
@@ -36,15 +37,25 @@ def select_top_p(mass: Tensor, p: float, min_keep: int = 1) -> Tensor:
     largest entry always stays, and so does every NaN.
 
     Args:
-        mass: float32 ``[..., n]``, non-negative, at most 256 each (more counts as 256; negative as 0); a softmax row
-            sums to 1.
+        mass: float32 ``[..., n]``, n from 1 to 2^23 - 1, copied if it is not contiguous; non-negative, at most 256
+            each (more counts as 256; negative as 0). A softmax row sums to 1.
         p: share in [0, 1].
         min_keep: entries that stay in any case.
 
     Returns:
-        bool, the shape of ``mass``.
+        bool, the shape of ``mass``, contiguous. Not differentiable.
 
     Raises:
         RuntimeError: dtype or shape do not fit, or p is not in [0, 1].
     """
-    return reference.select_top_p(mass, p, min_keep)
+    return torch.ops.vdit_fast.select_top_p(mass, p, min_keep)
+
+
+@torch.library.register_fake("vdit_fast::select_top_k")
+def _fake_top_k(scores: Tensor, k_rows: Tensor | None, k: int) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+@torch.library.register_fake("vdit_fast::select_top_p")
+def _fake_top_p(mass: Tensor, p: float, min_keep: int) -> Tensor:
+    return mass.new_empty(mass.shape, dtype=torch.bool)

@@ -1,8 +1,9 @@
 """The core every builder uses: a boolean block map becomes tiles, merged key runs and their CSR index.
 
-All of it is a fixed number of whole-tensor operations. On a CPU the buffers have exactly the needed length. Elsewhere
-the lengths depend on shapes only (capacity), so that nothing has to be read back by the host: entries are placed by
-prefix sums, tiles in excess get ``q_len`` 0 and runs in excess lie beyond ``run_ptr[-1]``.
+It is a compiled operator; its twin here is a fixed number of whole-tensor operations, and serves maps with bit masks.
+On a CPU the buffers have exactly the needed length. Elsewhere the lengths depend on shapes only (capacity), so that
+nothing has to be read back by the host: entries are placed by prefix sums, tiles in excess get ``q_len`` 0 and runs in
+excess lie beyond ``run_ptr[-1]``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..ops.compile_blocks import compile_blocks as compiled
 
 INT32_MAX = 2**31 - 1
 
@@ -63,9 +66,28 @@ def compile_blocks(
     q_tile: int | None = None,
     partial: Tensor | None = None,
     offsets: Tensor | None = None,
-    trim: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn a block map into ``(tiles, run_ptr, runs)`` of an AttentionPlan.
+
+    By the compiled operator, or where blocks are read through bits by its twin below, which has the arguments.
+    """
+    if partial is None:
+        return compiled(keep, q_len, kv_len, lq, q_tile)
+    return compile_blocks_reference(keep, q_len, kv_len, lq=lq, q_tile=q_tile, partial=partial, offsets=offsets)
+
+
+def compile_blocks_reference(
+    keep: Tensor,
+    q_len: Tensor,
+    kv_len: Tensor,
+    *,
+    lq: int,
+    q_tile: int | None = None,
+    partial: Tensor | None = None,
+    offsets: Tensor | None = None,
+    trim: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``compile_blocks`` in whole-tensor operations.
 
     Args:
         keep: bool ``[G, nq, nk]``, G = batch * heads: the query block reads all of the key block.

@@ -66,11 +66,11 @@ def switch(name: str, value: Any) -> bool:
 
 def number(name: str, value: Any, *, least: float = -math.inf, most: float = math.inf) -> float:
     """A finite number in [least, most]; bool is refused."""
-    limits = " and".join([f" ≥ {least:g}"] * (least > -math.inf) + [f" ≤ {most:g}"] * (most < math.inf))
+    bound = "".join([f" ≥ {least:g}"] * (least > -math.inf) + [f" ≤ {most:g}"] * (most < math.inf))
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a finite number{limits}, got {value!r}")
+        raise TypeError(f"{name} must be a finite number{bound}, got {value!r}")
     if not (math.isfinite(value) and least <= value <= most):
-        raise ValueError(f"{name} must be a finite number{limits}, got {value!r}")
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return float(value)
 
 

@@ -1,15 +1,11 @@
-"""Token geometry shared by planners: cut the video grid into tiles, order tokens tile by tile, pool tokens per tile."""
+"""Token geometry shared by planners: cut the video grid into tiles, order tokens tile by tile."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ..context import LayerContext
 
 TEXT_BLOCK = 128
 """Longest block of text rows: text queries read everything, so they are cut like ordinary query tiles."""
@@ -92,61 +88,3 @@ def tiling(
                 order = torch.cat([order, words + order.numel()])
                 lengths, sink = torch.cat([lengths, chunks]), torch.cat([sink, none])
         return Tiling(order.to(torch.int32)[None, None], lengths, slice(first, first + tiles), sink)
-
-
-def video_tokens(x: Tensor, ctx: LayerContext) -> Tensor:
-    """The video part of a joint sequence: [B, N, H, D] → view [B, F, h, w, H, D]."""
-    first = ctx.text if ctx.text_first else 0
-    return x.narrow(1, first, ctx.n_video).unflatten(1, tuple(ctx.grid))
-
-
-def pool(x: Tensor, axes: Axes, sizes: Tensor) -> Tensor:
-    """Mean of the tokens of every tile; `sizes` fp32 [tiles] are the tiles' token counts.
-
-    [B, F, h, w, H, D] of any dtype and strides → fp32 [B, H, tiles, D], tiles in (t, y, x) order.
-    """
-    total = x
-    for axis in (1, 2, 0):  # rows first: their sums are the longest contiguous ones
-        total = _sum_pieces(total, axis + 1, axes[axis])
-    return total.flatten(1, 3).transpose(1, 2) / sizes[:, None]
-
-
-def _sum_pieces(x: Tensor, dim: int, pieces: tuple[int, ...]) -> Tensor:
-    """Sums along `dim` over consecutive pieces of at most two lengths, as `cut` makes them."""
-    if pieces[0] == 1:
-        return x.float()
-    parts, start = [], 0
-    for size in dict.fromkeys(pieces):
-        count = pieces.count(size)
-        part = x.narrow(dim, start, count * size).unflatten(dim, (count, size))
-        parts.append(part.sum(dim + 1, dtype=torch.float32))
-        start += count * size
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def stretches(
-    n_video: int,
-    block: int,
-    *,
-    text: int = 0,
-    text_first: bool = False,
-    sinks: int = 0,
-    device: torch.device | str | None = None,
-) -> Tiling:
-    """Cut the joint sequence in its own order: stretches of `block` video tokens, the last maybe shorter; text apart.
-
-    `sinks` counts tokens: stretches that begin before it are sinks. `order` is the identity, which a plan need not be
-    given. Nothing is copied from the host.
-    """
-    with torch.inference_mode(False):
-        starts = torch.arange(0, n_video, block, device=device)
-        lengths, sink, first = (n_video - starts).clamp(max=block), starts < sinks, 0
-        tiles = lengths.numel()
-        if text:
-            words = (text - torch.arange(0, text, TEXT_BLOCK, device=device)).clamp(max=TEXT_BLOCK)
-            none = torch.zeros_like(words, dtype=torch.bool)
-            first = words.numel() if text_first else 0
-            lengths = torch.cat([words, lengths] if text_first else [lengths, words])
-            sink = torch.cat([none, sink] if text_first else [sink, none])
-        order = torch.arange(n_video + text, dtype=torch.int32, device=device)[None, None]
-        return Tiling(order, lengths, slice(first, first + tiles), sink)

@@ -13,7 +13,9 @@ from torch import Tensor
 from .. import ops
 from ..plan.bits import pack_columns, unpack_rows
 from . import _checks
-from ._tokens import Tiling, stretches
+from ._memory import slot
+from ._strips import equal, strips
+from ._tokens import Tiling
 from .base import Decision, Planner
 
 if TYPE_CHECKING:
@@ -123,7 +125,7 @@ class AdaSpa(Planner):
             return Decision(reason=reason)
         self.check_inputs(q, k, ctx)
         step, due = ctx.step, self._due(ctx.step) or 0
-        key = ("adaspa", self, ctx.layer, step.branch, step.expert, step.frame_block)
+        key = slot("adaspa", self, ctx)
         same = (step.generation, tuple(ctx.grid), ctx.text, ctx.text_first, *q.shape, k.shape[2], q.device)
 
         def search(lse: Tensor) -> _Found:
@@ -162,10 +164,7 @@ class AdaSpa(Planner):
     def _blocks(self, ctx: LayerContext, device: torch.device) -> Tiling:
         key = ("adaspa blocks", self, tuple(ctx.grid), ctx.text, ctx.text_first, device)
         if key not in ctx.state:
-            sinks = self.sinks * ctx.grid[1] * ctx.grid[2]
-            ctx.state[key] = stretches(
-                ctx.n_video, self.block, text=ctx.text, text_first=ctx.text_first, sinks=sinks, device=device
-            )
+            ctx.state[key] = strips(equal(ctx.n_video, self.block), ctx, self.sinks, device)
         blocks: Tiling = ctx.state[key]
         return blocks
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from ..ops import block_mean, select_top_k
 from . import _checks
-from ._tokens import Axes, Tiling, cut, pool, tiling, video_tokens
+from ._tokens import Axes, Tiling, cut, tiling
 from .base import Planner
 
 if TYPE_CHECKING:
@@ -91,13 +92,14 @@ class Draft(Planner):
         Exact when q and k are constant inside every patch (and there is no text): exp of it, times the number of keys
         in the patch, sums to 1 along the last axis.
         """
-        axes, tiles = self.axes(ctx.grid), self._tiling(ctx, q.device)
-        sizes = tiles.lengths[tiles.video].float()
-        pooled_q, pooled_k = (pool(video_tokens(x, ctx), axes, sizes) for x in (q, k))
+        tiles = self._tiling(ctx, q.device)
+        lengths = tiles.lengths[None, None]
+        pooled_q, pooled_k = (block_mean(x, lengths, tiles.order)[0][:, :, tiles.video] for x in (q, k))
         group = q.shape[2] // k.shape[2]
         if group > 1:
             pooled_k = pooled_k.repeat_interleave(group, 1)
         scores = (pooled_q * q.shape[-1] ** -0.5) @ pooled_k.mT
+        sizes = tiles.lengths[tiles.video].float()
         return scores - torch.logsumexp(scores + sizes.log(), -1, keepdim=True)
 
     def axes(self, grid: tuple[int, int, int]) -> Axes:
@@ -119,18 +121,20 @@ def select(scores: Tensor, sparsity: float) -> Tensor:
     """Keep the largest entries of each [nq, nk] map, thresholded over the whole map, and the maximum of every row.
 
     With n = nq·nk and k = int(sparsity · n), everything not below the k-th smallest value stays: n − k + 1 entries
-    when all differ (all n when k = 0), ties at the threshold included, plus row maxima. NaN counts as large.
+    when all differ (all n when k = 0), plus row maxima. Ties at the threshold stay too, as in the paper: where a head
+    cannot tell its patches apart, none is preferred. NaN counts as large, and a row with a NaN stays whole.
 
     Args:
-        scores: [..., nq, nk], any float dtype.
+        scores: fp32 [..., nq, nk].
         sparsity: in [0, 1).
     Returns:
         bool, the shape of `scores`.
     """
     flat = scores.flatten(-2)
-    drop = int(sparsity * flat.shape[-1])
+    entries = flat.shape[-1]
+    drop = int(sparsity * entries)
     if drop == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = flat.kthvalue(drop, -1).values
-    below = (scores < threshold[..., None, None]) & (scores < scores.amax(-1, keepdim=True))
-    return ~below
+    kept = select_top_k(flat, entries - drop + 1)
+    threshold = torch.where(kept, flat.nan_to_num(torch.inf, torch.inf, -torch.inf), torch.inf).amin(-1)
+    return ~(scores < torch.minimum(threshold[..., None, None], scores.amax(-1, keepdim=True)))

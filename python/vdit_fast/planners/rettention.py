@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from . import _checks
+from ._memory import slot
 from ._tokens import TEXT_BLOCK, cut
 from .base import Decision, Planner
 
@@ -102,7 +103,7 @@ class Rettention(Planner):
         if reason is not None:
             return Decision(reason=reason)
         step = ctx.step
-        key = ("rettention", self, ctx.layer, step.branch, step.expert, step.frame_block)
+        key = slot("rettention", self, ctx)
         same = (step.generation, tuple(ctx.grid), ctx.text, ctx.text_first, *q.shape, k.shape[2], q.dtype, q.device)
         known: _Measured | None = ctx.state.get(key)
         age = step.step - known.step if known is not None and known.same == same else 0

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 class Sparge(Planner):
     """SpargeAttn (Zhang et al., arXiv 2502.18137): its selection of blocks, without its INT8 arithmetic.
 
-    The mean key is subtracted from all keys (which changes no attention weight). Queries and keys are averaged over
-    blocks of consecutive tokens. A block's self-similarity is the mean of the cosines between all its tokens; below
-    `similarity` its mean stands for nothing, and it is *fixed*: a fixed query block reads everything, a fixed key
-    block is read by everything and takes no part in the softmax. Of the other key blocks a query block reads those of
-    the largest estimated attention mass.
+    Queries and keys are averaged over blocks of consecutive tokens. A block's self-similarity is the mean of the
+    cosines between all its tokens, for keys after the mean key was subtracted from all of them (which changes no
+    attention weight, and so no score). Below `similarity` a block's mean stands for nothing, and the block is *fixed*:
+    a fixed query block reads everything, a fixed key block is read by everything and takes no part in the softmax. Of
+    the other key blocks a query block reads those of the largest estimated attention mass.
 
     Different from the authors' code: the softmax counts a block with its number of keys, which matters for the shorter
     last one; any length; text may come first or last and is read by everything. The second filter inside their kernel,
@@ -76,14 +76,14 @@ class Sparge(Planner):
         group = q.shape[2] // k.shape[2]
         mean_q, _ = self._means(q, rows, ctx)
         mean_k, count = self._means(k, columns, ctx)
-        weight = count / count.sum(-1, keepdim=True).clamp(min=1)
-        centre = (weight[..., None] * mean_k).sum(2, keepdim=True)  # the mean key, [B, Hkv, 1, D]
         log_count = count.log().repeat_interleave(group, 1)[:, :, None]  # −inf: only padding
-        scores = (mean_q * q.shape[-1] ** -0.5) @ (mean_k - centre).repeat_interleave(group, 1).mT + log_count
+        scores = (mean_q * q.shape[-1] ** -0.5) @ mean_k.repeat_interleave(group, 1).mT + log_count
         if self.similarity == 0:
             return self._largest(scores)
-        fixed_q = self._similarity(q, rows, ctx) < self.similarity
+        weight = count / count.sum(-1, keepdim=True).clamp(min=1)
+        centre = (weight[..., None] * mean_k).sum(2, keepdim=True)  # the mean key, [B, Hkv, 1, D]
         smooth = k - centre.transpose(1, 2).to(k.dtype)
+        fixed_q = self._similarity(q, rows, ctx) < self.similarity
         fixed_k = (self._similarity(smooth, columns, ctx) < self.similarity).repeat_interleave(group, 1)[:, :, None]
         return self._largest(scores.masked_fill(fixed_k, -math.inf)) | fixed_k | fixed_q[..., None]
 

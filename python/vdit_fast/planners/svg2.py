@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from ..context import LayerContext
     from ..plan import AttentionPlan
 
+SCRIPTS: dict[str, Any] = {"k_clusters": 1000, "top_p": 0.9, "min_keep_ratio": 0.1, "first_iterations": 50}
 MODELS: dict[str, dict[str, Any]] = {
-    "wan-t2v-14b-720p": {"q_clusters": 300, "k_clusters": 1000, "dense_steps": 0.2, "dense_layers": 1},
-    "wan-i2v-14b-720p": {"q_clusters": 300, "k_clusters": 1000, "dense_steps": 0.35, "dense_layers": 1},
-    "wan-i2v-14b-480p": {"q_clusters": 200, "k_clusters": 1000, "dense_steps": 0.2, "dense_layers": 1, "warm": True},
-    "hunyuan-video-720p": {"q_clusters": 400, "k_clusters": 1000, "dense_steps": 0.1, "dense_layers": 1, "warm": True},
-    "hunyuan-video-480p": {"q_clusters": 200, "k_clusters": 1000, "dense_steps": 0.04, "warm": True},
+    "wan-t2v-14b-720p": {**SCRIPTS, "q_clusters": 300, "dense_steps": 0.2, "dense_layers": 1},
+    "wan-i2v-14b-720p": {**SCRIPTS, "q_clusters": 300, "dense_steps": 0.35, "dense_layers": 1},
+    "wan-i2v-14b-480p": {**SCRIPTS, "q_clusters": 200, "dense_steps": 0.2, "dense_layers": 1, "warm": True},
+    "hunyuan-video-720p": {**SCRIPTS, "q_clusters": 400, "dense_steps": 0.1, "dense_layers": 1, "warm": True},
+    "hunyuan-video-480p": {**SCRIPTS, "q_clusters": 200, "dense_steps": 0.04, "warm": True},
 }
-"""Settings of the scripts published with the paper; `top_p`, `min_keep_ratio` and the iterations are the defaults."""
+"""Settings of the scripts published with the paper."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +60,16 @@ class SVG2(Planner):
     `top_p`. Tokens are sorted by cluster, so that a cluster is one tile of rows and one run of keys.
 
     Centroids are kept per layer, guidance branch, expert and frame block, and begin anew with every generation. The
-    first call runs `first_iterations` of k-means, which costs about as many times (q_clusters + k_clusters) / (2 N)
-    of dense attention's N² products; later ones run `iterations`.
+    first call runs `first_iterations` of k-means, later ones `iterations`. One costs (q_clusters + k_clusters) / (2 N)
+    of dense attention's multiplications.
 
     Text and sink frames are not clustered: they are read by everyone, and text reads everything. Tokens from `kv_len`
     on are sorted last and take no part in clustering, so that padding changes no bit of a real row.
 
     Different from the paper's code: centroids begin at tokens spread evenly by the golden ratio instead of drawn at
     random (the same inputs always give the same plan); they stay fp32 and belong to one guidance branch and one
-    generation; the mass is added up exactly instead of in bf16; there is no early stop, which would wait for the GPU.
+    generation; the mass is added up exactly instead of in bf16; there is no early stop, which would wait for the GPU;
+    the first call runs 10 iterations, not 50 (see `for_model` for the published settings).
 
     Knobs besides those of `Planner`:
         q_clusters, k_clusters: clusters of queries and of keys, at most one per token (more are reduced to that).
@@ -75,7 +77,7 @@ class SVG2(Planner):
         top_p: share of the estimated mass to keep, in [0, 1]; 1 keeps everything.
         min_keep_ratio: share of the key clusters that stay for every query cluster in any case, in [0, 1].
         sparsity: None, or a fraction of the video-to-video pairs to drop, in [0, 1), in place of `top_p` and
-            `min_keep_ratio`: every query cluster then reads its heaviest key clusters (mass per key) while the middle
+            `min_keep_ratio`: every query cluster then reads its largest key clusters (by mass) as long as the middle
             of the next one lies within 1 − sparsity of the keys, and at least one.
         first_iterations, iterations: of k-means at the first call of a generation, and at later ones; at least 1.
         warm: run k-means in calls that `dense_steps` keeps dense, too, so that the first sparse step begins with
@@ -95,7 +97,7 @@ class SVG2(Planner):
     top_p: float = 0.9
     min_keep_ratio: float = 0.1
     sparsity: float | None = None
-    first_iterations: int = 50
+    first_iterations: int = 10
     iterations: int = 2
     warm: bool = False
     compensate: bool = False
@@ -171,7 +173,7 @@ class SVG2(Planner):
         if self.sparsity is None:
             return ops.select_top_p(mass, self.top_p, int(self.min_keep_ratio * mass.shape[-1]))
         size = sizes.repeat_interleave(mass.shape[1] // sizes.shape[1], 1)[:, :, None].expand(mass.shape)
-        order = (mass / size.clamp(min=1)).sort(dim=-1, descending=True, stable=True).indices
+        order = mass.sort(dim=-1, descending=True, stable=True).indices
         ordered = size.gather(-1, order).double()
         end = ordered.cumsum(-1)
         inside = end - ordered / 2 <= (1 - self.sparsity) * end[..., -1:]

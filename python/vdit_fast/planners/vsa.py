@@ -61,7 +61,7 @@ class VSA(Planner):
         if reason is not None:
             return Decision(reason=reason)
         scores = self.scores(q, k, ctx)
-        residual = None if self.gate == 0 else (self.gate * self.coarse(scores, v, ctx)).to(q.dtype)
+        residual = None if self.gate == 0 else self.coarse(scores, v, ctx)
         return Decision(self._select(scores, ctx), residual=residual)
 
     @torch.no_grad()
@@ -79,15 +79,15 @@ class VSA(Planner):
         return scores.masked_fill((count[:, :, tiles.video] == 0)[:, :, None], -math.inf)
 
     def coarse(self, scores: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
-        """softmax(scores) · mean values, spread over the tokens of each cube: fp32 [B, N, H, D], 0 for text."""
+        """gate · softmax(scores) · mean values, spread over the tokens of each cube: [B, N, H, D], 0 for text."""
         tiles = self._tiling(ctx, v.device)
         mean_v = self._means(v, ctx)[0].repeat_interleave(scores.shape[1] // v.shape[2], 1)
         out = torch.zeros_like(mean_v)
-        out[:, :, tiles.video] = torch.softmax(scores, -1) @ mean_v[:, :, tiles.video]
+        out[:, :, tiles.video] = self.gate * (torch.softmax(scores, -1) @ mean_v[:, :, tiles.video])
         block = torch.arange(tiles.blocks, device=v.device)
         place = torch.repeat_interleave(block, tiles.lengths, output_size=ctx.num_tokens)
         token = torch.empty_like(place).scatter_(0, tiles.order.flatten().long(), place)  # the block of every token
-        return out.index_select(2, token).transpose(1, 2)
+        return out.to(v.dtype).transpose(1, 2).index_select(1, token)
 
     def _select(self, scores: Tensor, ctx: LayerContext) -> AttentionPlan:
         from ..plan import AttentionPlan

@@ -1,7 +1,8 @@
 """Readable pure-torch twins of the operators: oracle for tests and fallback."""
 
 from .attention import attention
-from .blocks import block_mass, block_mean, score_lse
+from .block_mass import block_mass, score_lse
+from .block_mean import block_mean
 from .clusters import counting_sort, kmeans_assign, permute_tokens
 from .merge import merge
 from .select import select_top_k, select_top_p

@@ -47,7 +47,7 @@ def relative_errors(exact: Tensor, outputs: Mapping[str, Tensor | None], kv_len:
         valid = torch.arange(exact.shape[1], device=exact.device) < kv_len.view(-1, 1)
 
     def energy(x: Tensor) -> Tensor:
-        return (x.float().square().sum(-1) * 1).double().sum((0, 1))
+        return (x.float().square().sum(-1) * valid[..., None]).double().sum((0, 1))
 
     whole = energy(exact)
     found = {}

@@ -1,0 +1,256 @@
+"""Section "methods": one transformer block of the true shape with random weights, stock and with each sparse method.
+
+python -m benchmarks.gpu.methods --out DIR --device cuda --until EPOCH NAME...
+
+Needs diffusers. Random weights give nearly uniform attention, so methods run at a fixed budget (the published density)
+and say nothing about quality here: what is measured is the time of planning and attention inside a real block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vdit_fast
+
+from . import machine, timing
+from .store import Store
+from .supervise import Journal
+from .timing import FULL, QUICK, Effort
+
+SECTION = "methods"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformer with few blocks, and a clip."""
+
+    name: str
+    family: str  # wan, hunyuan_video
+    heads: int
+    dim: int
+    feed_forward: int
+    grid: tuple[int, int, int]  # tokens
+    text: int
+    blocks: tuple[int, ...] = (1,)
+
+    @property
+    def tokens(self) -> int:
+        frames, height, width = self.grid
+        return frames * height * width
+
+
+WAN = Model("wan-14b-720p", "wan", 40, 128, 13824, (21, 45, 80), 512)
+HUNYUAN = Model("hunyuan-720p", "hunyuan_video", 24, 128, 12288, (33, 45, 80), 256, (1, 2))
+SMALL = Model("small", "wan", 2, 16, 64, (4, 6, 8), 7)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one model.
+
+    ``dense_share``: of the steps, as the authors run it; ``published``: their end-to-end speed-up, for comparison.
+    """
+
+    model: Model
+    method: str
+    attention: Mapping[str, Any] = field(default_factory=dict)
+    dense_share: float = 0.0
+    published: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name}/{self.method}"
+
+    def spec(self) -> dict[str, Any]:
+        return {**asdict(self), "attention": dict(self.attention)}
+
+
+# Sources: the papers' tables (SVG2 2505.18875, Sparse-vDiT 2506.03065, DraftAttention 2505.14708, AdaSpa 2502.21079).
+FULL_CASES = (
+    Case(WAN, "draft", {"sparsity": 0.75}, 0.25, None),
+    Case(HUNYUAN, "draft", {"sparsity": 0.9}, 0.25, 1.75),
+)
+QUICK_CASES = (Case(SMALL, "draft", {"sparsity": 0.5, "pool": [3, 4]}, 0.25, 2.0),)
+
+
+def cases(quick: bool) -> tuple[Case, ...]:
+    return QUICK_CASES if quick else FULL_CASES
+
+
+def item_name(case: Case) -> str:
+    return f"{SECTION}/{case.name}"
+
+
+def journal_path(folder: Path) -> Path:
+    return folder / "logs" / "methods.journal"
+
+
+# ---- models
+
+
+def build(model: Model, device: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    """The transformer with random weights, and its inputs but for the timestep."""
+    torch.manual_seed(0)
+    frames, height, width = model.grid
+    width_c = model.heads * model.dim
+    latents = torch.randn(1, 16, frames, 2 * height, 2 * width, device=device, dtype=dtype)
+    if model.family == "wan":
+        from diffusers import WanTransformer3DModel
+
+        with torch.device(device):
+            net = WanTransformer3DModel(
+                num_attention_heads=model.heads,
+                attention_head_dim=model.dim,
+                ffn_dim=model.feed_forward,
+                num_layers=model.blocks[0],
+            )
+        text = torch.randn(1, model.text, 4096, device=device, dtype=dtype)
+        inputs: dict[str, Any] = {"hidden_states": latents, "encoder_hidden_states": text}
+    else:
+        from diffusers import HunyuanVideoTransformer3DModel
+
+        with torch.device(device):
+            net = HunyuanVideoTransformer3DModel(
+                num_attention_heads=model.heads,
+                attention_head_dim=model.dim,
+                mlp_ratio=model.feed_forward / width_c,
+                num_layers=model.blocks[0],
+                num_single_layers=model.blocks[1],
+                num_refiner_layers=1,
+            )
+        mask = torch.ones(1, model.text, dtype=torch.long, device=device)
+        mask[:, model.text // 2 :] = 0  # half of the text is padding
+        inputs = {
+            "hidden_states": latents,
+            "encoder_hidden_states": torch.randn(1, model.text, 4096, device=device, dtype=dtype),
+            "encoder_attention_mask": mask,
+            "pooled_projections": torch.randn(1, 768, device=device, dtype=dtype),
+            "guidance": torch.full((1,), 6000.0, device=device, dtype=dtype),
+        }
+    return net.to(dtype).eval().requires_grad_(False), {**inputs, "return_dict": False}
+
+
+def caller(net: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
+    """Every call is the next denoising step: caches stay warm, nothing is taken for another guidance branch."""
+    device = inputs["hidden_states"].device
+    times: Iterator[float] = itertools.count(999.0, -0.5)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = net(timestep=torch.full((1,), next(times), device=device), **inputs)[0]
+        return out
+
+    return call
+
+
+# ---- measuring
+
+
+def run(case: Case, *, device: str, dtype: torch.dtype, effort: Effort) -> dict[str, Any]:
+    """Stock eager, stock compiled, own dense and the method in turn, each with its own copy of the block."""
+    calls: dict[str, Callable[[], Tensor]] = {}
+    skipped: dict[str, str] = {}
+    stock, inputs = build(case.model, device, dtype)
+    calls["stock"] = caller(stock, inputs)
+    if device == "cuda":
+        compiled, _ = build(case.model, device, dtype)
+        try:
+            compiled.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
+            calls["stock, compiled"] = caller(compiled, inputs)
+            calls["stock, compiled"]()
+        except Exception as error:
+            calls.pop("stock, compiled", None)
+            skipped["stock, compiled"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    handles = {}
+    for name, config in (
+        ("dense", {}),
+        (case.method, {"attention": {"method": case.method, **case.attention}, "on_unsupported": "error"}),
+    ):
+        own, _ = build(case.model, device, dtype)
+        handles[name] = vdit_fast.accelerate(own, config)
+        calls[name] = caller(own, inputs)
+    want, got = calls["stock"](), calls["dense"]()
+    error = float((got.double() - want.double()).norm() / want.double().norm())
+    times = timing.interleaved(calls, effort, device)
+    stats = handles[case.method].stats()["layers"]
+    sparse = sum(layer["sparse_calls"] for layer in stats)
+    median = {name: timing.summary(series)["ms"] for name, series in times.items()}
+    share, method = case.dense_share, median[case.method]
+    return {
+        "tokens": case.model.tokens,
+        "layers": len(stats),
+        "density": sum(layer["density"][-1] for layer in stats if layer["density"]) / len(stats),
+        "planning_ms_per_layer": 1e3 * sum(layer["plan_seconds"] for layer in stats) / max(1, sparse),
+        "attention_ms_per_layer": 1e3 * sum(layer["attention_seconds"] for layer in stats) / max(1, sparse),
+        "sparse_calls": sparse,
+        "dense_error": error,
+        "contenders": {name: timing.summary(series) for name, series in times.items()},
+        "skipped_contenders": skipped,
+        "sparse_step_speedup": timing.ratio(times["stock"], times[case.method]),
+        "clip_speedup": median["stock"] / (share * median["dense"] + (1 - share) * method),
+        "published_speedup": case.published,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    ap.add_argument("--quick", action="store_true")
+    ap.add_argument("--until", type=float, required=True, help="epoch seconds: nothing starts after")
+    ap.add_argument("names", nargs="+")
+    args = ap.parse_args(argv)
+    store, journal = Store(args.out, machine.identity(args.device)), Journal(journal_path(args.out))
+    table = {case.name: case for case in cases(args.quick)}
+    for name in args.names:
+        one(table[name], store, journal, args.device, args.quick, args.until)
+
+
+def one(case: Case, store: Store, journal: Journal, device: str, quick: bool, until: float) -> None:
+    """Measure and store one case, whatever happens to it."""
+    item, left = item_name(case), until - time.time()
+    least = 0 if quick else 45
+    if left < least:
+        why = f"budget: needs about {least} s, {max(0, left):.0f} s are left"
+        store.write(item, SECTION, "skipped", reason=why, spec=case.spec())
+        journal.end(item, status="skipped")
+        return
+    journal.begin(item, limit=240)
+    start, before = time.monotonic(), machine.clocks() if device == "cuda" else None
+    status, result = "ok", None
+    reason: str | None = None
+    try:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        effort = QUICK if quick else FULL_EFFORT
+        result = run(case, device=device, dtype=dtype, effort=effort)
+        if not result["dense_error"] < (2e-2 if dtype == torch.bfloat16 else 1e-4):
+            status, reason = "failed", f"dense result differs from stock by {result['dense_error']:.3g}"
+    except ImportError as error:
+        status, reason = "skipped", f"diffusers is not installed: {error}"
+    except Exception as error:
+        status, reason = "failed", f"{type(error).__name__}: {str(error)[:1000]}"
+        traceback.print_exc()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    clocks = {"before": before, "after": machine.clocks() if device == "cuda" else None}
+    seconds = time.monotonic() - start
+    store.write(item, SECTION, status, reason=reason, spec=case.spec(), result=result, clocks=clocks, seconds=seconds)
+    journal.end(item, status=status)
+    print(f"{item}: {status}{', ' + reason if reason else ''}, {seconds:.1f} s", flush=True)
+
+
+FULL_EFFORT = Effort(warmups=2, launches=FULL.launches // 2, samples=FULL.samples, sample_ms=0.0)
+
+
+if __name__ == "__main__":
+    main()

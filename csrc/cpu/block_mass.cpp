@@ -1,0 +1,190 @@
+// Keys are packed a few heads at a time. A work item owns whole blocks of queries, so that every sum has one owner and
+// one order.
+#include "cpu/block_mass.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "cpu/attention_pack.h"
+#include "cpu/tile_kernels.h"
+
+namespace vdit {
+
+namespace {
+
+constexpr int64_t kBudgetFloats = int64_t{48} << 20;  // 192 MiB of packed keys at a time
+constexpr int64_t kPanelsPerTask = 64;
+constexpr double kLog2e = 1.44269504088896340736;
+constexpr double kLn2 = 0.69314718055994530942;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// Packed keys of one key head, and the query heads that read them.
+struct KeyHead {
+  int64_t batch = 0, head = 0, rows = 0, keys = 0;  // rows of k that exist, and the folded keys they make
+  std::unique_ptr<float[]> panels;
+};
+
+int64_t panel_floats(const ScoreParams& p) { return p.fold * p.k.size[3] * tile_kernels().panel_keys; }
+
+int64_t panel_count(const KeyHead& h) {
+  const int64_t n = tile_kernels().panel_keys;
+  return (h.keys + n - 1) / n;
+}
+
+void pack_panel(const ScoreParams& p, const KeyHead& h, int64_t panel, float* rows) {
+  const TileKernels& kernels = tile_kernels();
+  const int dim = static_cast<int>(p.k.size[3]), keys = kernels.panel_keys;
+  float* to = h.panels.get() + panel * panel_floats(p);
+  for (int64_t r = 0; r < p.fold; ++r, to += static_cast<int64_t>(dim) * keys) {
+    for (int j = 0; j < keys; ++j) {
+      float* row = rows + static_cast<int64_t>(j) * dim;
+      const int64_t token = (panel * keys + j) * p.fold + r;
+      if (token < h.rows)
+        kernels.load_row(row_of(p.k, h.batch, token, h.head), p.k.dtype, p.k.stride[3], dim, 1.f, row);
+      else
+        std::fill_n(row, dim, 0.f);
+    }
+    kernels.transpose_panel(rows, dim, dim, to);
+  }
+}
+
+void pack(const ScoreParams& p, std::vector<KeyHead>* heads, const ParallelFor& parallel) {
+  struct Task {
+    const KeyHead* head;
+    int64_t first, last;
+  };
+  std::vector<Task> tasks;
+  for (KeyHead& h : *heads) {
+    const int64_t panels = panel_count(h);
+    h.panels.reset(new float[static_cast<size_t>(std::max<int64_t>(panels * panel_floats(p), 1))]);
+    const int64_t step = std::max<int64_t>(1, kPanelsPerTask / p.fold);
+    for (int64_t i = 0; i < panels; i += step) tasks.push_back({&h, i, std::min(panels, i + step)});
+  }
+  parallel(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+    const Task& t = tasks[static_cast<size_t>(i)];
+    std::vector<float> rows(static_cast<size_t>(tile_kernels().panel_keys) * p.k.size[3]);
+    for (int64_t panel = t.first; panel < t.last; ++panel) pack_panel(p, *t.head, panel, rows.data());
+  });
+}
+
+// Calls work(key head, query head, i) for every query head and i in [0, items), in parallel; groups of key heads whose
+// packed keys fit the budget come one after another.
+template <class Work>
+void for_each_item(const ScoreParams& p, int64_t items, const ParallelFor& parallel, const Work& work) {
+  const int64_t kv_heads = p.k.size[2], group = p.q.size[2] / kv_heads, sources = p.q.size[0] * kv_heads;
+  for (int64_t next = 0; next < sources;) {
+    std::vector<KeyHead> heads;
+    for (int64_t used = 0; next < sources; ++next) {
+      KeyHead h;
+      h.batch = next / kv_heads;
+      h.head = next % kv_heads;
+      h.rows = p.kv_len == nullptr ? p.k.size[1] : p.kv_len[h.batch];
+      h.keys = (h.rows + p.fold - 1) / p.fold;
+      used += panel_count(h) * panel_floats(p);
+      if (used > kBudgetFloats && !heads.empty()) break;
+      heads.push_back(std::move(h));
+    }
+    pack(p, &heads, parallel);
+    parallel(static_cast<int64_t>(heads.size()) * group * items, [&](int64_t n) {
+      const KeyHead& h = heads[static_cast<size_t>(n / (group * items))];
+      work(h, h.head * group + n / items % group, n % items);
+    });
+  }
+}
+
+struct Scratch {
+  std::vector<float> q, scores;
+  std::vector<double> sums;
+  std::vector<RowGroup> groups;
+  std::vector<int64_t> live;
+  float m[kTileRows], l[kTileRows * kSumLanes];
+};
+
+// Folded queries rows[0 .. n) of a head into the layout of the tile kernels.
+FoldedTile load_queries(const ScoreParams& p, const KeyHead& h, int64_t head, const int64_t* rows, int n, Scratch* s) {
+  const TileKernels& kernels = tile_kernels();
+  const int dim = static_cast<int>(p.q.size[3]);
+  s->q.resize(static_cast<size_t>(p.fold) * kTileRows * dim);
+  s->scores.resize(kForwardScratch);
+  for (int64_t r = 0; r < p.fold; ++r) {
+    for (int i = 0; i < n; ++i) {
+      float* to = s->q.data() + (r * kTileRows + i) * dim;
+      const int64_t token = rows[i] * p.fold + p.fold - 1 - r;
+      if (token < p.q.size[1])
+        kernels.load_row(row_of(p.q, h.batch, token, head), p.q.dtype, p.q.stride[3], dim,
+                         static_cast<float>(p.scale * kLog2e), to);
+      else
+        std::fill_n(to, dim, 0.f);
+    }
+  }
+  return {n, dim, static_cast<int>(p.fold), s->q.data(), h.panels.get(), h.keys};
+}
+
+}  // namespace
+
+void score_lse_cpu(const ScoreParams& p, float* lse, const ParallelFor& parallel) {
+  const int64_t queries = p.queries(), items = (queries + kTileRows - 1) / kTileRows;
+  for_each_item(p, items, parallel, [&](const KeyHead& h, int64_t head, int64_t item) {
+    static thread_local Scratch s;
+    int64_t rows[kTileRows];
+    const int64_t first = item * kTileRows;
+    const int n = static_cast<int>(std::min<int64_t>(kTileRows, queries - first));
+    std::iota(rows, rows + n, first);
+    std::fill_n(s.m, n, -kInf);
+    std::fill_n(s.l, n * kSumLanes, 0.f);
+    const FoldedTile tile = load_queries(p, h, head, rows, n, &s);
+    tile_kernels().score_lse(tile, s.scores.data(), s.m, s.l);
+    float* to = lse + (h.batch * p.q.size[2] + head) * queries + first;
+    for (int i = 0; i < n; ++i) {
+      const float* lanes = s.l + i * kSumLanes;
+      const double sum = std::accumulate(lanes, lanes + kSumLanes, 0.0);
+      const bool empty = s.m[i] == -kInf && sum == 0;
+      to[i] = empty ? -kInf : static_cast<float>((s.m[i] + std::log2(sum)) * kLn2);
+    }
+  });
+}
+
+void block_mass_cpu(const BlockMassParams& p, float* mass, const ParallelFor& parallel) {
+  const ScoreParams& scores = p.scores;
+  const int64_t queries = scores.queries(), q_blocks = (queries + p.q_block - 1) / p.q_block;
+  const int64_t kv_blocks = (scores.keys() + p.kv_block - 1) / p.kv_block;
+  const int64_t per_item = std::max<int64_t>(1, kTileRows / p.q_block);  // whole blocks of queries
+  const int64_t items = (q_blocks + per_item - 1) / per_item;
+  for_each_item(scores, items, parallel, [&](const KeyHead& h, int64_t head, int64_t item) {
+    static thread_local Scratch s;
+    const int64_t row_of_heads = h.batch * scores.q.size[2] + head;
+    const float* lse = p.lse + row_of_heads * queries;
+    const int64_t first_block = item * per_item, end_block = std::min(q_blocks, first_block + per_item);
+    s.sums.assign(static_cast<size_t>((end_block - first_block) * kv_blocks), 0.0);
+    s.live.clear();  // rows of weight 0 are not computed
+    for (int64_t i = first_block * p.q_block; i < std::min(queries, end_block * p.q_block); ++i)
+      if (lse[i] != -kInf) s.live.push_back(i);
+    // Even parts: a last part of a few rows would leave most of a micro-kernel idle.
+    const auto live = static_cast<int64_t>(s.live.size()), parts = (live + kTileRows - 1) / kTileRows;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = live * part / parts;
+      const int64_t* rows = s.live.data() + begin;
+      const int n = static_cast<int>(live * (part + 1) / parts - begin);
+      s.groups.clear();
+      for (int i = 0; i < n; ++i) {
+        s.m[i] = static_cast<float>(lse[rows[i]] * kLog2e);
+        const int64_t block = rows[i] / p.q_block;
+        if (i > 0 && rows[i - 1] / p.q_block == block)
+          ++s.groups.back().last;
+        else
+          s.groups.push_back({i, i + 1, s.sums.data() + (block - first_block) * kv_blocks});
+      }
+      const FoldedTile tile = load_queries(scores, h, head, rows, n, &s);
+      tile_kernels().block_mass(tile, s.m, s.groups.data(), static_cast<int>(s.groups.size()), p.kv_block,
+                                s.scores.data());
+    }
+    float* to = mass + (row_of_heads * q_blocks + first_block) * kv_blocks;
+    for (size_t i = 0; i < s.sums.size(); ++i) to[i] = static_cast<float>(s.sums[i]);
+  });
+}
+
+}  // namespace vdit

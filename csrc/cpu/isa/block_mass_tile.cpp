@@ -1,0 +1,100 @@
+// Scores of a tile of folded queries against all keys, reduced as they appear: to a log-sum-exp per row, or to sums of
+// weights over blocks of rows and keys.
+#include "cpu/isa/stage.h"
+
+namespace VDIT_NS {
+
+using vdit::FoldedTile;
+using vdit::kTileRows;
+using vdit::RowGroup;
+
+// Scores of the keys [first, first + width) with `first` at the start of a panel: one product per slice of the fold,
+// so that a strip of queries and the panels of a stage stay in the nearest cache whatever the fold.
+static void score_folded(const FoldedTile& t, int64_t first, int width, float* scores) {
+  const int64_t slice = static_cast<int64_t>(t.head_dim) * NR, panel = slice * t.fold;
+  const float* keys = t.panels + first / NR * panel;
+  const int cols = (width + NR - 1) / NR * NR;
+  gemm<false>(t.rows, cols, t.head_dim, t.q, t.head_dim, keys, NR, panel, scores, kStageKeys);
+  for (int r = 1; r < t.fold; ++r) {
+    const float* q = t.q + static_cast<int64_t>(r) * kTileRows * t.head_dim;
+    gemm<true>(t.rows, cols, t.head_dim, q, t.head_dim, keys + r * slice, NR, panel, scores, kStageKeys);
+  }
+}
+
+static inline int stage_width(const FoldedTile& t, int64_t first) {
+  return static_cast<int>(t.keys - first < kStageKeys ? t.keys - first : kStageKeys);
+}
+
+void score_lse_tile(const FoldedTile& t, float* scores, float* m, float* l) {
+  for (int64_t first = 0; first < t.keys; first += kStageKeys) {
+    const int width = stage_width(t, first), rest = width % NR;
+    score_folded(t, first, width, scores);
+    if (rest != 0) {
+      for (int i = 0; i < t.rows; ++i) mask_scores(scores + i * kStageKeys + width - rest, (1u << rest) - 1);
+    }
+    for (int i = 0; i < t.rows; ++i) {
+      const float* s = scores + i * kStageKeys;
+      float* sum = l + i * vdit::kSumLanes;
+      vf top = load(s);
+      for (int j = VL; j < width; j += VL) top = max_or_second(load(s + j), top);
+      if (any_greater(top, splat(m[i]))) {
+        const float new_max = reduce_max(top);
+        const float shrink = m[i] == -kInf ? 0.f : exp2_nonpositive(splat(m[i] - new_max))[0];
+        m[i] = new_max;
+        store(sum, load(sum) * shrink);
+      }
+      const vf shift = splat(m[i] == -kInf ? 0.f : m[i]);
+      vf total = load(sum);
+      for (int j = 0; j < width; j += VL) total += exp2_nonpositive(load(s + j) - shift);
+      store(sum, total);
+    }
+  }
+}
+
+// columns[j] = sum of row i's weight of key j over the group's rows. Two vectors at a time hide the additions' latency.
+static inline void sum_rows(const RowGroup& g, const float* lse2, const float* scores, int width, float* columns) {
+  for (int j = 0; j < width; j += NR) {
+    vf low{}, high{};
+    for (int i = g.first; i < g.last; ++i) {
+      const float* s = scores + i * kStageKeys + j;
+      const vf norm = splat(lse2[i]);
+      low += exp2_any(load(s) - norm);
+      high += exp2_any(load(s + VL) - norm);
+    }
+    store(columns + j, low);
+    store(columns + j + VL, high);
+  }
+}
+
+static inline float sum_columns(const float* columns, int n) {
+  float total = 0;
+  int j = 0;
+  if (n >= VL) {
+    vf sum{};
+    for (; j + VL <= n; j += VL) sum += load(columns + j);
+    total = reduce_sum(sum);
+  }
+  for (; j < n; ++j) total += columns[j];
+  return total;
+}
+
+void block_mass_tile(const FoldedTile& t, const float* lse2, const RowGroup* groups, int num_groups, int64_t kv_block,
+                     float* scores) {
+  float columns[kStageKeys];
+  for (int64_t first = 0; first < t.keys; first += kStageKeys) {
+    const int width = stage_width(t, first);
+    score_folded(t, first, width, scores);
+    for (int g = 0; g < num_groups; ++g) {
+      sum_rows(groups[g], lse2, scores, width, columns);
+      int64_t block = first / kv_block;
+      for (int j = 0; j < width; ++block) {
+        const int64_t border = (block + 1) * kv_block - first;
+        const int end = border < width ? static_cast<int>(border) : width;
+        groups[g].sums[block] += sum_columns(columns + j, end - j);
+        j = end;
+      }
+    }
+  }
+}
+
+}  // namespace VDIT_NS

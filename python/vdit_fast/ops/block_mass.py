@@ -1,0 +1,87 @@
+"""Search passes over the scores alone: log-sum-exps of (folded) scores, and attention mass between blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def score_lse(
+    q: Tensor, k: Tensor, *, scale: float | None = None, fold: int = 1, kv_len: Tensor | None = None
+) -> Tensor:
+    """Log-sum-exp over the keys of every (folded) query's scores, in fp32.
+
+    With ``fold`` = s > 1 the rows are those of XAttention (arXiv 2503.16428): query i is the rows ``i s + s - 1 - r``
+    and key j the rows ``j s + r``, r = 0 ... s - 1, side by side, so that a score is the sum along an antidiagonal of
+    an s x s block of QK^T. Rows beyond the end, and key rows at or above ``kv_len``, count as zeros; a key without any
+    valid row is not read. Not differentiable (plans carry no gradient).
+
+    Args:
+        q: ``[B, Lq, H, D]``, float32, bfloat16 or float16, contiguous last dimension, D at most 256.
+        k: ``[B, Lk, Hkv, D]`` of the same dtype; H is a multiple of Hkv.
+        scale: multiplies the scores; default ``D ** -0.5 / fold``.
+        fold: 1 to 1024.
+        kv_len: int32 or int64 ``[B]`` or None.
+
+    Returns:
+        natural logarithm float32 ``[B, H, ceil(Lq / fold)]``; -inf where no key is valid.
+
+    Raises:
+        RuntimeError: dtypes, shapes or devices do not fit.
+    """
+    lse: Tensor = torch.ops.vdit_fast.score_lse(q.detach(), k.detach(), _scale(q, scale, fold), fold, kv_len)
+    return lse
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    q_block: int,
+    kv_block: int,
+    *,
+    scale: float | None = None,
+    fold: int = 1,
+    kv_len: Tensor | None = None,
+) -> Tensor:
+    """Attention weights exp(score - lse), summed over blocks of queries and keys (AdaSpa's search, arXiv 2502.21079).
+
+    With the exact ``lse`` of these keys the entries of a block row sum to its number of (folded) queries. A stale or
+    partial one only changes the weights of whole rows. The value tensor is not needed. Not differentiable.
+
+    Args:
+        q, k, scale, fold, kv_len: as in ``score_lse``.
+        lse: float32 ``[B, H, ceil(Lq / fold)]``; rows of -inf have weight 0.
+        q_block, kv_block: folded rows per block, at least 1.
+
+    Returns:
+        float32 ``[B, H, ceil(Nq / q_block), ceil(Nk / kv_block)]`` with Nq = ceil(Lq / fold), Nk = ceil(Lk / fold).
+
+    Raises:
+        RuntimeError: dtypes, shapes or devices do not fit.
+    """
+    q, k, lse = q.detach(), k.detach(), lse.detach().contiguous()
+    scale = _scale(q, scale, fold)
+    mass: Tensor = torch.ops.vdit_fast.block_mass(q, k, lse, q_block, kv_block, scale, fold, kv_len)
+    return mass
+
+
+def _scale(q: Tensor, scale: float | None, fold: int) -> float:
+    return max(q.shape[-1], 1) ** -0.5 / max(fold, 1) if scale is None else scale
+
+
+@torch.library.register_fake("vdit_fast::score_lse")
+def _fake_score_lse(q: Tensor, k: Tensor, scale: float, fold: int, kv_len: Tensor | None) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], _ceil_div(q.shape[1], fold)), dtype=torch.float32)
+
+
+@torch.library.register_fake("vdit_fast::block_mass")
+def _fake_block_mass(
+    q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, scale: float, fold: int, kv_len: Tensor | None
+) -> Tensor:
+    rows, columns = (_ceil_div(_ceil_div(x.shape[1], fold), block) for x, block in ((q, q_block), (k, kv_block)))
+    return q.new_empty((q.shape[0], q.shape[2], rows, columns), dtype=torch.float32)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
