@@ -66,8 +66,8 @@ METHODS: dict[str, Method] = {
     "window": Method("sparsity", fixed={"tile": [2, 4, 4]}),
     "xattention": Method("top_p", high=1.0, fixed={"block": 64}),
 }
-"""One line per planner, or per variant ``planner+what``; a planner without a line joins by its `sparsity` or `top_p` and
-is else reported as left out."""
+"""One line per planner, or per variant ``planner+what``; a planner without a line joins by its `sparsity` or `top_p`,
+and is else reported as left out."""
 
 
 def planner_name(name: str) -> str:
