@@ -233,8 +233,8 @@ class AttentionPlan:
     def _keys_before(self, run: Tensor) -> Tensor:
         """Keys in all runs before each of the used runs ``run`` int64 ``[P]``: int64 ``[P]``.
 
-        Sums of short chunks of runs, then the rest of a chunk: on a GPU the runs are capacity, often hundreds of MB, and
-        an int64 prefix sum over all of them as much again.
+        Sums of short chunks of runs, then the rest of a chunk: on a GPU the runs are capacity, often hundreds of MB,
+        and an int64 prefix sum over all of them nearly as much again.
         """
         count = len(self.runs)
         if count == 0:

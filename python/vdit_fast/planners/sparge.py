@@ -108,8 +108,8 @@ class Sparge(Planner):
     def _strips(self, ctx: LayerContext, device: torch.device) -> tuple[Tiling, Tiling]:
         """Query and key blocks."""
         key = ("sparge strips", self, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             rows, columns = (strips(equal(ctx.n_video, size), ctx, self.sinks, device) for size in self.block)
-            ctx.state[key] = rows, columns
-        found: tuple[Tiling, Tiling] = ctx.state[key]
+            ctx.static[key] = rows, columns
+        found: tuple[Tiling, Tiling] = ctx.static[key]
         return found

@@ -107,10 +107,10 @@ class VSA(Planner):
 
     def _tiling(self, ctx: LayerContext, device: torch.device) -> Tiling:
         key = ("vsa tiles", self, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             frames, height, width = (cut(n, size) for n, size in zip(ctx.grid, self.cube, strict=True))
-            ctx.state[key] = tiling(
+            ctx.static[key] = tiling(
                 (frames, height, width), text=ctx.text, text_first=ctx.text_first, sinks=self.sinks, device=device
             )
-        tiles: Tiling = ctx.state[key]
+        tiles: Tiling = ctx.static[key]
         return tiles

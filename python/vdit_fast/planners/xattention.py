@@ -80,7 +80,7 @@ class XAttention(Planner):
 
     def _strips(self, ctx: LayerContext, device: torch.device) -> Tiling:
         key = ("xattention strips", self, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
-            ctx.state[key] = strips(equal(ctx.n_video, self.block), ctx, self.sinks, device)
-        found: Tiling = ctx.state[key]
+        if key not in ctx.static:
+            ctx.static[key] = strips(equal(ctx.n_video, self.block), ctx, self.sinks, device)
+        found: Tiling = ctx.static[key]
         return found
