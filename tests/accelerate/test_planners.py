@@ -138,6 +138,8 @@ def fresh_compiler() -> Iterator[None]:
     [
         ("draft", "wan_ti2v", ["blocks"]),
         ("window", "hunyuan_video", ["transformer_blocks", "single_transformer_blocks"]),
+        ("rettention", "wan", ["blocks"]),  # observe, row_scale and residual
+        ("svg1", "wan", ["blocks"]),  # orders per head
     ],
 )
 def test_compiled_blocks(planner: str, kind: str, blocks: list[str], fresh_compiler: None) -> None:

@@ -59,7 +59,8 @@ class Planner:
             the end.
         min_tokens: sequences of fewer tokens (video + text) stay dense.
         text: "dense": every text token reads everything and is read by everyone.
-        sinks: the first `sinks` latent frames, rounded up to whole tiles, are read by every query.
+        sinks: the first `sinks` latent frames, rounded up to whole tiles, are read by every query; 0 by default,
+            except where a method was published with one.
 
     Raises:
         TypeError, ValueError: a knob has a wrong type or value; the message names it.
@@ -75,7 +76,8 @@ class Planner:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.plan is Planner.plan and cls.decision is Planner.decision:
+        overridden = cls.plan is not Planner.plan or cls.decision is not Planner.decision
+        if cls.__dict__.get("name") and not overridden:
             raise TypeError(f"planner {cls.__qualname__} must override plan(q, k, ctx) or decision(q, k, v, ctx)")
         methods.enter(REGISTRY, cls, "planner")
 

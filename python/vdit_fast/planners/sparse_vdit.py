@@ -39,7 +39,8 @@ class SparseVDiT(Planner):
     Knobs besides those of `Planner`:
         modes: a mode's name; a string with a letter per head; a list of such strings, one per layer; or a list of
             {"step": first step, "layers": any of these}, one per step range.
-        sparsity: fraction of the pairs that the modes d, m and v drop, in [0, 1); 0 drops nothing in a band.
+        sparsity: fraction of all pairs, text included, that the modes d, m and v drop, in [0, 1); 0 drops nothing in a
+            band.
         block: tokens per block of the video, in frame-major or token-major order.
         sinks: 1 here, as in Sparse VideoGen's masks.
         stripes: {"layer.head": "0-3,7"}: key blocks of vertical heads, counted after the sinks in frame-major order.

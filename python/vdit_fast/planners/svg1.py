@@ -69,8 +69,8 @@ class SVG1(Planner):
     whole frames for temporal heads, too.
 
     Knobs besides those of `Planner`:
-        sparsity: fraction of all pairs to drop, in [0, 1); 0 keeps everything. Sinks are kept on top, and so is text
-            where it takes more than 1 − sparsity.
+        sparsity: fraction of all pairs, text included, to drop, in [0, 1); 0 keeps everything. Sinks are kept on top,
+            and so is text where it takes more than 1 − sparsity.
         rows: sampled query tokens.
         refresh: choose again every `refresh` steps; 1 = in every sparse call, 0 = once per generation.
         block: most tokens per block.

@@ -34,7 +34,8 @@ class VSA(Planner):
     every cube and gets no coarse part.
 
     Knobs besides those of `Planner`:
-        sparsity: fraction of the key cubes that a query cube does not read, in [0, 1). Text and sinks are kept on top.
+        sparsity: fraction of the video's key cubes that a query cube does not read, in [0, 1). Text and sinks are kept
+            on top.
         cube: (tt, th, tw) in tokens; larger than the grid means the whole axis.
         gate: factor of the coarse branch. 0 is right for models that were not trained with it. No gradient flows
             through the coarse branch.

@@ -33,7 +33,7 @@ class XAttention(Planner):
     padding keys; any length.
 
     Knobs besides those of `Planner`:
-        top_p: share of the estimated mass that is read, in [0, 1]; 1 is dense. The density grows with it.
+        top_p: share of the estimated mass on the video that is read, in [0, 1]; 1 is dense. The density grows with it.
         stride: distance of the antidiagonals; 1 computes the exact masses.
         block: tokens per block, a multiple of `stride`.
 
