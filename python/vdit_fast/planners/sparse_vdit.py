@@ -39,7 +39,8 @@ class SparseVDiT(Planner):
     Knobs besides those of `Planner`:
         modes: a mode's name; a string with a letter per head; a list of such strings, one per layer; or a list of
             {"step": first step, "layers": any of these}, one per step range.
-        sparsity: fraction of the pairs that the modes d, m and v drop, in [0, 1); 0 drops nothing in a band.
+        sparsity: fraction of all pairs, text included, that the modes d, m and v drop, in [0, 1); 0 drops nothing in a
+            band.
         block: tokens per block of the video, in frame-major or token-major order.
         sinks: 1 here, as in Sparse VideoGen's masks.
         stripes: {"layer.head": "0-3,7"}: key blocks of vertical heads, counted after the sinks in frame-major order.
@@ -144,10 +145,10 @@ class SparseVDiT(Planner):
             raise ValueError(f"the sparse_vdit table has {wanted} heads, the model has {heads}")
         key = ("sparse_vdit plan", self, ctx.layer, ctx.step.expert, ctx.step.frame_block)
         content = (row, tuple(ctx.grid), ctx.text, ctx.text_first, heads, q.device)
-        known = ctx.state.get(key)
+        known = ctx.static.get(key)
         if known is None or known[0] != content:
             with torch.inference_mode(False):
-                known = ctx.state[key] = (content, self.runs(row, heads, ctx, q.device))
+                known = ctx.static[key] = (content, self.runs(row, heads, ctx, q.device))
         return self.in_order(known[1], row, ctx)
 
     def runs(self, row: str, heads: int, ctx: LayerContext, device: torch.device) -> AttentionPlan:
@@ -176,18 +177,18 @@ class SparseVDiT(Planner):
         if "m" not in row:
             return plan
         key = ("sparse_vdit orders", self.sinks, tuple(ctx.grid), ctx.text, ctx.text_first, plan.device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             with torch.inference_mode(False):
-                ctx.state[key] = token_major(ctx, 0, plan.device), token_major(ctx, self.sinks, plan.device)
-        q_order, kv_order = ctx.state[key]
+                ctx.static[key] = token_major(ctx, 0, plan.device), token_major(ctx, self.sinks, plan.device)
+        q_order, kv_order = ctx.static[key]
         if set(row) - {"m", "s"}:
             mask = ("sparse_vdit token-major heads", row, plan.device)
-            if mask not in ctx.state:
+            if mask not in ctx.static:
                 with torch.inference_mode(False):
                     flags = torch.tensor([letter == "m" for letter in row])
-                    ctx.state[mask] = flags.to(plan.device)[None, :, None]
+                    ctx.static[mask] = flags.to(plan.device)[None, :, None]
             same = torch.arange(plan.lq, dtype=torch.int32, device=plan.device)
-            q_order, kv_order = (torch.where(ctx.state[mask], order, same) for order in (q_order, kv_order))
+            q_order, kv_order = (torch.where(ctx.static[mask], order, same) for order in (q_order, kv_order))
         return replace(plan, q_order=q_order, kv_order=kv_order)
 
     def _head(self, letter: str, head: int, ctx: LayerContext, place: Layout) -> tuple[Tensor, Tensor]:

@@ -118,11 +118,11 @@ class Window(Planner):
         if isinstance(self.heads, tuple) and len(words) != q.shape[2]:
             raise ValueError(f"heads lists {len(words)} heads but q has {q.shape[2]}; give one word per head")
         key = ("window plan", self, tuple(ctx.grid), ctx.text, ctx.text_first, q.device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             with torch.inference_mode(False):
                 temporal = torch.tensor([[word == "temporal" for word in words]], device=q.device)
-                ctx.state[key] = self._build(temporal, ctx, q.device)
-        plan: AttentionPlan = ctx.state[key]
+                ctx.static[key] = self._build(temporal, ctx, q.device)
+        plan: AttentionPlan = ctx.static[key]
         return plan
 
     def _build(self, temporal: Tensor, ctx: LayerContext, device: torch.device) -> AttentionPlan:
@@ -138,7 +138,7 @@ class Window(Planner):
     def _kind(self, kind: str, ctx: LayerContext, device: torch.device) -> tuple[Tiling, Tensor]:
         """Tiles in the order of this kind, and its map bool [blocks, blocks]."""
         key = ("window tiles", self, kind, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             axes, major = self.axes(ctx.grid), MAJOR[kind]
             with torch.inference_mode(False):
                 tiles = tiling(
@@ -147,8 +147,8 @@ class Window(Planner):
                 t, y, x = (band(len(p), w, device) for p, w in zip(axes, self.widths(ctx.grid)[kind], strict=True))
                 grid = t[:, None, None, :, None, None] & y[:, None, None, :, None] & x[:, None, None, :]
                 keep = grid.permute(*major, *(3 + i for i in major)).flatten(3).flatten(0, 2)
-                ctx.state[key] = (tiles, tiles.complete(keep))
-        found: tuple[Tiling, Tensor] = ctx.state[key]
+                ctx.static[key] = (tiles, tiles.complete(keep))
+        found: tuple[Tiling, Tensor] = ctx.static[key]
         return found
 
     # ------------------------------------------------------------------ choice of heads
