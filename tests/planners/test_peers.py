@@ -102,7 +102,7 @@ def test_grouped_key_heads(context, name):
 @measured
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_inputs_and_strided_views(context, name, dtype):
-    ctx, planner = context(GRID), PEERS[name](**({"similarity": 0.0} if "sparge" in name else {}))
+    ctx, planner = context(GRID), PEERS[name]()
     joined = torch.randn(1, ctx.num_tokens, 3 * 2 * 16).to(dtype)  # fused qkv: q and k are strided views
     q, k = (joined[..., i * 32 : (i + 1) * 32].unflatten(-1, (2, 16)) for i in range(2))
     assert torch.equal(planner.plan(q, k, ctx).to_mask(), planner.plan(q.float(), k.float(), ctx).to_mask())
