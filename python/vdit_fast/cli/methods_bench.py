@@ -104,6 +104,12 @@ def run_methods(
     """
     left_out: dict[str, str] = {}
     methods = _methods(names, left_out)
+    searching = [name for name, line in methods.items() if line.searches]
+    if searching and settings.dense_steps < 1:
+        raise ValueError(
+            f"dense-steps: {settings.dense_steps}; {', '.join(searching)} search in a dense step, the last of those that "
+            "all methods share: at least 1 is needed, or other methods"
+        )
     started = time.perf_counter()
     bench = _Bench(settings, weights, progress)
     bench.total = 1 + len(methods) + settings.repeats * (2 + len(methods))
@@ -213,8 +219,7 @@ class _Bench:
 
     def planner(self, name: str, found: Method, value: Any) -> Planner:
         s = self.settings
-        dense_steps = max(s.dense_steps - found.searches, 0)
-        same = {"dense_steps": dense_steps, "dense_layers": s.dense_layers}
+        same = {"dense_steps": s.dense_steps - found.searches, "dense_layers": s.dense_layers}
         return from_dict({"method": planner_name(name), **same, **found.fixed, found.knob: value})
 
     def prepared(self, name: str, found: Method) -> Method:

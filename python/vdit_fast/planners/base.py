@@ -42,6 +42,13 @@ class Decision:
     residual: Tensor | None = None
     observe: Callable[[Tensor, Tensor], None] | None = None
 
+    @property
+    def corrected(self) -> bool:
+        """Whether a row scale, a residual or stand-ins make up for what the plan does not read."""
+        if self.plan is None:
+            return False
+        return any(extra is not None for extra in (self.row_scale, self.residual, self.plan.stand_ins))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import _checks
-from ._mode_table import MadeFor, Stripes, Table, numbers, parse_stripes, parse_table, stripes_form, table_form
-from .base import Planner
+from ._mode_table import (
+    MadeFor,
+    Stripes,
+    Table,
+    numbers,
+    parse_record,
+    parse_stripes,
+    parse_table,
+    stripes_form,
+    table_form,
+)
+from .base import Decision, Planner
 
 if TYPE_CHECKING:
     from ..context import LayerContext
@@ -73,10 +83,7 @@ class SparseVDiT(Planner):
         self._set("made_for", MadeFor.parse(self.made_for))
         self._check_table()
         _checks.switch("force", self.force)
-        record = json.loads(self.record) if isinstance(self.record, str) else self.record
-        if not isinstance(record, Mapping):
-            raise TypeError(f"record must be a mapping, got {self.record!r}")
-        self._set("record", json.dumps(record, sort_keys=True, allow_nan=False))
+        self._set("record", parse_record(self.record))
 
     def to_dict(self) -> dict[str, Any]:
         made_for = None if self.made_for is None else self.made_for.to_dict()
@@ -92,9 +99,12 @@ class SparseVDiT(Planner):
     def _check_table(self) -> None:
         """The table, its stripes and ``made_for`` tell of one model."""
         made = self.made_for
-        if made is None:
-            return
         rows = [rows for _, rows in self.modes]
+        if made is None:
+            tall, wide = max(map(len, rows)), max(len(row) for r in rows for row in r)  # 1 stands for all
+            self._check_stripes(tall if tall > 1 else None, wide if wide > 1 else None, "table")
+            return
+        self._check_stripes(made.layers, made.heads, "table")
         layers = {len(r) for r in rows} - {1, made.layers}
         heads = {len(row) for r in rows for row in r} - {1, made.heads}
         if layers or heads or self.modes[-1][0] >= made.steps:
@@ -103,6 +113,22 @@ class SparseVDiT(Planner):
                 f"ranges up to step {self.modes[-1][0]}, but made_for says {made.layers} layers, {made.heads} heads "
                 f"and {made.steps} steps"
             )
+
+    @cached_property
+    def _last_stripes(self) -> tuple[int, int]:
+        """The largest layer and the largest head that have stripes."""
+        places = [(layer, head) for layer, head, _ in self.stripes] or [(-1, -1)]
+        return max(layer for layer, _ in places), max(head for _, head in places)
+
+    def _check_stripes(self, layers: int | None, heads: int | None, where: str) -> None:
+        """Stripes are those of layers and heads that exist; None: not known here."""
+        for name, last, number in zip(("layer", "head"), self._last_stripes, (layers, heads), strict=True):
+            if number is not None and last >= number:
+                raise ValueError(f"stripes name {name} {last}, but the {where} has {number} {name}s (from 0 on)")
+
+    def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
+        self._check_heads(q.shape[2])  # also where the call stays dense
+        return super().decision(q, k, v, ctx)
 
     def decide(self, ctx: LayerContext) -> str | None:
         self._check_setting(ctx)
@@ -120,12 +146,21 @@ class SparseVDiT(Planner):
             layers.add(made.layers)
         if layers - {ctx.num_layers}:
             raise ValueError(f"the sparse_vdit table has {max(layers)} layers, the model has {ctx.num_layers}")
+        self._check_stripes(ctx.num_layers, None, "model")
         different = made.differences(ctx) if made is not None and not self.force else []
         if different:
             raise ValueError(
                 f"the sparse_vdit table was made for {', '.join(different)}; search a table for this setting "
                 "(vdit-fast tune), or set force to true to map this one"
             )
+
+    def _check_heads(self, heads: int) -> None:
+        """Raise ValueError when the model's heads are not the table's."""
+        letters = max(len(row) for _, rows in self.modes for row in rows)
+        wanted = self.made_for.heads if self.made_for is not None else heads if letters == 1 else letters
+        if heads != wanted:
+            raise ValueError(f"the sparse_vdit table has {wanted} heads, the model has {heads}")
+        self._check_stripes(None, heads, "model")
 
     def _row(self, ctx: LayerContext) -> str:
         """Letters of this call's layer: one per head, or one for all."""
@@ -140,9 +175,7 @@ class SparseVDiT(Planner):
         self._check_setting(ctx)
         self.check_inputs(q, k, ctx)
         row, heads = self._row(ctx), q.shape[2]
-        wanted = self.made_for.heads if self.made_for is not None else heads if len(row) == 1 else len(row)
-        if heads != wanted:
-            raise ValueError(f"the sparse_vdit table has {wanted} heads, the model has {heads}")
+        self._check_heads(heads)
         key = ("sparse_vdit plan", self, ctx.layer, ctx.step.expert, ctx.step.frame_block)
         content = (row, tuple(ctx.grid), ctx.text, ctx.text_first, heads, q.device)
         known = ctx.static.get(key)

@@ -165,15 +165,22 @@ class Window(Planner):
     def masses(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
         """Attention mass inside the spatial and the temporal window, mean of the sampled rows: fp32 [B, H, 2].
 
-        Padding keys (`ctx.kv_len`) get no mass; text keys, read by everyone, count for neither window.
+        Padding (`ctx.kv_len`) neither gives nor gets mass; text keys, read by everyone, count for neither window.
         """
         picked = sample(self.rows, ctx.n_video, q.device)
         inside = self._inside(picked, ctx, q.device)  # [rows, n_video, 2]
         first = ctx.text if ctx.text_first else 0
+        real = None
+        if ctx.kv_len is not None:
+            real = (picked + first < ctx.kv_len.to(q.device)[:, None]).mT[..., None, None]  # [rows, B, 1, 1]
         found = []
         for _, scores in head_scores(q.index_select(1, picked + first), k, ctx.kv_len):
             mass = torch.softmax(scores, -1).narrow(-1, first, ctx.n_video)  # [B, group, rows, n_video]
-            found.append((mass.flatten(0, 1).transpose(0, 1) @ inside).mean(0).view(*mass.shape[:2], 2))
+            held = (mass.flatten(0, 1).transpose(0, 1) @ inside).unflatten(1, mass.shape[:2])  # [rows, B, group, 2]
+            if real is None:
+                found.append(held.mean(0))
+            else:
+                found.append(held.where(real, 0).sum(0) / real.sum(0).clamp(min=1))
         return torch.cat(found, 1)
 
     def _inside(self, picked: Tensor, ctx: LayerContext, device: torch.device) -> Tensor:
