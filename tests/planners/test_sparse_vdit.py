@@ -164,11 +164,11 @@ def test_heads_of_one_kind_share_a_plan(context):
 
 
 def test_plan_is_kept_until_the_row_changes(context):
-    state: dict = {}
+    static: dict = {}
     planner = SparseVDiT(modes=[{"step": 0, "layers": "ff"}, {"step": 2, "layers": ["dd", "dm", "md", "ss"]}], block=16)
 
     def plan(step, layer):
-        ctx = context(GRID, layer=layer, state=state, step=StepContext(step=step, num_steps=10))
+        ctx = context(GRID, layer=layer, static=static, step=StepContext(step=step, num_steps=10))
         assert (planner.decide(ctx) is None) == (step >= 2)
         return planner.plan(*random(ctx)[:2], ctx)
 
@@ -176,7 +176,7 @@ def test_plan_is_kept_until_the_row_changes(context):
     a, b = plan(2, 1), plan(9, 1)
     assert a.runs is b.runs and torch.equal(a.to_mask(), b.to_mask())
     assert not torch.equal(plan(2, 2).to_mask(), a.to_mask()) and plan(2, 3).density == 0
-    assert len([key for key in state if key[0] == "sparse_vdit plan"]) == 3
+    assert len([key for key in static if key[0] == "sparse_vdit plan"]) == 3
 
 
 def test_a_plan_is_made_once_per_row_and_a_mode_once_per_geometry(context, monkeypatch):
