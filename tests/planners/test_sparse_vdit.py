@@ -185,10 +185,10 @@ def test_a_plan_is_made_once_per_row_and_a_mode_once_per_geometry(context, monke
     monkeypatch.setattr(Layout, "band", lambda *args, **kwargs: bands.append(kwargs) or band(*args, **kwargs))
     monkeypatch.setattr(sparse_vdit, "join", lambda *args: joined.append(args) or join(*args))
     planner = SparseVDiT(modes=[{"step": 0, "layers": ["dmdm", "dmdm", "mmdd", "dmvv"]}, {"step": 2, "layers": "dddd"}])
-    planner, state = replace(planner, block=16), {}
+    planner, static = replace(planner, block=16), {}
 
     def plan(step, layer):
-        ctx = context(GRID, layer=layer, state=state, step=StepContext(step=step, num_steps=10))
+        ctx = context(GRID, layer=layer, static=static, step=StepContext(step=step, num_steps=10))
         return planner.plan(*random(ctx, 4)[:2], ctx)
 
     first = [plan(0, layer) for layer in range(4)]
@@ -200,7 +200,7 @@ def test_a_plan_is_made_once_per_row_and_a_mode_once_per_geometry(context, monke
     assert len(joined) == 4 and len(bands) == 2
     del first, again
     gc.collect()
-    (shared,) = [x for key, x in state.items() if key[0] == "sparse_vdit shared plans"]
+    (shared,) = [x for key, x in static.items() if key[0] == "sparse_vdit shared plans"]
     assert len(shared) == 3  # the first row is no layer's any more
 
 

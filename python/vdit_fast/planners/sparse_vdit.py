@@ -25,7 +25,7 @@ from ._mode_table import (
     stripes_form,
     table_form,
 )
-from .base import Planner
+from .base import Decision, Planner
 
 if TYPE_CHECKING:
     from ..context import LayerContext
@@ -205,9 +205,9 @@ class SparseVDiT(Planner):
         What a mode reads is found once per geometry and then only put together.
         """
         key = ("sparse_vdit modes", self, tuple(ctx.grid), ctx.text, ctx.text_first)
-        if key not in ctx.state:
-            ctx.state[key] = Layout(ctx, self.block, self.sinks), {}
-        place, known = ctx.state[key]
+        if key not in ctx.static:
+            ctx.static[key] = Layout(ctx, self.block, self.sinks), {}
+        place, known = ctx.static[key]
         shared = len(set(row)) == 1 and "v" not in row
         letters = row[0] if shared else row * heads if len(row) == 1 else row
         for letter in set(letters) - {*known, "v"}:
