@@ -107,8 +107,8 @@ def run_methods(
     searching = [name for name, line in methods.items() if line.searches]
     if searching and settings.dense_steps < 1:
         raise ValueError(
-            f"dense-steps: {settings.dense_steps}; {', '.join(searching)} search in a dense step, the last of those that "
-            "all methods share: at least 1 is needed, or other methods"
+            f"dense-steps: {settings.dense_steps}; {', '.join(searching)} search in a dense step, the last of those "
+            "that all methods share: at least 1 is needed, or other methods"
         )
     started = time.perf_counter()
     bench = _Bench(settings, weights, progress)
