@@ -129,9 +129,9 @@ def test_same_inputs_same_plan_and_geometry_is_not_mixed_up(context, name):
     fresh = PEERS[name]().plan(q, k, context(GRID, 4))
     for a, b, c in zip(first.op_args(), cached.op_args(), fresh.op_args(), strict=True):
         assert a is None or (torch.equal(a, b) and torch.equal(a, c))
-    # another grid of as many tokens, and text on the other side, with the same state
+    # another grid of as many tokens, and text on the other side, with the same memory
     for other in ({"grid": (7, 5, 9)}, {"text_first": True}):
-        more = context(other.pop("grid", GRID), 4, state=ctx.state, **other)
+        more = context(other.pop("grid", GRID), 4, static=ctx.static, **other)
         alone = context(more.grid, 4, text_first=more.text_first)
         assert torch.equal(planner.plan(q, k, more).to_mask(), planner.plan(q, k, alone).to_mask())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from dataclasses import replace
@@ -10,11 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planner_calls import plans_equal
 
 import vdit_fast
 from vdit_fast.config import Config
 from vdit_fast.context import LayerContext, StepContext
-from vdit_fast.planners import SparseVDiT, from_dict
+from vdit_fast.plan import AttentionPlan
+from vdit_fast.planners import SparseVDiT, from_dict, sparse_vdit
+from vdit_fast.planners._mode_runs import HeadRuns, Layout, join
 from vdit_fast.planners.sparse_vdit import token_major
 
 GRID = (5, 6, 7)  # 210 tokens, 42 per frame: no multiple of any block below
@@ -160,11 +164,11 @@ def test_heads_of_one_kind_share_a_plan(context):
 
 
 def test_plan_is_kept_until_the_row_changes(context):
-    state: dict = {}
+    static: dict = {}
     planner = SparseVDiT(modes=[{"step": 0, "layers": "ff"}, {"step": 2, "layers": ["dd", "dm", "md", "ss"]}], block=16)
 
     def plan(step, layer):
-        ctx = context(GRID, layer=layer, state=state, step=StepContext(step=step, num_steps=10))
+        ctx = context(GRID, layer=layer, static=static, step=StepContext(step=step, num_steps=10))
         assert (planner.decide(ctx) is None) == (step >= 2)
         return planner.plan(*random(ctx)[:2], ctx)
 
@@ -172,7 +176,43 @@ def test_plan_is_kept_until_the_row_changes(context):
     a, b = plan(2, 1), plan(9, 1)
     assert a.runs is b.runs and torch.equal(a.to_mask(), b.to_mask())
     assert not torch.equal(plan(2, 2).to_mask(), a.to_mask()) and plan(2, 3).density == 0
-    assert len([key for key in state if key[0] == "sparse_vdit plan"]) == 3
+    assert len([key for key in static if key[0] == "sparse_vdit plan"]) == 3
+
+
+def test_a_plan_is_made_once_per_row_and_a_mode_once_per_geometry(context, monkeypatch):
+    bands, joined = [], []
+    band, join = Layout.band, sparse_vdit.join
+    monkeypatch.setattr(Layout, "band", lambda *args, **kwargs: bands.append(kwargs) or band(*args, **kwargs))
+    monkeypatch.setattr(sparse_vdit, "join", lambda *args: joined.append(args) or join(*args))
+    planner = SparseVDiT(modes=[{"step": 0, "layers": ["dmdm", "dmdm", "mmdd", "dmvv"]}, {"step": 2, "layers": "dddd"}])
+    planner, static = replace(planner, block=16), {}
+
+    def plan(step, layer):
+        ctx = context(GRID, layer=layer, static=static, step=StepContext(step=step, num_steps=10))
+        return planner.plan(*random(ctx, 4)[:2], ctx)
+
+    first = [plan(0, layer) for layer in range(4)]
+    assert first[0].runs is first[1].runs and len(joined) == 3 and len(bands) == 2
+    again = [plan(1, layer) for layer in range(4)]
+    assert len(joined) == 3 and all(a.runs is b.runs for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a.q_order, b.q_order) for a, b in zip(first, again, strict=True))
+    plan(2, 0), plan(2, 1)
+    assert len(joined) == 4 and len(bands) == 2
+    del first, again
+    gc.collect()
+    (shared,) = [x for key, x in static.items() if key[0] == "sparse_vdit shared plans"]
+    assert len(shared) == 3  # the first row is no layer's any more
+
+
+def test_joined_heads_are_one_compilation_of_their_maps():
+    maps, q_len, kv_len = torch.rand(5, 7, 9) < 0.5, torch.randint(0, 9, (7,)), torch.randint(0, 9, (9,))
+    maps[3], maps[4] = False, maps[0]
+    n = max(int(q_len.sum()), int(kv_len.sum()))
+    q_len[0] += n - q_len.sum()
+    kv_len[0] += n - kv_len.sum()
+    one = AttentionPlan.from_block_mask(maps, q_len, kv_len)
+    heads = [HeadRuns.of(AttentionPlan.from_block_mask(each, q_len, kv_len)) for each in maps]
+    assert plans_equal(join(heads, n), one)
 
 
 @settings(max_examples=40, deadline=None)

@@ -266,7 +266,7 @@ def test_dense_decisions_and_plan_without_values(context):
     q, k, v = random(ctx)
     decision = SVG1(dense_steps=2).decision(q, k, v, ctx)
     assert decision.plan is None and decision.reason == "step 0 < dense_steps 2" and not ctx.state
-    with pytest.raises(ValueError, match=r"call decision\(q, k, v, ctx\)"):
+    with pytest.raises(TypeError, match=r"svg1 .*call decision\(q, k, v, ctx\)"):
         SVG1().plan(q, k, ctx)
     with pytest.raises(ValueError, match="tokens"):
         SVG1().decision(q, k, v, context((5, 7, 8)))

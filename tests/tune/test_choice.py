@@ -56,6 +56,10 @@ def test_relative_errors_leave_padding_out():
     found = relative_errors(exact, {"a": out, "b": None, "c": exact}, kv_len)
     torch.testing.assert_close(found["a"].float(), want)
     assert (found["b"] == 1).all() and (found["c"] == 0).all()
+    for x in (exact, out):  # what padding rows hold may be anything
+        x[1, 6], x[1, 7:] = math.nan, math.inf
+    again = relative_errors(exact, {"a": out, "b": None, "c": exact}, kv_len)
+    assert all(torch.equal(again[name], found[name]) for name in "abc")
     exact[:, :, 1] = 0
     found = relative_errors(exact, {"a": out, "b": None}, kv_len)
     assert found["b"].tolist() == [1, 0, 1] and found["a"][1] == math.inf

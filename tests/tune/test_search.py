@@ -13,7 +13,7 @@ from vdit_fast.accelerate import accelerate
 from vdit_fast.config import Config
 from vdit_fast.context import LayerContext, StepContext
 from vdit_fast.planners import SparseVDiT
-from vdit_fast.planners.sparse_vdit import Layout
+from vdit_fast.planners._mode_runs import Layout
 from vdit_fast.tune import tune
 from vdit_fast.tune.search import Columns, Search
 
@@ -87,7 +87,41 @@ def test_column_sums_are_those_of_the_attention_matrix():
     weights = torch.softmax(scores, -1)[:, :, :210, 42:210].sum(2)
     want = torch.nn.functional.pad(weights, (0, 8)).unflatten(2, (11, 16)).sum(-1).mean(0)
     torch.testing.assert_close(columns.sums[0].float(), want, rtol=1e-4, atol=1e-4)
-    assert Layout(columns.base, ctx).stripes == 11
+    assert Layout(ctx, 16, 1).stripes == 11
+
+
+def test_padding_rows_have_no_say_in_the_column_sums():
+    ctx = context((5, 6, 7))
+    ctx.kv_len = torch.tensor([210, 150])
+    q, k, v = torch.randn(3, 2, 210, 2, 8).unbind()
+    sums = {}
+    for value in (0.0, 9.0, math.nan):
+        q[1, 150:], k[1, 150:] = value, 1.0
+        columns = Columns(base=SparseVDiT(sparsity=0.7, block=16, sinks=1))
+        columns.decision(q, k, v, ctx)
+        sums[value] = columns.sums[0]
+    weights = torch.stack([
+        torch.nn.functional.pad((torch.einsum("qhd,khd->hqk", q[b, :n], k[b, :n]) / math.sqrt(8)).softmax(-1).sum(1)[
+            :, 42:], (0, 218 - n)).unflatten(1, (11, 16)).sum(-1) for b, n in enumerate((210, 150))])  # fmt: skip
+    for found in sums.values():
+        torch.testing.assert_close(found.float(), weights.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_search_keeps_the_plans_of_its_modes_and_of_the_latest_rows():
+    """Its memory does not grow with the number of rows it has tried."""
+    found = search(
+        base=SparseVDiT(sparsity=0.7, block=16, sinks=0, stripes={f"{x // 5}.{x % 5}": "5" for x in range(10)})
+    )
+    q, k, v = synthetic()
+    rows = set()
+    for turn in range(5):
+        heads = torch.arange(5).roll(turn)
+        for layer in range(2):
+            ctx = context(layer=layer, step=turn % 4)
+            found.decision(*(x[:, :, heads] for x in (q, k, v)), ctx)
+            rows.add((layer, found.row((turn % 4, layer))))
+    assert len(rows) > 6 and set(found.row_plans) == {0, 1}
+    assert set(found.mode_plans) == {("sssss", None), ("ddddd", None), ("mmmmm", None), ("vvvvv", 0), ("vvvvv", 1)}
 
 
 @pytest.mark.parametrize(

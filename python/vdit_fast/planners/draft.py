@@ -125,11 +125,11 @@ class Draft(Planner):
 
     def _tiling(self, ctx: LayerContext, device: torch.device) -> Tiling:
         key = ("draft tiles", self, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
-            ctx.state[key] = tiling(
+        if key not in ctx.static:
+            ctx.static[key] = tiling(
                 self.axes(ctx.grid), text=ctx.text, text_first=ctx.text_first, sinks=self.sinks, device=device
             )
-        tiles: Tiling = ctx.state[key]
+        tiles: Tiling = ctx.static[key]
         return tiles
 
 

@@ -40,9 +40,9 @@ class Sparge(Planner):
     is read by everything. The second filter inside their kernel, which skips products with V, is not part of a plan.
 
     Knobs besides those of `Planner`:
-        sparsity: fraction of the key blocks that a query block does not read, in [0, 1). Text, sinks and fixed blocks
-            are kept on top. Without effect when `top_p` is given.
-        top_p: read the fewest blocks that hold this share of the estimated mass instead, in [0, 1].
+        sparsity: fraction of the video's key blocks that a query block does not read, in [0, 1). Text, sinks and fixed
+            blocks are kept on top. Without effect when `top_p` is given.
+        top_p: read the fewest blocks that hold this share of the estimated mass on the video instead, in [0, 1].
         similarity: least self-similarity of a block, in [0, 1); 0: none is fixed, as in the authors' recommended call.
         block: (query, key) tokens per block.
 
@@ -124,8 +124,8 @@ class Sparge(Planner):
     def _strips(self, ctx: LayerContext, device: torch.device) -> tuple[Tiling, Tiling]:
         """Query and key blocks."""
         key = ("sparge strips", self, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             rows, columns = (strips(equal(ctx.n_video, size), ctx, self.sinks, device) for size in self.block)
-            ctx.state[key] = rows, columns
-        found: tuple[Tiling, Tiling] = ctx.state[key]
+            ctx.static[key] = rows, columns
+        found: tuple[Tiling, Tiling] = ctx.static[key]
         return found

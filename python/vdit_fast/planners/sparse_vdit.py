@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from . import _checks
+from ._mode_runs import HeadRuns, Layout, join
 from ._mode_table import (
     MadeFor,
     Stripes,
@@ -49,7 +51,8 @@ class SparseVDiT(Planner):
     Knobs besides those of `Planner`:
         modes: a mode's name; a string with a letter per head; a list of such strings, one per layer; or a list of
             {"step": first step, "layers": any of these}, one per step range.
-        sparsity: fraction of the pairs that the modes d, m and v drop, in [0, 1); 0 drops nothing in a band.
+        sparsity: fraction of all pairs, text included, that the modes d, m and v drop, in [0, 1); 0 drops nothing in a
+            band.
         block: tokens per block of the video, in frame-major or token-major order.
         sinks: 1 here, as in Sparse VideoGen's masks.
         stripes: {"layer.head": "0-3,7"}: key blocks of vertical heads, counted after the sinks in frame-major order.
@@ -175,63 +178,76 @@ class SparseVDiT(Planner):
         self.check_inputs(q, k, ctx)
         row, heads = self._row(ctx), q.shape[2]
         self._check_heads(heads)
+        known = self._shared(row, heads, ctx, q.device)
+        return self.in_order(known, row, ctx)
+
+    def _shared(self, row: str, heads: int, ctx: LayerContext, device: torch.device) -> AttentionPlan:
+        """`runs`, of which layers with the same row share one. It is kept as long as some layer uses it."""
+        where = ctx.layer if "v" in row else None  # stripes belong to a layer
+        content = (row, where, tuple(ctx.grid), ctx.text, ctx.text_first, heads, device)
         key = ("sparse_vdit plan", self, ctx.layer, ctx.step.expert, ctx.step.frame_block)
-        content = (row, tuple(ctx.grid), ctx.text, ctx.text_first, heads, q.device)
-        known = ctx.state.get(key)
-        if known is None or known[0] != content:
+        used = ctx.static.get(key)
+        if used is not None and used[0] == content:
+            plan: AttentionPlan = used[1]
+            return plan
+        shared = ctx.static.setdefault(("sparse_vdit shared plans", self), WeakValueDictionary())
+        found: AttentionPlan | None = shared.get(content)
+        if found is None:
             with torch.inference_mode(False):
-                known = ctx.state[key] = (content, self.runs(row, heads, ctx, q.device))
-        return self.in_order(known[1], row, ctx)
+                found = shared[content] = self.runs(row, heads, ctx, device)
+        ctx.static[key] = (content, found)
+        return found
 
     def runs(self, row: str, heads: int, ctx: LayerContext, device: torch.device) -> AttentionPlan:
         """The plan of a row of letters, still without the heads' token orders.
 
         The table is host data, so the lists are made on the host, in their exact length, and copied without waiting.
+        What a mode reads is found once per geometry and then only put together.
         """
-        from ..plan.builders import compile_map
-
-        place = Layout(self, ctx)
+        key = ("sparse_vdit modes", self, tuple(ctx.grid), ctx.text, ctx.text_first)
+        if key not in ctx.static:
+            ctx.static[key] = Layout(ctx, self.block, self.sinks), {}
+        place, known = ctx.static[key]
         shared = len(set(row)) == 1 and "v" not in row
         letters = row[0] if shared else row * heads if len(row) == 1 else row
-        rows = [self._head(letter, head, ctx, place) for head, letter in enumerate(letters)]
-        keep = torch.stack([keep for keep, _ in rows])[None]
-        q_len = torch.stack([lengths for _, lengths in rows])
-        plan = compile_map(keep, q_len, place.kv_len[None], place.tokens, place.tokens)
-        if device.type == "cpu":
-            return plan
-        parts = {name: getattr(plan, name) for name in ("tiles", "run_ptr", "runs")}
-        if device.type == "cuda":
-            parts = {name: part.pin_memory() for name, part in parts.items()}
-        return replace(plan, **{name: part.to(device, non_blocking=True) for name, part in parts.items()})
+        for letter in set(letters) - {*known, "v"}:
+            known[letter] = self._reads(letter, ctx, place)
+        heads_read = [
+            place.reads(self._columns(head, ctx, place), place.q_whole) if letter == "v" else known[letter]
+            for head, letter in enumerate(letters)
+        ]
+        plan = join(heads_read, ctx.num_tokens)
+        lists: dict[str, Any] = {name: _sent(getattr(plan, name), device) for name in ("tiles", "run_ptr", "runs")}
+        return replace(plan, **lists)
 
     def in_order(self, plan: AttentionPlan, row: str, ctx: LayerContext) -> AttentionPlan:
-        """The plan with its token orders, one for all heads where they agree. Made at each call, as they are large."""
+        """The plan with its token orders, one for all heads where they agree.
+
+        Those of a row that mixes orders are large (8·H·N bytes), so only the last such row's are kept.
+        """
         if "m" not in row:
             return plan
         key = ("sparse_vdit orders", self.sinks, tuple(ctx.grid), ctx.text, ctx.text_first, plan.device)
-        if key not in ctx.state:
-            with torch.inference_mode(False):
-                ctx.state[key] = token_major(ctx, 0, plan.device), token_major(ctx, self.sinks, plan.device)
-        q_order, kv_order = ctx.state[key]
-        if set(row) - {"m", "s"}:
-            mask = ("sparse_vdit token-major heads", row, plan.device)
-            if mask not in ctx.state:
-                with torch.inference_mode(False):
-                    flags = torch.tensor([letter == "m" for letter in row])
-                    ctx.state[mask] = flags.to(plan.device)[None, :, None]
-            same = torch.arange(plan.lq, dtype=torch.int32, device=plan.device)
-            q_order, kv_order = (torch.where(ctx.state[mask], order, same) for order in (q_order, kv_order))
-        return replace(plan, q_order=q_order, kv_order=kv_order)
+        with torch.inference_mode(False):
+            if key not in ctx.static:
+                ctx.static[key] = token_major(ctx, 0, plan.device), token_major(ctx, self.sinks, plan.device)
+            orders = ctx.static[key]
+            if set(row) - {"m", "s"}:
+                mixed = (key, [letter == "m" for letter in row])
+                last = ctx.static.get("sparse_vdit last orders")
+                if last is None or last[0] != mixed:
+                    flags = _sent(torch.tensor(mixed[1]), plan.device)[None, :, None]
+                    same = torch.arange(plan.lq, dtype=torch.int32, device=plan.device)
+                    last = mixed, tuple(torch.where(flags, order, same) for order in orders)
+                    ctx.static["sparse_vdit last orders"] = last
+                orders = last[1]
+        return replace(plan, q_order=orders[0], kv_order=orders[1])
 
-    def _head(self, letter: str, head: int, ctx: LayerContext, place: Layout) -> tuple[Tensor, Tensor]:
-        """What one head reads: bool [q blocks, kv blocks] and its q block lengths."""
-        if letter == "s":
-            return place.nothing(), place.q_whole
-        if letter == "f":
-            return place.complete(None), place.q_whole
-        if letter == "v":
-            return place.complete(self._columns(head, ctx, place).expand(place.blocks, -1)), place.q_whole
-        return place.complete(place.band(self.width(ctx), token_major=letter == "m")), place.q_len
+    def _reads(self, letter: str, ctx: LayerContext, place: Layout) -> HeadRuns:
+        """What a head of a mode without stripes reads."""
+        if letter in "sf":
+            return place.reads(letter == "f", place.q_whole, text=letter == "f")
+        return place.reads(place.band(self.width(ctx), token_major=letter == "m"), place.q_len)
 
     def width(self, ctx: LayerContext) -> float:
         """Half the width of the band in tokens."""
@@ -239,7 +255,7 @@ class SparseVDiT(Planner):
 
     def stripe_count(self, ctx: LayerContext) -> int:
         """How many blocks besides text and sinks a vertical head reads for the sparsity."""
-        place = Layout(self, ctx)
+        place = Layout(ctx, self.block, self.sinks)
         budget = (1 - self.sparsity) * ctx.num_tokens - ctx.text - place.early
         return min(max(round(budget / self.block), 1), place.stripes)
 
@@ -265,62 +281,6 @@ class SparseVDiT(Planner):
         return chosen[((torch.arange(count) + 0.5) * old / count).long().clamp(max=old - 1)]
 
 
-class Layout:
-    """Blocks of one call's tokens: text, sink frames, and the rest of the video, on the host.
-
-    Attributes:
-        early, late: video tokens in the sink frames, and after them; stripes: blocks of the latter.
-        q_len, kv_len: int64 block lengths of the whole sequence; q_whole: the same with one block for all of the video.
-    """
-
-    def __init__(self, planner: SparseVDiT, ctx: LayerContext) -> None:
-        frames, height, width = ctx.grid
-        self.frames, self.sinks = frames, min(planner.sinks, frames)
-        self.tokens, self.block = ctx.num_tokens, planner.block
-        self.early = self.sinks * height * width
-        self.late = ctx.n_video - self.early
-        self.stripes = self.stripes_of(ctx.grid, planner.sinks, planner.block)
-        self._text, self._first = int(ctx.text > 0), ctx.text_first
-        self._q, self._k = (_pieces(n, planner.block) for n in (ctx.n_video, self.late))
-        self.blocks = len(self._q)
-        whole = torch.zeros_like(self._q)
-        whole[0] = ctx.n_video
-        early = torch.tensor([self.early])
-        text = torch.tensor([ctx.text] * self._text)
-        video = (self._q, whole, torch.cat([early, self._k]))
-        sides = [(text, x) if ctx.text_first else (x, text) for x in video]
-        self.q_len, self.q_whole, self.kv_len = (torch.cat(parts).long() for parts in sides)
-
-    @staticmethod
-    def stripes_of(grid: tuple[int, int, int], sinks: int, block: int) -> int:
-        """Number of blocks after the sink frames."""
-        return -(-max(grid[0] - sinks, 0) * grid[1] * grid[2] // block)
-
-    def nothing(self) -> Tensor:
-        """bool [q blocks, kv blocks] of a head that reads no key."""
-        return torch.zeros(len(self.q_len), len(self.kv_len), dtype=torch.bool)
-
-    def complete(self, late: Tensor | None) -> Tensor:
-        """bool [q blocks, kv blocks] from what the video reads of the blocks after the sinks (None: all of them)."""
-        keep = torch.ones(len(self.q_len), len(self.kv_len), dtype=torch.bool)
-        if late is not None:
-            first = self._text if self._first else 0
-            keep[first : first + self.blocks, first + 1 : first + 1 + self.stripes] = late
-        return keep
-
-    def band(self, width: float, *, token_major: bool) -> Tensor:
-        """bool [video q blocks, blocks after the sinks]: centres at most ``width`` tokens apart, or overlapping.
-
-        Token-major keys lack the sink frames, so a place has fewer of them than queries: positions are scaled.
-        """
-        scale = self.frames / max(self.frames - self.sinks, 1) if token_major else 1.0
-        q_end = self._q.cumsum(0).double()
-        k_end = self._k.cumsum(0).double() * scale + (0 if token_major else self.early)
-        q_start, k_start = q_end - self._q, k_end - self._k * scale
-        near = ((q_start + q_end)[:, None] - (k_start + k_end)).abs() <= 2 * width + 1e-6
-        return near | ((q_start[:, None] < k_end) & (k_start < q_end[:, None]))
-
-
 def token_major(ctx: LayerContext, sinks: int, device: torch.device) -> Tensor:
     """int32 [1, 1, N]: the first ``sinks`` frames, then all frames of one place before the next; text stays."""
     frames, height, width = ctx.grid
@@ -333,6 +293,6 @@ def token_major(ctx: LayerContext, sinks: int, device: torch.device) -> Tensor:
     return torch.cat(parts)[None, None]
 
 
-def _pieces(length: int, block: int) -> Tensor:
-    """Lengths of equal blocks and a shorter tail."""
-    return torch.tensor([min(block, length - start) for start in range(0, length, block)], dtype=torch.long)
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device, without waiting for it."""
+    return x if device.type == "cpu" else (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

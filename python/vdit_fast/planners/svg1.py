@@ -70,16 +70,15 @@ class SVG1(Planner):
     whole frames for temporal heads, too.
 
     Knobs besides those of `Planner`:
-        sparsity: fraction of all pairs to drop, in [0, 1); 0 keeps everything. Sinks are kept on top, and so is text
-            where it takes more than 1 − sparsity.
+        sparsity: fraction of all pairs, text included, to drop, in [0, 1); 0 keeps everything. Sinks are kept on top,
+            and so is text where it takes more than 1 − sparsity.
         rows: sampled query tokens.
         refresh: choose again every `refresh` steps; 1 = in every sparse call, 0 = once per generation.
         block: most tokens per block.
         sinks: frames that every query reads, here 1 by default, as published for Wan.
 
     Raises:
-        ValueError, TypeError: a bad knob; `plan`, which has no values to take an error of (the session calls
-            `decision`).
+        ValueError, TypeError: a bad knob; `plan`, which has no values to take an error of: call `decision`.
     """
 
     name: ClassVar[str] = "svg1"
@@ -126,9 +125,6 @@ class SVG1(Planner):
         with torch.no_grad():
             return Decision(self._build(choice("svg1 heads", self, q, ctx, self.refresh, choose), ctx))
 
-    def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
-        raise ValueError("svg1 chooses by the error of outputs and needs the values: call decision(q, k, v, ctx)")
-
     def _build(self, temporal: Tensor, ctx: LayerContext) -> AttentionPlan:
         """The plan of bool [1|B, 1|H], True where the head is temporal."""
         from ..plan import AttentionPlan
@@ -171,10 +167,10 @@ class SVG1(Planner):
     def band(self, kind: str, ctx: LayerContext, device: torch.device) -> Band:
         """The order, blocks and map of one kind; made once per grid."""
         key = ("svg1 band", self, kind, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             with torch.inference_mode(False):  # kept, and maybe saved for a backward later
-                ctx.state[key] = self._band(kind, ctx, device)
-        band: Band = ctx.state[key]
+                ctx.static[key] = self._band(kind, ctx, device)
+        band: Band = ctx.static[key]
         return band
 
     def _band(self, kind: str, ctx: LayerContext, device: torch.device) -> Band:

@@ -118,11 +118,11 @@ class Window(Planner):
         if isinstance(self.heads, tuple) and len(words) != q.shape[2]:
             raise ValueError(f"heads lists {len(words)} heads but q has {q.shape[2]}; give one word per head")
         key = ("window plan", self, tuple(ctx.grid), ctx.text, ctx.text_first, q.device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             with torch.inference_mode(False):
                 temporal = torch.tensor([[word == "temporal" for word in words]], device=q.device)
-                ctx.state[key] = self._build(temporal, ctx, q.device)
-        plan: AttentionPlan = ctx.state[key]
+                ctx.static[key] = self._build(temporal, ctx, q.device)
+        plan: AttentionPlan = ctx.static[key]
         return plan
 
     def _build(self, temporal: Tensor, ctx: LayerContext, device: torch.device) -> AttentionPlan:
@@ -138,15 +138,15 @@ class Window(Planner):
     def _kind(self, kind: str, ctx: LayerContext, device: torch.device) -> tuple[Tiling, Tensor]:
         """Tiles in the order of this kind, and its map bool [blocks, blocks]."""
         key = ("window tiles", self, kind, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             axes, major = self.axes(ctx.grid), MAJOR[kind]
             with torch.inference_mode(False):
                 tiles = tiling(
                     axes, major=major, text=ctx.text, text_first=ctx.text_first, sinks=self.sinks, device=device
                 )
                 keep = tile_map(axes, self.widths(ctx.grid)[kind], device, major)
-                ctx.state[key] = (tiles, tiles.complete(keep))
-        found: tuple[Tiling, Tensor] = ctx.state[key]
+                ctx.static[key] = (tiles, tiles.complete(keep))
+        found: tuple[Tiling, Tensor] = ctx.static[key]
         return found
 
     # ------------------------------------------------------------------ choice of heads

@@ -34,7 +34,7 @@ class XAttention(Planner):
     padding; any length.
 
     Knobs besides those of `Planner`:
-        top_p: share of the estimated mass that is read, in [0, 1]; 1 is dense. The density grows with it.
+        top_p: share of the estimated mass on the video that is read, in [0, 1]; 1 is dense. The density grows with it.
         stride: distance of the antidiagonals; 1 computes the exact masses.
         block: tokens per block, a multiple of `stride`.
 
@@ -92,7 +92,7 @@ class XAttention(Planner):
 
     def _strips(self, ctx: LayerContext, device: torch.device) -> Tiling:
         key = ("xattention strips", self, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
-            ctx.state[key] = strips(equal(ctx.n_video, self.block), ctx, self.sinks, device)
-        found: Tiling = ctx.state[key]
+        if key not in ctx.static:
+            ctx.static[key] = strips(equal(ctx.n_video, self.block), ctx, self.sinks, device)
+        found: Tiling = ctx.static[key]
         return found

@@ -47,7 +47,8 @@ def relative_errors(exact: Tensor, outputs: Mapping[str, Tensor | None], kv_len:
         valid = torch.arange(exact.shape[1], device=exact.device) < kv_len.view(-1, 1)
 
     def energy(x: Tensor) -> Tensor:
-        return (x.float().square().sum(-1) * valid[..., None]).double().sum((0, 1))
+        # not times `valid`: padding may hold NaN
+        return x.float().square().sum(-1).masked_fill(~valid[..., None], 0.0).double().sum((0, 1))
 
     whole = energy(exact)
     found = {}

@@ -13,9 +13,9 @@ from torch import Tensor
 from vdit_fast.ops import block_mass, score_lse
 from vdit_fast.ops.attention import attention
 from vdit_fast.planners import SparseVDiT
+from vdit_fast.planners._mode_runs import Layout
 from vdit_fast.planners._mode_table import LETTER, MadeFor
 from vdit_fast.planners.base import Decision, Planner
-from vdit_fast.planners.sparse_vdit import Layout
 from vdit_fast.tune.choice import choose, measure_costs, relative_errors
 
 if TYPE_CHECKING:
@@ -86,14 +86,18 @@ class Columns(Watcher):
     counts: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     def watch(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
-        place = Layout(self.base, ctx)
+        place = Layout(ctx, self.base.block, self.base.sinks)
         if place.stripes:
             video = q[:, ctx.video_slice]
             count = min(ROWS, ctx.n_video)
-            rows = video[:, torch.arange(count, device=q.device) * ctx.n_video // count]
+            sampled = torch.arange(count, device=q.device) * ctx.n_video // count
+            rows = video[:, sampled]
             late = slice(ctx.video_slice.start + place.early, ctx.video_slice.stop)
-            kv_len = None if ctx.kv_len is None else (ctx.kv_len - late.start).clamp(min=0)
-            weight = score_lse(rows, k, kv_len=ctx.kv_len)
+            weight, kv_len = score_lse(rows, k, kv_len=ctx.kv_len), ctx.kv_len
+            if kv_len is not None:
+                padding = ctx.video_slice.start + sampled >= kv_len.to(q.device).view(-1, 1, 1)
+                weight = weight.masked_fill(padding, -torch.inf)  # a padding row has no say
+                kv_len = (kv_len - late.start).clamp(0, place.late)
             mass = block_mass(rows, k[:, late], weight, count, self.base.block, kv_len=kv_len)
             mean = mass.double().mean((0, 2)).cpu()
             self.sums[ctx.layer] = self.sums.get(ctx.layer, torch.zeros_like(mean)) + mean
@@ -132,7 +136,8 @@ class Search(Watcher):
     densities: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
     errors: dict[tuple[int, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
     calls: Counter[tuple[int, int]] = field(default_factory=Counter, compare=False, repr=False)
-    plans: dict[Any, AttentionPlan] = field(default_factory=dict, compare=False, repr=False)
+    mode_plans: dict[Any, AttentionPlan] = field(default_factory=dict, compare=False, repr=False)
+    row_plans: dict[int, tuple[str, AttentionPlan]] = field(default_factory=dict, compare=False, repr=False)
 
     def group(self, step: int, steps: int) -> int:
         """Index of the step range."""
@@ -140,7 +145,7 @@ class Search(Watcher):
 
     def watch(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
         heads = q.shape[2]
-        plans = {mode: self._plan(LETTER[mode] * heads, ctx, q) for mode in self.modes}
+        plans = {mode: self._mode_plan(LETTER[mode] * heads, ctx, q) for mode in self.modes}
         if not self.costs:
             self.densities.update({mode: float(plan.density_per_head.mean()) for mode, plan in plans.items()})
             timed = self.timed and measure_costs(plans, q, k, v, ctx.kv_len, self.rounds)
@@ -157,7 +162,7 @@ class Search(Watcher):
         row = self.row(place)
         if set(row) == {"f"}:
             return Decision(reason="every head is full")
-        return Decision(self._plan(row, ctx, q))
+        return Decision(self._row_plan(row, ctx, q))
 
     def row(self, place: tuple[int, int]) -> str:
         """Letters of the best modes known for a (step range, layer)."""
@@ -165,11 +170,19 @@ class Search(Watcher):
         chosen = choose(mean, [self.costs[mode] for mode in self.modes], self.price, self.max_loss)
         return "".join("f" if i < 0 else LETTER[self.modes[i]] for i in chosen.tolist())
 
-    def _plan(self, row: str, ctx: LayerContext, q: Tensor) -> AttentionPlan:
-        key = (row, ctx.layer if "v" in row else None, ctx.text_first, q.device)
-        if key not in self.plans:
-            self.plans[key] = self.base.runs(row, q.shape[2], ctx, q.device)
-        return self.base.in_order(self.plans[key], row, ctx)
+    def _mode_plan(self, row: str, ctx: LayerContext, q: Tensor) -> AttentionPlan:
+        """All heads in one mode; kept, as every call needs it. Stripes belong to a layer."""
+        key = (row, ctx.layer if "v" in row else None)
+        if key not in self.mode_plans:
+            self.mode_plans[key] = self.base.runs(row, q.shape[2], ctx, q.device)
+        return self.base.in_order(self.mode_plans[key], row, ctx)
+
+    def _row_plan(self, row: str, ctx: LayerContext, q: Tensor) -> AttentionPlan:
+        """The layer's best row known; only the latest is kept, as rows change with almost every call."""
+        known = self.row_plans.get(ctx.layer)
+        if known is None or known[0] != row:
+            known = self.row_plans[ctx.layer] = row, self.base.runs(row, q.shape[2], ctx, q.device)
+        return self.base.in_order(known[1], row, ctx)
 
     def table(self) -> list[dict[str, Any]]:
         """The knob ``modes``: dense where nothing was searched, equal neighbours joined."""
