@@ -96,12 +96,21 @@ void for_each_item(const ScoreParams& p, int64_t items, const ParallelFor& paral
   }
 }
 
+// Kept by every thread from item to item, unless it is large.
 struct Scratch {
+  static constexpr size_t kKeptBytes = size_t{4} << 20;
+
   std::vector<float> q, scores;
   std::vector<double> sums;
   std::vector<RowGroup> groups;
   std::vector<int64_t> live;
   float m[kTileRows], l[kTileRows * kSumLanes];
+
+  void release() {
+    if (q.capacity() * sizeof(float) > kKeptBytes) std::vector<float>().swap(q);
+    if (sums.capacity() * sizeof(double) > kKeptBytes) std::vector<double>().swap(sums);
+    if (live.capacity() * sizeof(int64_t) > kKeptBytes) std::vector<int64_t>().swap(live);
+  }
 };
 
 // Folded queries rows[0 .. n) of a head into the layout of the tile kernels.
@@ -145,6 +154,7 @@ void score_lse_cpu(const ScoreParams& p, float* lse, const ParallelFor& parallel
       const bool empty = s.m[i] == -kInf && sum == 0;
       to[i] = empty ? -kInf : static_cast<float>((s.m[i] + std::log2(sum)) * kLn2);
     }
+    s.release();
   });
 }
 
@@ -184,6 +194,7 @@ void block_mass_cpu(const BlockMassParams& p, float* mass, const ParallelFor& pa
     }
     float* to = mass + (row_of_heads * q_blocks + first_block) * kv_blocks;
     for (size_t i = 0; i < s.sums.size(); ++i) to[i] = static_cast<float>(s.sums[i]);
+    s.release();
   });
 }
 

@@ -25,8 +25,8 @@ void score_lse_cpu(const ScoreParams& p, float* lse, const ParallelFor& parallel
 
 struct BlockMassParams {
   ScoreParams scores;
-  const float* lse = nullptr;  // [B, H, queries]
-  int64_t q_block = 1, kv_block = 1;
+  const float* lse = nullptr;         // [B, H, queries]
+  int64_t q_block = 1, kv_block = 1;  // at least 1, and at most max(1, queries) and max(1, keys)
 };
 
 // mass: [B, H, ceil(queries / q_block), ceil(keys / kv_block)].

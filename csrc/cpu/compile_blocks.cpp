@@ -7,10 +7,13 @@
 namespace vdit {
 namespace {
 
-// Eight bytes of 0 or 1 to eight bits.
+// Eight bytes to eight bits: whether each is not 0. torch writes booleans as 0 and 1, but views of bytes hold any
+// value.
 uint64_t eight_bits(const uint8_t* p) {
   uint64_t bytes;
   std::memcpy(&bytes, p, 8);
+  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7fu;
+  bytes = (((bytes & kLow) + kLow) | bytes) >> 7 & ~kLow >> 7;
   return bytes * 0x0102040810204080u >> 56;
 }
 
@@ -18,7 +21,7 @@ uint64_t load_bits(const uint8_t* p, int64_t n) {
   uint64_t bits = 0;
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) bits |= eight_bits(p + i) << i;
-  for (; i < n; ++i) bits |= uint64_t(p[i]) << i;
+  for (; i < n; ++i) bits |= uint64_t(p[i] != 0) << i;
   return bits;
 }
 
@@ -48,7 +51,7 @@ BlockCompiler::BlockCompiler(const BlockMap& map, ParallelFor parallel_for)
     int64_t at = 0;
     for (int64_t j = 0; j < map_.nk; ++j) {
       const int64_t keys = map_.kv_len[g * map_.nk + j];
-      if (keys <= 0) continue;
+      if (keys == 0) continue;
       c.block.push_back(int32_t(j));
       c.edge.push_back(int32_t(at));
       at += keys;
@@ -74,7 +77,7 @@ BlockCompiler::BlockCompiler(const BlockMap& map, ParallelFor parallel_for)
         tiles_.push_back({reads_[size_t(row)] * taken, int32_t(row), int32_t(at + done), int32_t(taken)});
         runs_ += counts_[size_t(row)];
       }
-      at += std::max<int64_t>(q_len[i], 0);
+      at += q_len[i];
     }
   }
   std::stable_sort(tiles_.begin(), tiles_.end(), [](const Tile& a, const Tile& b) { return a.work > b.work; });

@@ -1,6 +1,7 @@
 #include "cpu/permute.h"
 
 #include <cstring>
+#include <vector>
 
 namespace vdit {
 
@@ -28,6 +29,20 @@ bool cpu_permute_tokens(const PermuteParams& p, int64_t first, int64_t last) {
     ++b;
   }
   return in_range;
+}
+
+int32_t cpu_repeated_token(const PermuteParams& p, int64_t b, int64_t h) {
+  const int32_t* order = static_cast<const int32_t*>(p.order.data) + b * p.order.batch_stride + h * p.order.head_stride;
+  std::vector<uint64_t> seen((static_cast<size_t>(p.tokens) + 63) / 64);
+  for (int64_t position = 0; position < p.tokens; ++position) {
+    const int32_t token = order[position * p.order.stride];
+    if (token < 0 || token >= p.tokens) continue;
+    uint64_t& word = seen[static_cast<size_t>(token) / 64];
+    const uint64_t bit = uint64_t{1} << token % 64;
+    if ((word & bit) != 0) return token;
+    word |= bit;
+  }
+  return -1;
 }
 
 }  // namespace vdit

@@ -1,6 +1,7 @@
 // score_lse and block_mass: checks, parameters, dispatch.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -19,6 +20,11 @@ namespace {
 constexpr int64_t kMaxFold = 1024;  // a tile of folded queries lies in memory at once
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A block of any size, as one that is at most all folded rows of t: what follows adds and multiplies it.
+int64_t fitting(int64_t block, const Tensor& t, int64_t fold) {
+  return std::min(block, std::max<int64_t>(1, ceil_div(t.size(1), fold)));
+}
 
 void check_scores(const char* op, const Tensor& q, const Tensor& k, int64_t fold, const Optional& kv_len) {
   for (auto [t, name] : {std::pair{&q, "q"}, {&k, "k"}}) {
@@ -89,6 +95,8 @@ Tensor block_mass_cpu_op(const Tensor& q, const Tensor& k, const Tensor& lse, in
                          double scale, int64_t fold, const Optional& kv_len) {
   check_scores("block_mass", q, k, fold, kv_len);
   check_mass(q, lse, q_block, kv_block, fold);
+  q_block = fitting(q_block, q, fold);
+  kv_block = fitting(kv_block, k, fold);
   std::vector<int64_t> lengths;
   const BlockMassParams p{cpu_scores("block_mass", q, k, scale, fold, kv_len, &lengths), lse.const_data_ptr<float>(),
                           q_block, kv_block};
@@ -143,6 +151,8 @@ Tensor block_mass_cuda(const Tensor& q, const Tensor& k, const Tensor& lse, int6
                        double scale, int64_t fold, const Optional& kv_len) {
   check_scores("block_mass", q, k, fold, kv_len);
   check_mass(q, lse, q_block, kv_block, fold);
+  q_block = fitting(q_block, q, fold);
+  kv_block = fitting(kv_block, k, fold);
   const gpu::ScoreParams p = cuda_scores("block_mass", q, k, scale, fold, kv_len);
   const int32_t device = q.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

@@ -60,10 +60,10 @@ Result block_mean_cpu(const Tensor& x, const Tensor& lengths, const Optional& or
 
 #ifdef VDIT_CUDA
 Result block_mean_cuda(const Tensor& x, const Tensor& lengths, const Optional& order, const Optional& kv_len) {
-  const int32_t device = x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
   Result result;
   const BlockMeanParams p = prepare(x, lengths, order, kv_len, result);
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
   const auto bytes = static_cast<int64_t>(block_mean_workspace_bytes(p));
   // Freed when this function returns, and reused only by later work of the same stream.
   Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);

@@ -28,10 +28,10 @@ struct Map {
     params.nk = keep.size(2);
     params.q_groups = lengths(q_len, "q_len", params.nq);
     params.kv_groups = lengths(kv_len, "kv_len", params.nk);
-    VDIT_CHECK(lq >= 0, "compile_blocks: lq is ", lq, "; expected a number of rows");
+    VDIT_CHECK(lq >= 0 && lq <= INT32_MAX, "compile_blocks: lq is ", lq, "; expected 0 to ", INT32_MAX, " rows");
     VDIT_CHECK(!q_tile || *q_tile >= 1, "compile_blocks: q_tile is ", q_tile.value_or(0), "; expected at least 1");
     params.q_tile = q_tile.value_or(0);
-    params.tiles = params.groups * (params.nq + (q_tile ? lq / *q_tile : 0));
+    params.tiles = params.nq == 0 ? 0 : params.groups * (params.nq + (q_tile ? lq / *q_tile : 0));
     for (Tensor* t : {&keep, &q_len, &kv_len}) {
       if (!t->is_contiguous()) *t = torch::stable::contiguous(*t);
     }
@@ -58,6 +58,19 @@ struct Map {
   }
 };
 
+// On the CPU, where values can be looked at: no length is negative, and no row of them sums to more than `most`.
+void check_lengths(const Tensor& t, const char* name, int64_t most, const char* what) {
+  const int64_t* length = t.const_data_ptr<int64_t>();  // contiguous: a Map's
+  for (int64_t g = 0; g < t.size(0); ++g) {
+    int64_t left = most;
+    for (int64_t i = 0; i < t.size(1); ++i, ++length) {
+      VDIT_CHECK(*length >= 0, "compile_blocks: ", name, "[", g, ", ", i, "] is ", *length, "; lengths are at least 0");
+      VDIT_CHECK(*length <= left, "compile_blocks: ", name, "[", g, "] sums to more than ", what, ", ", most);
+      left -= *length;
+    }
+  }
+}
+
 PlanLists pointers(Lists& lists) {
   auto& [tiles, run_ptr, runs] = lists;
   return {tiles.mutable_data_ptr<int32_t>(), run_ptr.mutable_data_ptr<int32_t>(), runs.mutable_data_ptr<int32_t>()};
@@ -66,6 +79,8 @@ PlanLists pointers(Lists& lists) {
 Lists compile_blocks_cpu(const Tensor& keep, const Tensor& q_len, const Tensor& kv_len, int64_t lq,
                          const Count& q_tile) {
   const Map map(keep, q_len, kv_len, lq, q_tile);
+  check_lengths(map.q_len, "q_len", lq, "lq");
+  check_lengths(map.kv_len, "kv_len", INT32_MAX, "int32 can index");
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, map.params.nk));
   const BlockCompiler compiler(map.params, [grain](int64_t n, const std::function<void(int64_t, int64_t)>& fn) {
     torch::stable::parallel_for(0, n, grain, fn);
@@ -90,8 +105,8 @@ Tensor descending_order(const Tensor& work) {
 Lists compile_blocks_cuda(const Tensor& keep, const Tensor& q_len, const Tensor& kv_len, int64_t lq,
                           const Count& q_tile) {
   const int32_t device = keep.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
   const Map map(keep, q_len, kv_len, lq, q_tile);
+  const torch::stable::accelerator::DeviceGuard guard(device);
   const BlockMap& m = map.params;
   const int64_t runs = m.tiles * ((m.nk + 1) / 2);
   Map::check_runs(runs);

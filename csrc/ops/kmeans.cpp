@@ -9,6 +9,11 @@
 namespace vdit {
 namespace {
 
+void check_devices(const Tensor& x, const Tensor& centroids) {
+  VDIT_CHECK(same_device(x, centroids), "kmeans_assign: centroids is on ", device_text(centroids), " but x is on ",
+             device_text(x));
+}
+
 // Checks everything, allocates the labels and points the parameters at them.
 KmeansParams prepare(const Tensor& x, const Tensor& centroids, Tensor& labels) {
   const DType dtype = kernel_dtype(x, "kmeans_assign: x");
@@ -25,8 +30,7 @@ KmeansParams prepare(const Tensor& x, const Tensor& centroids, Tensor& labels) {
              shape_text(centroids), "; sizes must fit 32 bits");
   VDIT_CHECK(centroids.size(3) == 1 || centroids.stride(3) == 1, "kmeans_assign: centroids has stride ",
              centroids.stride(3), " in its last dimension; it must be contiguous there: call .contiguous()");
-  VDIT_CHECK(same_device(x, centroids), "kmeans_assign: centroids is on ", device_text(centroids), " but x is on ",
-             device_text(x));
+  check_devices(x, centroids);
   labels = torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1)}, ScalarType::Int);
   return {rows,
           {centroids.const_data_ptr(), centroids.stride(0), centroids.stride(2), centroids.stride(1)},
@@ -60,6 +64,7 @@ Tensor kmeans_assign_cpu(const Tensor& x, const Tensor& centroids) {
 
 #ifdef VDIT_CUDA
 Tensor kmeans_assign_cuda(const Tensor& x, const Tensor& centroids) {
+  check_devices(x, centroids);
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   VDIT_CHECK(

@@ -21,9 +21,27 @@ PermuteParams prepare(const Tensor& x, const Tensor& order, bool inverse, Tensor
           bytes, inverse ? 1 : 0, out.mutable_data_ptr()};
 }
 
+// The inverse writes the rows that the order names: each must be named.
+void check_permutation(const PermuteParams& p) {
+  if (int64_t{p.batch} * p.heads == 0) return;
+  const int64_t batch = p.order.batch_stride == 0 ? 1 : p.batch, heads = p.order.head_stride == 0 ? 1 : p.heads;
+  std::atomic<int32_t> repeated{-1};
+  constexpr int64_t kTokensPerTask = 1 << 15;
+  torch::stable::parallel_for(0, batch * heads, std::max<int64_t>(1, kTokensPerTask / std::max(1, p.tokens)),
+                              [&](int64_t first, int64_t last) {
+                                for (int64_t i = first; i < last; ++i) {
+                                  const int32_t token = cpu_repeated_token(p, i / heads, i % heads);
+                                  if (token >= 0) repeated = token;
+                                }
+                              });
+  VDIT_CHECK(repeated < 0, "permute_tokens: order names token ", repeated.load(),
+             " twice; its inverse needs a permutation of the tokens");
+}
+
 Tensor permute_tokens_cpu(const Tensor& x, const Tensor& order, bool inverse) {
   Tensor out;
   const PermuteParams p = prepare(x, order, inverse, out);
+  if (inverse) check_permutation(p);
   constexpr int64_t kBytesPerTask = 1 << 16;
   const int64_t row_bytes = std::max<int64_t>(1, int64_t{p.dim} * p.element_bytes);
   std::atomic<bool> in_range{true};
@@ -38,10 +56,11 @@ Tensor permute_tokens_cpu(const Tensor& x, const Tensor& order, bool inverse) {
 
 #ifdef VDIT_CUDA
 Tensor permute_tokens_cuda(const Tensor& x, const Tensor& order, bool inverse) {
-  const int32_t device = x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
   Tensor out;
   const PermuteParams p = prepare(x, order, inverse, out);
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  if (inverse) torch::stable::zero_(out);  // an order that is no permutation, which nobody reads back, leaves rows out
   check_cuda(cuda_permute_tokens(p, current_cuda_stream(device)), "permute_tokens");
   return out;
 }

@@ -79,15 +79,15 @@ Tensor top_p_cpu(const Tensor& mass, double p, int64_t min_keep) { return run_cp
 
 #ifdef VDIT_CUDA
 Tensor run_cuda(const Selection& s, const char* op) {
-  check_cuda(cuda_select(s.params, current_cuda_stream(s.entries.get_device_index())), op);
+  const int32_t device = s.entries.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_cuda(cuda_select(s.params, current_cuda_stream(device)), op);
   return s.keep;
 }
 Tensor top_k_cuda(const Tensor& scores, const Optional& k_rows, int64_t k) {
-  const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   return run_cuda(top_k(scores, k_rows, k), "select_top_k");
 }
 Tensor top_p_cuda(const Tensor& mass, double p, int64_t min_keep) {
-  const torch::stable::accelerator::DeviceGuard guard(mass.get_device_index());
   return run_cuda(top_p(mass, p, min_keep), "select_top_p");
 }
 #else

@@ -74,6 +74,8 @@ class LayerContext:
     """One transformer's, survives steps, cleared when a new generation begins. The planner chooses the keys."""
     family: str = ""
     """The model family of the adapter that serves the layer; empty when unknown."""
+    static: dict[Any, Any] = field(default_factory=dict)
+    """Like ``state``, for what follows from the planner's settings and the geometry alone: it outlives generations."""
 
     @property
     def num_tokens(self) -> int:

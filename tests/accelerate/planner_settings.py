@@ -1,9 +1,20 @@
-"""What the matrix test sets for every planner: add one line here when a planner joins the registry."""
+"""What the tests of all planners set for each: add one line here when a planner joins the registry."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from vdit_fast.accelerate import accelerate
+from vdit_fast.config import Config
+from vdit_fast.handle import Handle
+from vdit_fast.planners import REGISTRY
 
 
 @dataclass(frozen=True)
@@ -37,3 +48,38 @@ SETTINGS: dict[str, Setting] = {
     "window": Setting({"sparsity": 0.6, "tile": [2, 3, 3]}, loose={"sparsity": 0.0}),
     "xattention": Setting({"top_p": 0.5, "block": 16, "stride": 4}, loose={"top_p": 1.0}),
 }
+
+PLANNERS = sorted(name for name, cls in REGISTRY.items() if cls.__module__.startswith("vdit_fast."))
+FAMILIES = {
+    "wan": tiny.wan,  # video only
+    "wan_ti2v": lambda: tiny.wan(per_token=True),
+    "hunyuan_video": lambda: tiny.hunyuan(lengths=(5, 9)),  # text last, padded
+    "cogvideox": tiny.cogvideox,  # text first
+}
+GRID = (5, 7, 9)
+TIMES = (900.0, 700.0, 500.0, 300.0)  # one dense step, three sparse ones
+
+
+def setting(planner: str) -> Setting:
+    if planner not in SETTINGS:
+        pytest.fail(
+            f"planner {planner!r} has no test settings: add a line for it to tests/accelerate/planner_settings.py"
+        )
+    return SETTINGS[planner]
+
+
+def config(planner: str, **knobs: Any) -> Config:
+    given = {"dense_steps": 1} | setting(planner).knobs | knobs
+    return Config.from_dict({"attention": {"method": planner, **given}, "on_unsupported": "error"})
+
+
+def build(family: str, grid: tuple[int, int, int] = GRID) -> tiny.Built:
+    model, inputs = FAMILIES[family]()
+    return model, tiny.regrid(inputs, grid)
+
+
+def plugged(model: nn.Module, settings: Config) -> Handle:
+    """Accelerated with a schedule of known length, as in a pipeline."""
+    return accelerate(
+        SimpleNamespace(transformer=model, scheduler=SimpleNamespace(timesteps=torch.tensor(TIMES))), settings
+    )

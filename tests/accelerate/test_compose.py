@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from tiny import Band
-from torch import nn
+from tiny import Band, gradients, same_gradients
 
 from vdit_fast.accelerate import accelerate
 from vdit_fast.config import Config
@@ -144,22 +143,6 @@ def test_planners_run_without_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         tiny.run(model, inputs)
     assert seen and not any(seen)
-
-
-def gradients(model: nn.Module, runs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss = torch.zeros(())
-    for weight, inputs in enumerate(runs, 1):
-        loss = loss + weight * model(**inputs)[0].square().mean()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def same_gradients(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float = 2e-5) -> None:
-    assert set(got) == set(want) and got
-    for name in want:
-        scale = float(want[name].norm()) + 1e-6
-        assert float((got[name] - want[name]).norm()) <= tolerance * scale + 1e-8, name
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

@@ -3,54 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from planner_settings import SETTINGS, Setting
+from planner_settings import FAMILIES, GRID, PLANNERS, SETTINGS, TIMES, build, config, plugged, setting
 from torch import Tensor, nn
 
 from vdit_fast.accelerate import accelerate
-from vdit_fast.config import Config
 from vdit_fast.handle import Handle
-from vdit_fast.planners import REGISTRY
-
-PLANNERS = sorted(name for name, cls in REGISTRY.items() if cls.__module__.startswith("vdit_fast."))
-FAMILIES = {
-    "wan": tiny.wan,  # video only
-    "wan_ti2v": lambda: tiny.wan(per_token=True),
-    "hunyuan_video": lambda: tiny.hunyuan(lengths=(5, 9)),  # text last, padded
-    "cogvideox": tiny.cogvideox,  # text first
-}
-GRID = (5, 7, 9)
-TIMES = (900.0, 700.0, 500.0, 300.0)  # one dense step, three sparse ones
-
-
-def setting(planner: str) -> Setting:
-    if planner not in SETTINGS:
-        pytest.fail(
-            f"planner {planner!r} has no test settings: add a line for it to tests/accelerate/planner_settings.py"
-        )
-    return SETTINGS[planner]
-
-
-def config(planner: str, **knobs: Any) -> Config:
-    given = {"dense_steps": 1} | setting(planner).knobs | knobs
-    return Config.from_dict({"attention": {"method": planner, **given}, "on_unsupported": "error"})
-
-
-def build(family: str, grid: tuple[int, int, int] = GRID) -> tiny.Built:
-    model, inputs = FAMILIES[family]()
-    return model, tiny.regrid(inputs, grid)
-
-
-def plugged(model: nn.Module, settings: Config) -> Handle:
-    """Accelerated with a schedule of known length, as in a pipeline."""
-    return accelerate(
-        SimpleNamespace(transformer=model, scheduler=SimpleNamespace(timesteps=torch.tensor(TIMES))), settings
-    )
 
 
 def branch(inputs: dict[str, Any], number: int) -> dict[str, Any]:
@@ -176,6 +138,8 @@ def fresh_compiler() -> Iterator[None]:
     [
         ("draft", "wan_ti2v", ["blocks"]),
         ("window", "hunyuan_video", ["transformer_blocks", "single_transformer_blocks"]),
+        ("rettention", "wan", ["blocks"]),  # observe, row_scale and residual
+        ("svg1", "wan", ["blocks"]),  # orders per head
     ],
 )
 def test_compiled_blocks(planner: str, kind: str, blocks: list[str], fresh_compiler: None) -> None:

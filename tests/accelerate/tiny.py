@@ -162,6 +162,23 @@ def exact_enough(got: Tensor, eager: Tensor, truth: Tensor) -> None:
     )
 
 
+def gradients(model: nn.Module, runs: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Of the sum of the runs' losses, all forwards before the one backward."""
+    model.zero_grad()
+    loss = torch.zeros(())
+    for weight, inputs in enumerate(runs, 1):
+        loss = loss + weight * model(**inputs)[0].square().mean()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+    assert set(got) == set(want) and got
+    for name in want:
+        scale = float(want[name].norm()) + 1e-6
+        assert float((got[name] - want[name]).norm()) <= tolerance * scale + 1e-8, name
+
+
 def served(model: nn.Module) -> dict[str, Any]:
     """The processors that accelerate() put in place, by module path."""
     from vdit_fast.models.base import ServedProcessor

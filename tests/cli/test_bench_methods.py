@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vdit_fast.cli.matching import METHODS, Match, Method, match, method
+from vdit_fast.cli import methods_bench
+from vdit_fast.cli.matching import METHODS, Match, Method, match, method, planner_name
+from vdit_fast.cli.methods_bench import Settings, run_methods
 from vdit_fast.cli.methods_report import verdict
 from vdit_fast.planners import REGISTRY
 
@@ -62,7 +65,7 @@ def test_every_planner_has_a_knob() -> None:
     """Add a line to METHODS for a planner whose density hangs on neither `sparsity` nor `top_p`."""
     names = [name for name, cls in REGISTRY.items() if cls.__module__.startswith("vdit_fast.")]
     assert [name for name in names if method(name) is None] == []
-    assert set(METHODS) <= set(names)
+    assert {planner_name(name) for name in METHODS} <= set(names)
 
 
 @pytest.mark.parametrize("rising", [True, False])
@@ -86,6 +89,18 @@ def test_the_search_knows_choices_and_dense_methods() -> None:
     assert nothing.density is None
     steps = match(Method("x", low=0, high=8), lambda value: 0.2 * math.ceil(value / 2), 0.35, 9)
     assert steps.density == pytest.approx(0.4)
+
+
+def test_methods_that_search_get_no_dense_step_more_than_the_others() -> None:
+    """The search is the last of the shared dense steps, so there must be one."""
+    with pytest.raises(ValueError, match="at least 1 is needed"):
+        run_methods(Settings(steps=2, dense_steps=0), names=["adaspa"])
+    methods = methods_bench._methods(None, {})
+    for steps in (1, 3):
+        bench = SimpleNamespace(settings=Settings(steps=12, dense_steps=steps))
+        for name, line in methods.items():
+            planner = methods_bench._Bench.planner(bench, name, line, 0.5)  # type: ignore[arg-type]
+            assert planner.dense_steps + line.searches == steps, name
 
 
 def _row(name: str, psnr: float, speedup: float, **more: Any) -> dict[str, Any]:
@@ -120,6 +135,8 @@ def test_the_verdict(rows: list[dict[str, Any]], words: list[str]) -> None:
         (["--density", "1.5"], "density: 1.5"),
         (["--dense-steps", "4"], "dense-steps: 4"),
         (["--prompt", "red blob up"], "unknown word 'blob'"),
+        (["--dense-steps", "0"], "dense-steps: 0; adaspa, rettention search in a dense step"),
+        (["--dense-steps", "0", "--method", "draft", "--method", "rettention"], "dense-steps: 0; rettention search"),
     ],
 )
 def test_bad_input(arguments: list[str], words: str, run: Callable[..., Any], options: list[object]) -> None:

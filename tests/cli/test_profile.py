@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from vdit_fast.cli import probing
 from vdit_fast.cli.mass import DENSITIES, Weights, best_blocks, label, sample_rows
 from vdit_fast.cli.profiling import verdict
-from vdit_fast.context import LayerContext
+from vdit_fast.context import LayerContext, StepContext
 from vdit_fast.plan import AttentionPlan
+from vdit_fast.planners import Draft, Rettention
 
 GRID = (4, 6, 6)
 
@@ -122,7 +125,14 @@ def _document(**cost: Any) -> dict[str, Any]:
     base = {"attention_share": 0.6, "limit": 2.5, "sparse_share": 0.7, "density": 0.3, "efficiency": 0.9}
     base |= {"overhead": 0.05, "sparse_step_speedup": 1.6, "speedup": 1.4}
     heads = [{"recall": 0.97, "reachable": 0.99}]
-    rest = {"planner": {"method": "draft"}, "tokens": {"video": 6144}, "steps": 12, "sparse_calls": 9, "heads": heads}
+    rest = {
+        "planner": {"method": "draft"},
+        "tokens": {"video": 6144},
+        "steps": 12,
+        "sparse_calls": 9,
+        "heads": heads,
+        "corrected": False,
+    }
     return {"cost": base | cost, "dense_reasons": {"6,144 tokens < min_tokens 9,000": 4}} | rest
 
 
@@ -146,6 +156,45 @@ def test_the_verdict_on_quality_and_dense_runs() -> None:
     assert "draft keeps 70% of the attention mass where 95% are possible" in verdict(weak)[0]
     flat = _document() | {"heads": [{"recall": 0.5, "reachable": 0.6}, {"recall": None, "reachable": None}]}
     assert "attention is spread out" in verdict(flat)[0]
+
+
+@pytest.mark.parametrize("reachable", [0.3, 0.95])
+def test_the_verdict_on_methods_that_correct_what_they_drop(reachable: float) -> None:
+    """Little mass read says nothing of their quality."""
+    low = _document() | {"heads": [{"recall": 0.05, "reachable": reachable}], "corrected": True}
+    line, warnings = verdict(low)
+    assert "expect 1.40x with draft" in line and not any(word in line for word in ("visible", "spread out", "better"))
+    assert warnings == ["draft reads 5% of the attention mass and makes up for the rest: judge it by its clips"]
+    assert verdict(low | {"heads": [{"recall": 0.95, "reachable": 0.97}]})[1] == []
+
+
+def test_the_timed_call_is_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row scale and a residual take part in what is timed against dense attention, and mark the method."""
+    torch.manual_seed(0)
+    calls: list[dict[str, Any]] = []
+
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs | {"plan": args[3] if len(args) > 3 else kwargs.get("plan")})
+        return probing_attention(*args, **kwargs)
+
+    probing_attention = probing.attention
+    monkeypatch.setattr(probing, "attention", attention)
+    inner = Rettention(window=0.5, dense_steps=0, interval=5)
+    probe = probing.Probe(inner=inner, rows=8, block=36)
+    state: dict[Any, Any] = {}
+    for step in range(5):
+        q, k, v = torch.randn(3, 1, 144, 2, 8).unbind()
+        ctx = replace(_context(), state=state, step=StepContext(step=step, num_steps=5))
+        observe = probe.decision(q, k, v, ctx).observe
+        if observe is not None:
+            observe(*probing_attention(q, k, v, return_lse=True))
+    assert probe.notes.corrected and len(probe.notes.timings) == 3
+    sparse = [call for call in calls if call["plan"] is not None]
+    assert sparse and all(call["row_scale"] is not None for call in sparse)
+    assert all(call.get("row_scale") is None for call in calls if call["plan"] is None)
+    plain = probing.Probe(inner=Draft(pool=(3, 3)), rows=8, block=36)
+    plain.decision(q, k, v, replace(_context(), step=StepContext(step=3, num_steps=5)))
+    assert not plain.notes.corrected and plain.notes.timings
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,17 @@ def test_dense_configs_have_no_plan(demo: Any) -> None:
     assert results["latent_relative_l2"][-1] < 1e-4 and {s["mode"] for s in results["steps"]} == {"dense"}
 
 
+def test_a_search_is_a_step_of_its_own(demo: Any) -> None:
+    """Its cost is planning, although it happens after a dense call."""
+    adaspa = {"method": "adaspa", "dense_steps": 1, "search": [0.34], "block": 32, "sparsity": 0.5}
+    results = demo(Config.from_dict({"attention": adaspa}), repeats=1)
+    assert [step["mode"] for step in results["steps"]] == ["dense", "search", "sparse"]
+    searching, reading = (results["steps"][i]["plan_seconds"] for i in (1, 2))
+    assert 0 < reading < searching < results["steps"][1]["seconds"]
+    assert [row[1] for row in results["density"]["layer_step"]] == [1.0] * 3
+    assert results["density"]["layer_step"][0][2] < 0.7
+
+
 def test_notes_tell_what_spoils_the_numbers() -> None:
     def document(mode: str, seconds: list[float]) -> dict[str, Any]:
         row = {"min": min(seconds), "max": max(seconds), "all": seconds}

@@ -86,7 +86,7 @@ def compile_blocks(
     assert size == ctypes.sizeof(BlockMap), f"Python has {ctypes.sizeof(BlockMap)} bytes, C++ {size}"
     groups, nq, nk = keep.shape
     keep, q_len, kv_len = (t.contiguous() for t in (keep, q_len, kv_len))
-    count = groups * (nq if q_tile is None else nq + lq // q_tile)
+    count = groups * (nq if q_tile is None else nq + lq // q_tile) if nq else 0
     lists = [torch.empty(s, dtype=torch.int32) for s in ((count, 3), (count + 1,), (count * ((nk + 1) // 2), 3))]
     pointers = (t.data_ptr() for t in (keep, q_len, kv_len))
     block_map = BlockMap(*pointers, groups, nq, nk, len(q_len), len(kv_len), q_tile or 0, count)

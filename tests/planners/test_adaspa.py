@@ -248,7 +248,7 @@ def test_late_first_search_and_unknown_steps_are_dense_with_a_reason():
 def test_noise_level_decides_where_the_number_of_steps_is_unknown():
     planner, state = AdaSpa(block=8), {}
     kinds, plans = [], []
-    for step, sigma in enumerate((0.9, 0.81, 0.79, 0.5, 0.41, 0.39, 0.1)):
+    for step, sigma in enumerate((0.9, 0.81, 0.8, 0.5, 0.41, float(torch.tensor(0.4)), 0.1)):
         ctx = layer((2, 4, 8), step=step, num_steps=None, sigma=sigma, state=state)
         found, _ = call(planner, ctx, *draw(ctx))
         kinds.append(kind(found))

@@ -30,6 +30,9 @@ GRID = (2, 16, 16)
         (0.3, {"step": 1, "sigma": 0.69}, False),
         (0.3, {"sigma": 0.71}, True),
         (0.3, {"sigma": 0.69}, False),
+        (0.2, {"sigma": 0.8}, False),  # 1 - 0.8 < 0.2 in binary
+        (0.2, {"sigma": float(torch.tensor(0.8))}, False),  # and more so from fp32
+        (0.2, {"sigma": 0.80001}, True),
         (3, {"sigma": 0.71, "num_steps": 10}, True),
         (3, {"sigma": 0.69, "num_steps": 10}, False),
         (3, {"sigma": 0.1}, True),  # neither step nor total
@@ -166,6 +169,10 @@ def test_registry():
     assert REGISTRY["draft"] is Draft and REGISTRY["window"] is Window
     with pytest.raises(ValueError, match="already taken"):
         type("Other", (Draft,), {"name": "draft"})
+
+    with pytest.raises(TypeError, match="Nothing must override plan"):
+        type("Nothing", (Planner,), {"name": "nothing"})
+    assert "nothing" not in REGISTRY
 
     class Unnamed(Planner):
         def plan(self, q, k, ctx):

@@ -218,6 +218,36 @@ def test_cached_order_survives_inference_mode_and_gradients(context):
     q.index_select(1, order).sum().backward()
 
 
+@pytest.mark.parametrize(("text", "text_first"), [(0, False), (9, True)])
+def test_padding_is_left_out_of_the_map(context, text, text_first):
+    """The draft of constant patches is exact over the real keys, and the real pairs alone share the budget."""
+    grid, planner, first = (5, 7, 9), Draft(pool=(3, 4), sparsity=0.7), text if text_first else 0
+    ctx = context(grid, text, text_first=text_first, kv_len=torch.tensor([200, 290, 315 + text, first]))
+    label = patches(grid, planner)
+    count = int(label.max()) + 1
+    q, k = (torch.cat([torch.randn(4, text, 2, 8), torch.randn(4, count, 2, 8)[:, label]], 1) * 2 for _ in range(2))
+    draft, mask = planner.draft(q, k, ctx), planner.plan(q, k, ctx).validate().to_mask()[..., first:, first:]
+    member = torch.nn.functional.one_hot(label, count).bool()
+    some = torch.stack([m.nonzero()[0, 0] for m in member.T])
+    kept = mask[:, :, some][..., some]
+    for b, length in enumerate(ctx.kv_len.tolist()):
+        valid = torch.arange(315) < length - first
+        real = (member & valid[:, None]).any(0)
+        scores = torch.einsum("qhd,khd->hqk", q[b, first:].double(), k[b, first:].double()) / math.sqrt(8)
+        exact = scores[..., valid].log_softmax(-1)
+        torch.testing.assert_close(
+            draft[b][:, label][..., label][:, valid][..., valid].double(), exact[:, valid], atol=1e-5, rtol=1e-5
+        )
+        assert (draft[b][:, ~real] == -math.inf).all() and (draft[b][..., ~real] == -math.inf).all()
+        inside = draft[b][:, real][..., real]
+        want = select(inside, 0.7) if real.any() else inside.bool()
+        assert torch.equal(kept[b][:, real][..., real], want)
+        assert not kept[b][:, real][..., ~real].any()
+        assert torch.equal(kept[b][:, ~real], torch.eye(count)[~real].bool().expand(2, -1, -1))
+    whole = planner.plan(q[2:3], k[2:3], context(grid, text, text_first=text_first))
+    assert torch.equal(whole.to_mask()[0, :, first:, first:], mask[2])
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     grid=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vdit_fast.planners import Sparge
+from vdit_fast.planners import Sparge, sparge
 from vdit_fast.reference import attention
 
 GRID = (4, 8, 10)  # 320 tokens: blocks of 32 and 16, no tail
@@ -103,9 +104,45 @@ def test_padding_blocks_are_read_last(context):
     torch.testing.assert_close(out, attention(q, k, v, kv_len=ctx.kv_len))
 
 
-def test_bf16_similarity(context):
-    ctx, planner = context(GRID), Sparge(block=(32, 16))
-    x = alike(20, 16, noise=1.0)
-    strips = planner._strips(ctx, x.device)[1]
-    half = planner._similarity(x.bfloat16(), strips, ctx)
-    torch.testing.assert_close(half, planner._similarity(x, strips, ctx), rtol=0.02, atol=0.005)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_similarity_is_fp32_whatever_the_inputs(context, dtype):
+    """The same bits as from the fp32 values, also around a mean key that is much larger than what is left."""
+    ctx, planner = context(GRID, kv_len=torch.tensor([320, 170])), Sparge(block=(32, 16), similarity=0.2)
+    strips = planner._strips(ctx, torch.device("cpu"))[1]
+    x = (torch.cat([alike(20, 16, noise=1.0), alike(20, 16, noise=0.3)]) + 30).to(dtype)
+    centre = x.float().mean(1, keepdim=True).transpose(1, 2)
+    for shift in (None, centre):
+        exact = planner._similarity(x.float(), strips, ctx, shift)
+        assert torch.equal(planner._similarity(x, strips, ctx, shift), exact)
+    y = x.double() - centre.transpose(1, 2).double()
+    unit = y / y.norm(dim=-1, keepdim=True)
+    want = torch.stack([part.mean(1).square().sum(-1) for part in unit[:1].split(16, 1)], 2)
+    torch.testing.assert_close(exact[:1].double(), want, rtol=1e-5, atol=1e-6)
+    q = torch.randn(2, 320, 2, 16).to(dtype)
+    assert torch.equal(planner.select(q, x, ctx), planner.select(q.float(), x.float(), ctx))
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of one new tensor."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        seen = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in seen:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+def test_similarity_takes_a_few_heads_at_a_time(context, monkeypatch):
+    ctx, planner = context(GRID, kv_len=torch.tensor([320, 170])), Sparge(block=(32, 16), similarity=0.2)
+    q, k = torch.randn(2, 2, 320, 6, 16).bfloat16().unbind()
+    want = planner.select(q, k, ctx)
+    one = 320 * 16 * 4
+    for heads in (1, 4):
+        monkeypatch.setattr(sparge, "TRANSIENT", heads * one)
+        with Largest() as largest:
+            assert torch.equal(planner.select(q, k, ctx), want)
+        assert one <= largest.bytes <= heads * one

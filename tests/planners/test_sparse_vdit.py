@@ -164,11 +164,11 @@ def test_heads_of_one_kind_share_a_plan(context):
 
 
 def test_plan_is_kept_until_the_row_changes(context):
-    state: dict = {}
+    static: dict = {}
     planner = SparseVDiT(modes=[{"step": 0, "layers": "ff"}, {"step": 2, "layers": ["dd", "dm", "md", "ss"]}], block=16)
 
     def plan(step, layer):
-        ctx = context(GRID, layer=layer, state=state, step=StepContext(step=step, num_steps=10))
+        ctx = context(GRID, layer=layer, static=static, step=StepContext(step=step, num_steps=10))
         assert (planner.decide(ctx) is None) == (step >= 2)
         return planner.plan(*random(ctx)[:2], ctx)
 
@@ -176,7 +176,7 @@ def test_plan_is_kept_until_the_row_changes(context):
     a, b = plan(2, 1), plan(9, 1)
     assert a.runs is b.runs and torch.equal(a.to_mask(), b.to_mask())
     assert not torch.equal(plan(2, 2).to_mask(), a.to_mask()) and plan(2, 3).density == 0
-    assert len([key for key in state if key[0] == "sparse_vdit plan"]) == 3
+    assert len([key for key in static if key[0] == "sparse_vdit plan"]) == 3
 
 
 def test_a_plan_is_made_once_per_row_and_a_mode_once_per_geometry(context, monkeypatch):
@@ -185,10 +185,10 @@ def test_a_plan_is_made_once_per_row_and_a_mode_once_per_geometry(context, monke
     monkeypatch.setattr(Layout, "band", lambda *args, **kwargs: bands.append(kwargs) or band(*args, **kwargs))
     monkeypatch.setattr(sparse_vdit, "join", lambda *args: joined.append(args) or join(*args))
     planner = SparseVDiT(modes=[{"step": 0, "layers": ["dmdm", "dmdm", "mmdd", "dmvv"]}, {"step": 2, "layers": "dddd"}])
-    planner, state = replace(planner, block=16), {}
+    planner, static = replace(planner, block=16), {}
 
     def plan(step, layer):
-        ctx = context(GRID, layer=layer, state=state, step=StepContext(step=step, num_steps=10))
+        ctx = context(GRID, layer=layer, static=static, step=StepContext(step=step, num_steps=10))
         return planner.plan(*random(ctx, 4)[:2], ctx)
 
     first = [plan(0, layer) for layer in range(4)]
@@ -200,7 +200,7 @@ def test_a_plan_is_made_once_per_row_and_a_mode_once_per_geometry(context, monke
     assert len(joined) == 4 and len(bands) == 2
     del first, again
     gc.collect()
-    (shared,) = [x for key, x in state.items() if key[0] == "sparse_vdit shared plans"]
+    (shared,) = [x for key, x in static.items() if key[0] == "sparse_vdit shared plans"]
     assert len(shared) == 3  # the first row is no layer's any more
 
 
@@ -293,6 +293,10 @@ def test_made_for_round_trips():
         ({"stripes": "0-3"}, "stripes"),
         ({"stripes": {"3": "0"}}, "stripes"),
         ({"stripes": {"0.1": "a"}}, "stripes"),
+        ({"stripes": {"0.1": "3-1"}}, r"stripes .* got \('0', '1', '3-1'\)"),
+        ({"stripes": {"0.1": "0,5-4"}}, "stripes"),
+        ({"stripes": {"4.1": "0"}, "made_for": MADE}, r"stripes name layer 4, but the table has 4 layers"),
+        ({"stripes": {"3.2": "0"}, "made_for": MADE}, r"stripes name head 2, but the table has 2 heads"),
         ({"made_for": {"layers": 4}}, "made_for must be a mapping with exactly the keys family, layers"),
         ({"made_for": {**MADE, "steps": 0}}, "made_for.steps"),
         ({"made_for": {**MADE, "grid": [1, 2]}}, "made_for.grid"),
@@ -300,6 +304,10 @@ def test_made_for_round_trips():
         ({"made_for": MADE, "modes": "dmf"}, "2 heads"),
         ({"force": 1}, "force"),
         ({"record": [1]}, "record"),
+        ({"record": "[1]"}, "record must be a mapping"),
+        ({"record": "{bad"}, r"record must be .* got '{bad'"),
+        ({"record": {"a": math.nan}}, "record must be .* nan"),
+        ({"record": {"a": {1, 2}}}, "record must be .* {1, 2}"),
     ],
 )
 def test_bad_settings_say_what_is_wrong(knobs, match):
@@ -343,6 +351,25 @@ def test_wrong_number_of_heads(context):
             planner.plan(*random(ctx, 3)[:2], ctx)
     with pytest.raises(ValueError, match="3 layers, the model has 4"):
         SparseVDiT(modes=["dm"] * 3).decide(ctx)
+
+
+def test_stripes_of_layers_and_heads_that_are_not_there(context):
+    ctx = context(GRID)
+    q, k, v = random(ctx)
+    planner = SparseVDiT(modes="v", stripes={"9.7": "0"})
+    for call in (lambda: planner.decide(ctx), lambda: planner.plan(q, k, ctx), lambda: planner.decision(q, k, v, ctx)):
+        with pytest.raises(ValueError, match=r"stripes name (layer 9|head 7), but the model has [42] "):
+            call()
+    with pytest.raises(ValueError, match="stripes name head 2, but the table has 2 heads"):
+        SparseVDiT(modes="dv", stripes={"3.2": "0"}).decide(ctx)
+    for dense in ({}, {"dense_layers": 4}):
+        planner = SparseVDiT(modes="full" if not dense else "v", stripes={"3.2": "0"}, **dense)
+        assert planner.decide(ctx) is not None  # the heads are not known here
+        with pytest.raises(ValueError, match="stripes name head 2, but the model has 2 heads"):
+            planner.plan(q, k, ctx)
+        with pytest.raises(ValueError, match="stripes name head 2, but the model has 2 heads"):
+            planner.decision(q, k, v, ctx)
+    assert SparseVDiT(modes="v", stripes={"3.1": "0"}).plan(q, k, ctx).validate()
 
 
 def test_forced_steps_map_to_the_nearest_relative_time(context):

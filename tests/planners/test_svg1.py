@@ -43,9 +43,9 @@ def band_mask(planner, ctx, kind):
     video = torch.zeros(n, n, dtype=torch.bool)
     at = position.argsort()
     for row in rows:
-        away = [abs((row[0] + row[-1]) / 2 - (column[0] + column[-1]) / 2) for column in columns]
-        for column, d in zip(columns, away, strict=True):
-            if d <= reach or d == min(away):
+        for column in columns:
+            away = abs((row[0] + row[-1]) / 2 - (column[0] + column[-1]) / 2)
+            if away <= reach or (row[0] <= column[-1] and column[0] <= row[-1]):
                 video[at[row][:, None], at[column]] = True
     video[:, ~late] = True
     mask = torch.ones(ctx.num_tokens, ctx.num_tokens, dtype=torch.bool)
@@ -80,6 +80,15 @@ def test_mask_is_the_band_plus_text_and_sinks(context, kind, sinks, text, text_f
     ctx = context(grid, text, text_first=text_first)
     planner = SVG1(sparsity=0.7, sinks=sinks, block=block)
     assert torch.equal(fixed(planner, ctx, kind), band_mask(planner, ctx, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sinks", [0, 1, 2, 5])
+@pytest.mark.parametrize("block", [1, 16, 29, 400])
+def test_every_token_reads_itself(context, kind, sinks, block):
+    for text, text_first in LAYOUTS:
+        planner = SVG1(sparsity=0.99, block=block, sinks=sinks)
+        assert fixed(planner, context((5, 7, 9), text, text_first=text_first), kind).diagonal().all()
 
 
 def test_temporal_band_is_the_spatial_one_of_the_transposed_clip(context):
@@ -257,7 +266,7 @@ def test_dense_decisions_and_plan_without_values(context):
     q, k, v = random(ctx)
     decision = SVG1(dense_steps=2).decision(q, k, v, ctx)
     assert decision.plan is None and decision.reason == "step 0 < dense_steps 2" and not ctx.state
-    with pytest.raises(ValueError, match=r"call decision\(q, k, v, ctx\)"):
+    with pytest.raises(TypeError, match=r"svg1 .*call decision\(q, k, v, ctx\)"):
         SVG1().plan(q, k, ctx)
     with pytest.raises(ValueError, match="tokens"):
         SVG1().decision(q, k, v, context((5, 7, 8)))

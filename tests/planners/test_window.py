@@ -158,7 +158,7 @@ def test_masses_are_the_attention_inside_the_windows(context):
     ctx = context((4, 6, 5), 7, text_first=False, kv_len=torch.tensor([127, 123]))
     planner = Window(tile=(1, 2, 2), sparsity=0.6, rows=1000)  # more rows than tokens: all of them
     q, k = torch.randn(2, ctx.num_tokens, 4, 8), torch.randn(2, ctx.num_tokens, 2, 8)
-    k[1, 123:] = 50  # padding keys, never to be counted
+    q[1, 123:] = k[1, 123:] = 50  # padding, never to be counted
     scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double().repeat_interleave(2, 2)) / math.sqrt(8)
     scores[1, :, :, 123:] = -math.inf
     weights = torch.softmax(scores, -1)[:, :, :120, :120]
@@ -166,6 +166,18 @@ def test_masses_are_the_attention_inside_the_windows(context):
     torch.testing.assert_close(planner.masses(q, k, ctx).double(), torch.stack(want, -1), atol=1e-6, rtol=1e-5)
     few = Window(tile=(1, 2, 2), sparsity=0.6, rows=64).masses(q, k, ctx)
     torch.testing.assert_close(few.double(), torch.stack(want, -1), atol=0.1, rtol=0)
+
+
+def test_padding_rows_are_left_out_of_the_mean(context):
+    ctx = context((4, 6, 5), kv_len=torch.tensor([120, 77]))
+    planner = Window(tile=(1, 2, 2), sparsity=0.6, rows=1000)
+    q, k = torch.randn(2, 2, 120, 4, 8).unbind()
+    q[1, 77:] = math.nan
+    weights = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q, k)[1:, :, :77, :77].double() / math.sqrt(8), -1)
+    want = [(weights * window_mask(planner, ctx.grid, kind)[:77, :77]).sum(-1).mean(-1) for kind in KINDS]
+    mass = planner.masses(q, k, ctx)
+    torch.testing.assert_close(mass[1:].double(), torch.stack(want, -1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mass[:1], planner.masses(q[:1], k[:1], context((4, 6, 5))))
 
 
 @pytest.mark.parametrize("grid", [(24, 16, 16), (21, 30, 52), (16, 8, 8)])

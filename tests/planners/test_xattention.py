@@ -61,12 +61,24 @@ def test_reads_the_fewest_blocks_that_hold_the_share(context, top_p, text, text_
 def test_padding_keys_have_no_mass(context, length, text_first):
     ctx = context((5, 7, 9), 6, text_first=text_first, kv_len=torch.tensor([length]))
     q, k = torch.randn(2, 1, ctx.num_tokens, 2, 8).unbind()
-    k[:, length:] = 1e4
+    q[:, length:] = k[:, length:] = 1e4
     mass = XAttention(stride=1, block=16).mass(q, k, ctx)
-    video = ctx.video_slice
-    want = exact_mass(q[:, video], k[:, video.start : length], 16)
-    torch.testing.assert_close(mass[..., : want.shape[-1]].double(), want, rtol=1e-4, atol=1e-6)
-    assert (mass[..., want.shape[-1] :] == 0).all()
+    real = slice(ctx.video_slice.start, min(length, ctx.video_slice.stop))
+    want = exact_mass(q[:, real], k[:, real], 16)
+    blocks = want.shape[-1]
+    torch.testing.assert_close(mass[..., :blocks, :blocks].double(), want, rtol=1e-4, atol=1e-6)
+    assert (mass[:, :, :blocks, blocks:] == 0).all()
+    assert torch.equal(mass[:, :, blocks:], torch.eye(20)[blocks:].expand(1, 2, -1, -1))  # padding reads itself
+
+
+@pytest.mark.parametrize("stride", [4, 8])
+def test_folded_queries_of_padding_alone_count_for_nothing(context, stride):
+    """Masses of a clip that ends at row 205, within a folded query: those of the clip without the rest."""
+    ctx = context((5, 7, 9), kv_len=torch.tensor([205]))
+    q, k = torch.randn(2, 1, 315, 2, 8).unbind()
+    alone = XAttention(stride=stride, block=32).mass(q[:, :205], k[:, :205], context((1, 1, 205)))
+    mass = XAttention(stride=stride, block=32).mass(q, k, ctx)
+    torch.testing.assert_close(mass[..., :7, :7], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_large_blocks_are_not_clipped(context):

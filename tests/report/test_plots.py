@@ -170,7 +170,9 @@ def test_crowded_labels_stay_apart(tmp_path: Path) -> None:
         place(axes, labels)
         renderer = axes.figure.canvas.get_renderer()
         notes = [text for text in axes.texts if text.get_text()]
-        seen.extend(Text.get_window_extent(note, renderer) for note in notes)
+        for note in notes:
+            note.update_positions(renderer)
+            seen.append(Text.get_window_extent(note, renderer))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curves, "_place_labels", watch)

@@ -29,10 +29,10 @@ def layer(
     layers: int = 4,
     **where: Any,
 ) -> LayerContext:
-    """A context; `where` goes into its StepContext."""
+    """A context; `where` goes into its StepContext. `state` is its static memory, too: geometry must not mix either."""
     place = StepContext(step=step, num_steps=num_steps, **where)
     kept = {} if state is None else state
-    return LayerContext(index, layers, "a", grid, math.prod(grid), text, text_first, kv_len, place, kept)
+    return LayerContext(index, layers, "a", grid, math.prod(grid), text, text_first, kv_len, place, kept, static=kept)
 
 
 def draw(ctx: LayerContext, heads: int = 2, dim: int = 16, batch: int = 1, kv_heads: int | None = None) -> list[Tensor]:

@@ -8,6 +8,8 @@ using vdit::FoldedTile;
 using vdit::kTileRows;
 using vdit::RowGroup;
 
+constexpr float kLargest = 3.40282347e38f;
+
 // Scores of the keys [first, first + width) with `first` at the start of a panel: one product per slice of the fold,
 // so that a strip of queries and the panels of a stage stay in the nearest cache whatever the fold.
 static void score_folded(const FoldedTile& t, int64_t first, int width, float* scores) {
@@ -25,6 +27,8 @@ static inline int stage_width(const FoldedTile& t, int64_t first) {
   return static_cast<int>(t.keys - first < kStageKeys ? t.keys - first : kStageKeys);
 }
 
+// A maximum of +inf becomes the largest number, so that no difference is inf - inf: a score of +inf then weighs +inf,
+// and only NaN makes NaN.
 void score_lse_tile(const FoldedTile& t, float* scores, float* m, float* l) {
   for (int64_t first = 0; first < t.keys; first += kStageKeys) {
     const int width = stage_width(t, first), rest = width % NR;
@@ -38,14 +42,17 @@ void score_lse_tile(const FoldedTile& t, float* scores, float* m, float* l) {
       vf top = load(s);
       for (int j = VL; j < width; j += VL) top = max_or_second(load(s + j), top);
       if (any_greater(top, splat(m[i]))) {
-        const float new_max = reduce_max(top);
+        const float highest = reduce_max(top), new_max = highest < kLargest ? highest : kLargest;
         const float shrink = m[i] == -kInf ? 0.f : exp2_nonpositive(splat(m[i] - new_max))[0];
         m[i] = new_max;
         store(sum, load(sum) * shrink);
       }
       const vf shift = splat(m[i] == -kInf ? 0.f : m[i]);
       vf total = load(sum);
-      for (int j = 0; j < width; j += VL) total += exp2_nonpositive(load(s + j) - shift);
+      if (m[i] < kLargest)
+        for (int j = 0; j < width; j += VL) total += exp2_nonpositive(load(s + j) - shift);
+      else
+        for (int j = 0; j < width; j += VL) total += exp2_any(load(s + j) - shift);
       store(sum, total);
     }
   }

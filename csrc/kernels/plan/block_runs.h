@@ -63,7 +63,7 @@ VD_KERNEL(kWarpThreads, 1) count_runs(const VD_GRID_CONST BlockMap m, const VD_G
 
 VD_DEV int64_t pieces(const BlockMap& m, int64_t rows) {
   if (m.q_tile == 0) return 1;
-  return rows > 0 ? (rows + m.q_tile - 1) / m.q_tile : 0;
+  return rows > 0 ? (rows - 1) / m.q_tile + 1 : 0;
 }
 
 // A CTA per group.
@@ -85,7 +85,7 @@ VD_KERNEL(kListThreads, 1) list_tiles(const VD_GRID_CONST BlockMap m, const VD_G
   for (int64_t chunk = 0; chunk < m.nq; chunk += kListThreads) {
     arch::syncthreads();  // the totals have been read
     const int64_t i = chunk + threadIdx.x;
-    const int64_t rows = i < m.nq ? q_len[i] : 0, count = i < m.nq ? pieces(m, rows) : 0;
+    const int64_t rows = i < m.nq && q_len[i] > 0 ? q_len[i] : 0, count = i < m.nq ? pieces(m, rows) : 0;
     int64_t at = int64_t(tile + block_inclusive_sum(uint64_t(count), tile_totals)) - count;
     int64_t first = int64_t(row + block_inclusive_sum(uint64_t(rows), row_totals)) - rows;
     int64_t left = rows;

@@ -11,13 +11,13 @@
 namespace vdit {
 
 struct BlockMap {
-  const uint8_t* keep;    // [groups, nq, nk], contiguous, 0 or 1
-  const int64_t* q_len;   // [q_groups, nq]; block lengths, 0 allowed
+  const uint8_t* keep;    // [groups, nq, nk], contiguous; not 0: read
+  const int64_t* q_len;   // [q_groups, nq]; block lengths, 0 allowed; below it: 0, unless the caller refuses it
   const int64_t* kv_len;  // [kv_groups, nk]; a run goes on over empty key blocks
   int64_t groups, nq, nk;
   int32_t q_groups, kv_groups;  // 1 or `groups`
   int64_t q_tile;               // most rows of a tile; 0: a tile per query block
-  int64_t tiles;                // length of the lists: a tile per block, or groups * (nq + lq / q_tile)
+  int64_t tiles;  // length of the lists: a tile per block, or groups * (nq + lq / q_tile); 0 without blocks
 };
 
 struct TileList {

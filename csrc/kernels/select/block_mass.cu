@@ -27,6 +27,10 @@ constexpr uint32_t kQueryBytes = kRows * kDepth * 2, kKeyBytes = kKeys * kDepth 
 constexpr int kResidentChunks = 4;
 constexpr int kSlots = 16;  // key blocks whose sums wait in shared memory
 constexpr uint32_t kSumBytes = kSlots * kRows * 4;
+constexpr uint32_t kSharedBytes = 101'376;  // what compute capability 8.6 and 8.9 give a CTA: the least of all targets
+static_assert(kResidentChunks * kQueryBytes + kBuffers * kKeyBytes + kSumBytes <= kSharedBytes);
+static_assert(kBuffers * (kQueryBytes + kKeyBytes) + kSumBytes <= kSharedBytes);
+constexpr float kLargest = 3.40282347e38f;
 
 struct Args {
   ScoreParams p;
@@ -116,7 +120,8 @@ VD_DEV void multiply(Fragments<kKeys / 8> (&s)[2], uint32_t queries, uint32_t ke
 // A thread's rows of a pass are numbered 2m + r: row 16m + 8r + lane / 4 of its warp.
 VD_DEV int row_of(int i) { return threadIdx.x / 32 * 32 + i * 8 + threadIdx.x % 32 / 4; }
 
-// Log-sum-exp per row, in base 2.
+// Log-sum-exp per row, in base 2. A maximum of +inf becomes the largest number, so that no difference is inf - inf: a
+// score of +inf then weighs +inf, and only NaN makes NaN.
 struct LogSumExp {
   float top[4], sum[4];
 
@@ -139,7 +144,7 @@ struct LogSumExp {
       }
       most = fmaxf(most, arch::shfl_xor_f(most, 1));
       most = fmaxf(most, arch::shfl_xor_f(most, 2));
-      most = fmaxf(top[i], most * a.scale_log2);
+      most = fminf(fmaxf(top[i], most * a.scale_log2), kLargest);
       const float base = most == -INFINITY ? 0.f : most;  // nothing read yet: all weights are 0
       float part = 0.f;
       VD_UNROLL for (int n = 0; n < kKeys / 8; ++n) {
@@ -382,7 +387,7 @@ bool valid(const ScoreParams& p) {
 namespace vdit::gpu {
 
 int score_lse(const ScoreParams& params, float* lse, void* stream) {
-  if (int64_t(params.batch) * params.heads * params.lq == 0) return 0;
+  if (params.batch == 0 || params.heads == 0 || params.lq == 0) return 0;
   if (!search::valid(params)) return kInvalid;
   search::Args a{};
   a.p = params;
@@ -395,7 +400,7 @@ int score_lse(const ScoreParams& params, float* lse, void* stream) {
 
 int block_mass(const ScoreParams& params, const float* lse, int64_t q_block, int64_t kv_block, float* mass,
                void* stream) {
-  if (int64_t(params.batch) * params.heads * params.lq * params.lk == 0) return 0;
+  if (params.batch == 0 || params.heads == 0 || params.lq == 0 || params.lk == 0) return 0;
   if (!search::valid(params) || q_block < 1 || kv_block < 1) return kInvalid;
   search::Args a{};
   a.p = params;

@@ -14,7 +14,7 @@ struct PermuteParams {
 };
 
 // CUDA: launches on `stream` (a cudaStream_t); returns 0 or a cudaError_t. Orders outside [0, N): wrong rows, no access
-// outside the tensors.
+// outside the tensors. With `inverse`, rows that the order does not name are not written.
 int cuda_permute_tokens(const PermuteParams& params, void* stream);
 
 }  // namespace vdit

@@ -53,6 +53,7 @@ def _modes_per_head(pipe: Any, run: Callable[[], Any], planner: Planner) -> Mapp
 METHODS: dict[str, Method] = {
     "adaspa": Method("sparsity", low=0.34, fixed={"search": [0.0, 0.6]}, searches=True),
     "draft": Method("sparsity", fixed={"pool": [4, 8]}),
+    "draft+compensate": Method("sparsity", fixed={"pool": [4, 8], "compensate": True}),
     "radial": Method("decay", low=0.0, high=4.0, fixed={"block": 64}),
     "rettention": Method("window", searches=True),
     "sliding_tile": Method("sparsity", fixed={"tile": [4, 4, 4]}),
@@ -60,18 +61,25 @@ METHODS: dict[str, Method] = {
     "sparse_vdit": Method("sparsity", fixed={"block": 64}, prepare=_modes_per_head),
     "svg1": Method("sparsity", fixed={"block": 64}),
     "svg2": Method("top_p", high=1.0),
+    "svg2+compensate": Method("top_p", high=1.0, fixed={"compensate": True}),
     "vsa": Method("sparsity"),
     "window": Method("sparsity", fixed={"tile": [2, 4, 4]}),
     "xattention": Method("top_p", high=1.0, fixed={"block": 64}),
 }
-"""One line per planner; one without a line joins by its `sparsity` or `top_p` and is else reported as left out."""
+"""One line per planner, or per variant ``planner+what``; a planner without a line joins by its `sparsity` or `top_p`,
+and is else reported as left out."""
+
+
+def planner_name(name: str) -> str:
+    """The planner of a method: what stands before the "+" of a variant."""
+    return name.partition("+")[0]
 
 
 def method(name: str) -> Method | None:
-    """The table's line for a planner, or one made of its own knobs; None where neither exists."""
+    """The table's line for a method, or one made of the planner's own knobs; None where neither exists."""
     if name in METHODS:
         return METHODS[name]
-    known = {f.name for f in fields(REGISTRY[name])}
+    known = {f.name for f in fields(REGISTRY[planner_name(name)])}
     return next((Method(knob) for knob in ("sparsity", "top_p") if knob in known), None)
 
 

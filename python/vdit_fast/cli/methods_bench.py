@@ -17,7 +17,7 @@ import torch
 
 from vdit_fast import report
 from vdit_fast.accelerate import accelerate
-from vdit_fast.cli.matching import TOLERANCE, Match, Method, match, method
+from vdit_fast.cli.matching import METHODS, TOLERANCE, Match, Method, match, method, planner_name
 from vdit_fast.cli.recording import Call, Recording, Replayed, replay
 from vdit_fast.config import Config
 from vdit_fast.demo.architecture import FRAMES, HEIGHT, WIDTH
@@ -104,6 +104,12 @@ def run_methods(
     """
     left_out: dict[str, str] = {}
     methods = _methods(names, left_out)
+    searching = [name for name, line in methods.items() if line.searches]
+    if searching and settings.dense_steps < 1:
+        raise ValueError(
+            f"dense-steps: {settings.dense_steps}; {', '.join(searching)} search in a dense step, the last of those "
+            "that all methods share: at least 1 is needed, or other methods"
+        )
     started = time.perf_counter()
     bench = _Bench(settings, weights, progress)
     bench.total = 1 + len(methods) + settings.repeats * (2 + len(methods))
@@ -142,7 +148,8 @@ def run_methods(
 
 def _methods(names: Sequence[str] | None, left_out: dict[str, str]) -> dict[str, Method]:
     """The planners of this package with their knobs; those without one are written to ``left_out``."""
-    known = sorted(name for name, cls in REGISTRY.items() if cls.__module__.startswith("vdit_fast."))
+    own = {name for name, cls in REGISTRY.items() if cls.__module__.startswith("vdit_fast.")}
+    known = sorted(own | set(METHODS))
     for name in names or ():
         if name not in known:
             raise ValueError(f"methods: {name!r} is unknown; known: {', '.join(known)}")
@@ -212,9 +219,8 @@ class _Bench:
 
     def planner(self, name: str, found: Method, value: Any) -> Planner:
         s = self.settings
-        dense_steps = max(s.dense_steps - found.searches, 0)
-        same = {"dense_steps": dense_steps, "dense_layers": s.dense_layers}
-        return from_dict({"method": name, **same, **found.fixed, found.knob: value})
+        same = {"dense_steps": s.dense_steps - found.searches, "dense_layers": s.dense_layers}
+        return from_dict({"method": planner_name(name), **same, **found.fixed, found.knob: value})
 
     def prepared(self, name: str, found: Method) -> Method:
         """The method after its offline search, on another prompt and seed than those it is judged by."""

@@ -6,7 +6,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +62,11 @@ class Timing:
 
 @dataclass
 class Notes:
-    """What a probe wrote down."""
+    """What a probe wrote down.
+
+    Attributes:
+        corrected: whether a row scale, a residual or stand-ins make up for what the planner does not read.
+    """
 
     looks: list[Look] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
@@ -71,6 +76,7 @@ class Notes:
     calls: int = 0
     planned: int = 0
     sparse: int = 0
+    corrected: bool = False
     reasons: dict[str, int] = field(default_factory=dict)
 
 
@@ -107,6 +113,7 @@ class Probe(Planner):
         end = stamp(q.device)
         notes.calls += 1
         notes.sparse += decision.plan is not None
+        notes.corrected = notes.corrected or decision.corrected
         if decision.plan is not None or decision.observe is not None:
             notes.planned += 1
             notes.planning.add(begin, end)
@@ -114,7 +121,7 @@ class Probe(Planner):
             reason = decision.reason or "the planner keeps it dense"
             notes.reasons[reason] = notes.reasons.get(reason, 0) + 1
         if self._wanted(ctx):
-            self._look(q, k, v, ctx, decision.plan)
+            self._look(q, k, v, ctx, decision)
         observe = decision.observe
         if observe is None:
             return Decision(reason="measured")
@@ -134,7 +141,8 @@ class Probe(Planner):
             return step.step % 10 == 5
         return step.step in {round(part * (step.num_steps - 1)) for part in LOOKS}
 
-    def _look(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext, plan: AttentionPlan | None) -> None:
+    def _look(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext, decision: Decision) -> None:
+        plan = decision.plan
         rows = sample_rows(ctx, self.rows, q.device)
         count = max(1, self.rows // self.block) * 2
         blocks = best_blocks(q[:1], k[:1], _first(ctx), DENSITIES, block=self.block, count=count)[0]
@@ -149,7 +157,7 @@ class Probe(Planner):
             self.notes.looks.append(look)
         if plan is not None:
             self.notes.plans.append((ctx.step.step, ctx.layer, plan))
-            self.notes.timings.append(_compare(q, k, v, plan, ctx.kv_len))
+            self.notes.timings.append(_compare(q, k, v, decision, plan.density, ctx.kv_len))
 
 
 def _first(ctx: LayerContext) -> LayerContext:
@@ -157,16 +165,21 @@ def _first(ctx: LayerContext) -> LayerContext:
     return ctx if ctx.kv_len is None else replace(ctx, kv_len=ctx.kv_len[:1])
 
 
-def _compare(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, kv_len: Tensor | None) -> Timing:
-    """Dense and sparse attention of the same tensors, in turns."""
+def _compare(q: Tensor, k: Tensor, v: Tensor, decision: Decision, density: float, kv_len: Tensor | None) -> Timing:
+    """Dense attention and the decided call, row scale and residual included, of the same tensors, in turns."""
+
+    def run(which: Decision) -> Tensor:
+        out = cast(Tensor, attention(q, k, v, which.plan, row_scale=which.row_scale, kv_len=kv_len))
+        return out if which.residual is None else out + which.residual
+
     dense: list[float] = []
     sparse: list[float] = []
     for turn in range(TURNS + 1):
-        for which, series in ((None, dense), (plan, sparse)):
-            seconds = _seconds(lambda which=which: attention(q, k, v, which, kv_len=kv_len), q.device)  # type: ignore[misc]
+        for which, series in ((Decision(), dense), (decision, sparse)):
+            seconds = _seconds(partial(run, which), q.device)
             if turn:
                 series.append(seconds)
-    return Timing(statistics.median(dense), statistics.median(sparse), plan.density)
+    return Timing(statistics.median(dense), statistics.median(sparse), density)
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -90,6 +90,7 @@ def profile(
         "calls": notes.calls,
         "sparse_calls": notes.sparse,
         "dense_reasons": notes.reasons,
+        "corrected": notes.corrected,
         "forward_seconds": forward,
         "attention_seconds": dense,
         "cost": cost,
@@ -215,7 +216,11 @@ def verdict(document: dict[str, Any]) -> tuple[str, list[str]]:
         return f"this will not help here: {extra[0]}", extra
     recall, reachable = (_mean([row[key] for row in document["heads"]]) for key in ("recall", "reachable"))
     if recall is not None and reachable is not None and recall < ENOUGH:
-        if reachable < ENOUGH:
+        if document["corrected"]:
+            warnings.append(
+                f"{name} reads {recall:.0%} of the attention mass and makes up for the rest: judge it by its clips"
+            )
+        elif reachable < ENOUGH:
             warnings.append(
                 f"attention is spread out: the best selection of as many pairs keeps {reachable:.0%} of its mass "
                 f"({name}: {recall:.0%}); expect visible changes, or raise the density"

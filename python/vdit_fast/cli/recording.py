@@ -98,8 +98,7 @@ def replay(planner: Planner, calls: Sequence[Call], *, recall: bool = False) -> 
             reasons[decision.reason or "dense"] = None
             continue
         density.append(plan.density)
-        extras = (decision.row_scale, decision.residual, plan.stand_ins)
-        corrected = corrected or any(extra is not None for extra in extras)
+        corrected = corrected or decision.corrected
         if recall:
             for weights in call.weights:
                 part, mass = weights.kept(plan)

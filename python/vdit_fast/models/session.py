@@ -26,6 +26,10 @@ __all__ = ["Forward", "Geometry", "Session", "session_by_id"]
 
 logger = logging.getLogger("vdit_fast")
 
+STATIC_ENTRIES = 64
+STATIC_PER_LAYER = 4
+"""Most entries that outlive a generation: a few grids of training buckets, or a few of each layer."""
+
 _ids = itertools.count(1)
 _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 
@@ -105,6 +109,7 @@ class Session:
         self.active = True
         self.layers: list[LayerLedger] = []
         self.state: dict[Any, Any] = {}
+        self.static: dict[Any, Any] = {}
         self.cache = OutputCache()
         self.forward: Forward | None = None
         self.forwards = 0
@@ -135,6 +140,8 @@ class Session:
         if step.generation != self._generation:
             self.state.clear()
             self._generation = step.generation
+            if len(self.static) > max(STATIC_ENTRIES, STATIC_PER_LAYER * len(self.layers)):
+                self.static.clear()
         self.forward = Forward(geometry, step)
         self.forwards += 1
         self.steps.add((step.generation, step.step))
@@ -146,6 +153,7 @@ class Session:
         self.steps.clear()
         self.forwards = 0
         self.state.clear()
+        self.static.clear()
         self.cache = OutputCache()
         self._told.clear()
 
@@ -173,7 +181,7 @@ class Session:
                             "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
                             "backward before the next forward, or train with dense attention (config 'exact')"
                         )
-                    return _execute(replace(decision, observe=None), q, k, v, kv_len)
+                    return _execute(decision, q, k, v, kv_len)
             elif anchor is not None and forward is not None:
                 self._anchors[anchor] = forward
         begin = stamp(q.device)
@@ -192,7 +200,9 @@ class Session:
             1.0 if decision.plan is None else decision.plan.density_per_head.mean(0),
         )
         if grad and forward is not None:
-            forward.decisions[layer] = decision, None if decision.plan is None else _sample(q)
+            # without `observe`, which acts once and may hold q, k and v that checkpointing is there to free
+            kept = replace(decision, observe=None)
+            forward.decisions[layer] = kept, None if kept.plan is None else _sample(q)
         return out
 
     def _decide(
@@ -237,6 +247,7 @@ class Session:
             step=forward.step,
             state=self.state,
             family=self.family,
+            static=self.static,
         )
         return context, ""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._no_gradient import carries_no_gradient
+
 
 def score_lse(
     q: Tensor, k: Tensor, *, scale: float | None = None, fold: int = 1, kv_len: Tensor | None = None
@@ -24,12 +26,14 @@ def score_lse(
         kv_len: int32 or int64 ``[B]`` or None.
 
     Returns:
-        natural logarithm float32 ``[B, H, ceil(Lq / fold)]``; -inf where no key is valid.
+        natural logarithm float32 ``[B, H, ceil(Lq / fold)]``; -inf where no key is valid, NaN where a score is, else
+        +inf where a score is.
 
     Raises:
         RuntimeError: dtypes, shapes or devices do not fit.
     """
-    lse: Tensor = torch.ops.vdit_fast.score_lse(q.detach(), k.detach(), _scale(q, scale, fold), fold, kv_len)
+    kv_len = None if kv_len is None else kv_len.contiguous()
+    lse: Tensor = torch.ops.vdit_fast.score_lse(q, k, _scale(q, scale, fold), fold, kv_len)
     return lse
 
 
@@ -51,7 +55,8 @@ def block_mass(
 
     Args:
         q, k, scale, fold, kv_len: as in ``score_lse``.
-        lse: float32 ``[B, H, ceil(Lq / fold)]``; rows of -inf have weight 0.
+        lse: float32 ``[B, H, ceil(Lq / fold)]``; rows of -inf have weight 0. In a row of +inf finite scores have weight
+            0, and a score of +inf makes its block NaN.
         q_block, kv_block: folded rows per block, at least 1.
 
     Returns:
@@ -60,9 +65,9 @@ def block_mass(
     Raises:
         RuntimeError: dtypes, shapes or devices do not fit.
     """
-    q, k, lse = q.detach(), k.detach(), lse.detach().contiguous()
+    kv_len = None if kv_len is None else kv_len.contiguous()
     scale = _scale(q, scale, fold)
-    mass: Tensor = torch.ops.vdit_fast.block_mass(q, k, lse, q_block, kv_block, scale, fold, kv_len)
+    mass: Tensor = torch.ops.vdit_fast.block_mass(q, k, lse.contiguous(), q_block, kv_block, scale, fold, kv_len)
     return mass
 
 
@@ -70,8 +75,12 @@ def _scale(q: Tensor, scale: float | None, fold: int) -> float:
     return max(q.shape[-1], 1) ** -0.5 / max(fold, 1) if scale is None else scale
 
 
+carries_no_gradient("score_lse", "block_mass")
+
+
 @torch.library.register_fake("vdit_fast::score_lse")
 def _fake_score_lse(q: Tensor, k: Tensor, scale: float, fold: int, kv_len: Tensor | None) -> Tensor:
+    _check_fold("score_lse", fold)
     return q.new_empty((q.shape[0], q.shape[2], _ceil_div(q.shape[1], fold)), dtype=torch.float32)
 
 
@@ -79,8 +88,17 @@ def _fake_score_lse(q: Tensor, k: Tensor, scale: float, fold: int, kv_len: Tenso
 def _fake_block_mass(
     q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, scale: float, fold: int, kv_len: Tensor | None
 ) -> Tensor:
+    _check_fold("block_mass", fold)
+    for name, block in (("q_block", q_block), ("kv_block", kv_block)):
+        if block < 1:
+            raise RuntimeError(f"vdit_fast: block_mass: {name} is {block}; expected at least 1")
     rows, columns = (_ceil_div(_ceil_div(x.shape[1], fold), block) for x, block in ((q, q_block), (k, kv_block)))
     return q.new_empty((q.shape[0], q.shape[2], rows, columns), dtype=torch.float32)
+
+
+def _check_fold(op: str, fold: int) -> None:
+    if not 1 <= fold <= 1024:
+        raise RuntimeError(f"vdit_fast: {op}: fold is {fold}; expected 1 to 1024")
 
 
 def _ceil_div(a: int, b: int) -> int:

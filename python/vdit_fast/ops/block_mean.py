@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._no_gradient import carries_no_gradient
+
 
 def block_mean(
     x: Tensor, lengths: Tensor, order: Tensor | None = None, kv_len: Tensor | None = None
@@ -27,7 +29,10 @@ def block_mean(
     Raises:
         RuntimeError: dtypes, shapes or devices do not fit.
     """
-    return torch.ops.vdit_fast.block_mean(x.detach(), lengths, order, kv_len)
+    return torch.ops.vdit_fast.block_mean(x, lengths, order, kv_len)
+
+
+carries_no_gradient("block_mean")
 
 
 @torch.library.register_fake("vdit_fast::block_mean")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._no_gradient import carries_no_gradient
 from .block_mean import block_mean
 
 
@@ -26,7 +27,7 @@ def kmeans_assign(x: Tensor, centroids: Tensor) -> Tensor:
     Raises:
         RuntimeError: dtypes, shapes or devices do not fit.
     """
-    return torch.ops.vdit_fast.kmeans_assign(x.detach(), centroids.detach())
+    return torch.ops.vdit_fast.kmeans_assign(x, centroids)
 
 
 def counting_sort(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -53,8 +54,9 @@ def permute_tokens(x: Tensor, order: Tensor, *, inverse: bool = False) -> Tensor
 
     Args:
         x: ``[B, N, H, D]``, any dtype of 2 or 4 bytes, any strides with a contiguous last dimension.
-        order: int32 ``[1|B, 1|H, N]``, a permutation of 0 ... N - 1. A CPU refuses entries outside this range; a GPU
-            reads nothing back and gives wrong rows.
+        order: int32 ``[1|B, 1|H, N]``, a permutation of 0 ... N - 1. A CPU refuses entries outside this range, and with
+            ``inverse`` entries that repeat; a GPU reads nothing back and gives wrong rows (with ``inverse`` those that
+            the order does not name are 0).
 
     Returns:
         ``[B, N, H, D]`` contiguous.
@@ -63,6 +65,9 @@ def permute_tokens(x: Tensor, order: Tensor, *, inverse: bool = False) -> Tensor
         RuntimeError: dtypes, shapes or devices do not fit.
     """
     return torch.ops.vdit_fast.permute_tokens(x, order, inverse)
+
+
+carries_no_gradient("kmeans_assign", "counting_sort")
 
 
 @torch.library.register_fake("vdit_fast::kmeans_assign")
@@ -96,6 +101,8 @@ torch.library.register_autograd("vdit_fast::permute_tokens", _permute_back, setu
 def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Lloyd's iterations from given centroids; an empty cluster keeps its centroid. No host synchronisation.
 
+    Nothing carries a gradient.
+
     Args:
         x: as in ``kmeans_assign``.
         centroids: float32 ``[B, H, C, D]``.
@@ -107,6 +114,7 @@ def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tenso
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
+    x, centroids = x.detach(), centroids.detach()
     for _ in range(iterations):
         order, counts = counting_sort(kmeans_assign(x, centroids), centroids.shape[2])
         means, _ = block_mean(x, counts, order)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._no_gradient import carries_no_gradient
+
 
 def compile_blocks(
     keep: Tensor, q_len: Tensor, kv_len: Tensor, lq: int, q_tile: int | None = None
@@ -13,13 +15,13 @@ def compile_blocks(
 
     Blocks may be empty: a query block without rows gives no work, a key block without keys does not cut a run. On a
     CPU the lists have the needed length. On a GPU their length depends on shapes only, nothing is read back: tiles in
-    excess have no rows, and runs beyond ``run_ptr[-1]`` are unused.
+    excess have no rows, runs beyond ``run_ptr[-1]`` are unused, and a negative length counts as 0.
 
     Args:
         keep: bool ``[G, nq, nk]``, G = batch * heads: the query block reads the key block.
         q_len: int64 ``[1|G, nq]``, rows of every query block.
         kv_len: int64 ``[1|G, nk]``, keys of every key block.
-        lq: rows of the sequence; only the capacity depends on it.
+        lq: rows of the sequence, at most 2^31 - 1; only the capacity depends on it.
         q_tile: cut query blocks into tiles of at most this many rows; None keeps them whole.
 
     Returns:
@@ -27,9 +29,13 @@ def compile_blocks(
         differentiable.
 
     Raises:
-        RuntimeError: dtype, shape or device do not fit, or there are more runs than int32 can index.
+        RuntimeError: dtype, shape or device do not fit, or there are more runs than int32 can index. On a CPU also: a
+            length is negative, ``q_len`` sums to more than lq, or ``kv_len`` to more than int32 holds.
     """
     return torch.ops.vdit_fast.compile_blocks(keep, q_len, kv_len, lq, q_tile)
+
+
+carries_no_gradient("compile_blocks")
 
 
 @torch.library.register_fake("vdit_fast::compile_blocks")
@@ -37,7 +43,10 @@ def _fake(
     keep: Tensor, q_len: Tensor, kv_len: Tensor, lq: int, q_tile: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, nq, nk = keep.shape
-    tiles: int | torch.SymInt = groups * (nq if q_tile is None else nq + lq // q_tile)
+    if q_tile is not None and q_tile < 1:
+        raise RuntimeError(f"vdit_fast: compile_blocks: q_tile is {q_tile}; expected at least 1")
+    most = 0 if nq == 0 else nq if q_tile is None else nq + lq // q_tile
+    tiles: int | torch.SymInt = groups * most
     runs: int | torch.SymInt = tiles * ((nk + 1) // 2)
     if keep.device.type == "cpu":  # as many as there are
         context = torch.library.get_ctx()

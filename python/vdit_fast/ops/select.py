@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._no_gradient import carries_no_gradient
+
 
 def select_top_k(scores: Tensor, k: int | Tensor) -> Tensor:
     """Mark the k largest entries of every row.
@@ -34,7 +36,8 @@ def select_top_p(mass: Tensor, p: float, min_keep: int = 1) -> Tensor:
     With the entries in descending order (equal ones by index), entry m stays while ``m < min_keep`` or the sum of the
     entries before it is at most ``p`` times the row's sum (Sparse VideoGen2's rule, arXiv 2505.18875). Sums are exact:
     entries count as multiples of 2^-32, rounded down, so that the result is the same bit for bit on every device. The
-    largest entry always stays, and so does every NaN.
+    largest entry always stays, and so does every NaN. A row whose entries all count as 0 (below 2^-32) keeps all of
+    them, whatever p is; with p = 1 all rows keep everything, entries of 0 too: the sum never exceeds the row's.
 
     Args:
         mass: float32 ``[..., n]``, n from 1 to 2^23 - 1, copied if it is not contiguous; non-negative, at most 256
@@ -49,6 +52,9 @@ def select_top_p(mass: Tensor, p: float, min_keep: int = 1) -> Tensor:
         RuntimeError: dtype or shape do not fit, or p is not in [0, 1].
     """
     return torch.ops.vdit_fast.select_top_p(mass, p, min_keep)
+
+
+carries_no_gradient("select_top_k", "select_top_p")
 
 
 @torch.library.register_fake("vdit_fast::select_top_k")

@@ -90,6 +90,7 @@ def trim_words(
 
 
 def unpack_rows(words: Tensor, length: int) -> Tensor:
-    """``[P, ceil(length / 32)]`` int32 to bool ``[P, length]``."""
-    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
-    return ((words[..., None] >> shifts) & 1).bool().reshape(words.shape[0], -1)[:, :length]
+    """``[P, ceil(length / 32)]`` int32 to bool ``[P, length]``, byte by byte: no buffer is larger than the result."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
+    cells = words.contiguous().view(torch.uint8)[..., None] >> shifts
+    return cells.bitwise_and_(1).view(torch.bool).reshape(words.shape[0], -1)[:, :length]

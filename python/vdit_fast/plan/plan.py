@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .bits import popcount, unpack_rows
 from .check import check_plan
+from .runs import INT32_MAX
 from .stand_ins import StandIns
 
 
@@ -87,9 +88,8 @@ class AttentionPlan:
 
         A stand-in counts as one key.
         """
-        read = torch.zeros(len(self.runs) + 1, dtype=torch.int64, device=self.device)
-        torch.cumsum(self.runs[:, 1], 0, out=read[1:])
-        keys = read[self.run_ptr[1:].long()] - read[self.run_ptr[:-1].long()]
+        read = self._keys_before(self.run_ptr.long())
+        keys = read[1:] - read[:-1]
         pairs = torch.zeros(self.batch * self.heads, dtype=torch.int64, device=self.device)
         pairs.index_add_(0, self.tiles[:, 0].long(), keys * self.tiles[:, 2])
         found = (pairs.double() / (self.lq * self.lk)).view(self.batch, self.heads)
@@ -229,6 +229,25 @@ class AttentionPlan:
             f"AttentionPlan(batch={batch}, heads={heads}, lq={lq}, lk={lk}, "
             f"tiles={len(self.tiles)}, runs={len(self.runs)}{order}{extra}, device={self.device})"
         )
+
+    def _keys_before(self, run: Tensor) -> Tensor:
+        """Keys in all runs before each of the used runs ``run`` int64 ``[P]``: int64 ``[P]``.
+
+        Sums of short chunks of runs, then the rest of a chunk: on a GPU the runs are capacity, often hundreds of MB,
+        and an int64 prefix sum over all of them nearly as much again.
+        """
+        count = len(self.runs)
+        if count == 0:
+            return torch.zeros_like(run)
+        width = max(1, min(32, INT32_MAX // self.lk))  # a run has at most lk keys: int32 holds a chunk's sum
+        chunks, length = count // width, self.runs[:, 1]
+        whole = length[: chunks * width].view(chunks, width).sum(1, dtype=torch.int32)
+        before = torch.zeros(chunks + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(whole, 0, out=before[1:])
+        inside = torch.arange(width, device=self.device)
+        chunk, rest = run // width, (run % width)[:, None]
+        place = (chunk[:, None] * width + inside).clamp_(max=count - 1)
+        return before[chunk] + length[place].masked_fill_(inside >= rest, 0).sum(1, dtype=torch.int32)
 
     def _used_runs(self) -> tuple[Tensor, Tensor]:
         """(tile index of each run, the runs), both int64 and without unused capacity. Synchronises."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -131,7 +132,8 @@ def numbers(blocks: Any) -> list[int]:
     found: list[int] = []
     for part in filter(None, blocks.split(",")):
         first, _, last = part.partition("-")
-        found += range(_checks.count("block", int(first)), int(last or first) + 1)
+        begin = _checks.count("block", int(first))
+        found += range(begin, _checks.count("block", int(last or first), least=begin) + 1)
     return found
 
 
@@ -143,6 +145,17 @@ def _ranges(blocks: Sequence[int]) -> str:
         else:
             parts.append([block, block])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def parse_record(value: Any) -> str:
+    """The knob ``record``, a mapping or its JSON text, as JSON text with sorted keys."""
+    try:
+        record = json.loads(value) if isinstance(value, str) else value
+        if isinstance(record, Mapping):
+            return json.dumps(record, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError(f"record must be a mapping of plain JSON values, or its JSON text, got {value!r}") from None
+    raise TypeError(f"record must be a mapping, got {value!r}")
 
 
 # ---------------------------------------------------------------------- where the table belongs

@@ -16,7 +16,7 @@ from . import _checks
 from ._memory import slot
 from ._strips import equal, strips
 from ._tokens import Tiling
-from .base import Decision, Planner
+from .base import SIGMA_SLACK, Decision, Planner
 
 if TYPE_CHECKING:
     from ..context import LayerContext, StepContext
@@ -114,7 +114,7 @@ class AdaSpa(Planner):
             first = self.search if ids else [math.floor(part * (total or 0) + 1e-9) for part in self.search]
             return sum(step.step >= at for at in first)
         if step.sigma is not None and not ids:
-            return sum(1.0 - step.sigma >= part for part in self.search)
+            return sum(1.0 - step.sigma >= part - SIGMA_SLACK for part in self.search)
         return None
 
     # ------------------------------------------------------------------ one call
@@ -163,9 +163,9 @@ class AdaSpa(Planner):
 
     def _blocks(self, ctx: LayerContext, device: torch.device) -> Tiling:
         key = ("adaspa blocks", self, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
-            ctx.state[key] = strips(equal(ctx.n_video, self.block), ctx, self.sinks, device)
-        blocks: Tiling = ctx.state[key]
+        if key not in ctx.static:
+            ctx.static[key] = strips(equal(ctx.n_video, self.block), ctx, self.sinks, device)
+        blocks: Tiling = ctx.static[key]
         return blocks
 
     # ------------------------------------------------------------------ search

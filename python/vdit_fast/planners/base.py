@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
 
 REGISTRY: dict[str, type[Planner]] = {}
 """Every planner class by its `name`; a subclass with a name enters it when it is defined."""
+
+SIGMA_SLACK = 1e-6
+"""Noise levels come from fp32 timesteps: 1 − 0.8 is 0.19999999 there, and counts as 0.2."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +42,21 @@ class Decision:
     residual: Tensor | None = None
     observe: Callable[[Tensor, Tensor], None] | None = None
 
+    @property
+    def corrected(self) -> bool:
+        """Whether a row scale, a residual or stand-ins make up for what the plan does not read."""
+        if self.plan is None:
+            return False
+        return any(extra is not None for extra in (self.row_scale, self.residual, self.plan.stand_ins))
+
 
 @dataclass(frozen=True, kw_only=True)
-class Planner(ABC):
-    """Decides, per layer and step, which keys each query reads; subclasses implement `plan`.
+class Planner:
+    """Decides, per layer and step, which keys each query reads; subclasses override `plan`, or `decision`, or both.
 
-    A planner is an immutable bag of settings. What it must remember between calls lives in `ctx.state`, so that one
-    planner may serve several models at once.
+    A planner is an immutable bag of settings. What it must remember between calls lives in `ctx.state`, and what
+    follows from its settings and the geometry alone in `ctx.static`, so that one planner may serve several models at
+    once.
 
     Common knobs (the same name and meaning in every planner):
         dense_steps: an int n keeps the first n denoising steps dense; a float in [0, 1) keeps the first
@@ -56,7 +66,8 @@ class Planner(ABC):
             the end.
         min_tokens: sequences of fewer tokens (video + text) stay dense.
         text: "dense": every text token reads everything and is read by everyone.
-        sinks: the first `sinks` latent frames, rounded up to whole tiles, are read by every query.
+        sinks: the first `sinks` latent frames, rounded up to whole tiles, are read by every query; 0 by default,
+            except where a method was published with one.
 
     Raises:
         TypeError, ValueError: a knob has a wrong type or value; the message names it.
@@ -72,6 +83,9 @@ class Planner(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        overridden = cls.plan is not Planner.plan or cls.decision is not Planner.decision
+        if cls.__dict__.get("name") and not overridden:
+            raise TypeError(f"planner {cls.__qualname__} must override plan(q, k, ctx) or decision(q, k, v, ctx)")
         methods.enter(REGISTRY, cls, "planner")
 
     def __post_init__(self) -> None:
@@ -123,7 +137,7 @@ class Planner(ABC):
         part = knob if isinstance(knob, float) else (knob / total if total else None)
         if step.sigma is not None and part is not None:
             done = 1.0 - step.sigma
-            return f"1 - sigma {done:.3f} < dense_steps {part:g}" if done < part else None
+            return f"1 - sigma {done:.3f} < dense_steps {part:g}" if done < part - SIGMA_SLACK else None
         return f"dense_steps {knob} is set but the denoising step is unknown"
 
     def _dense_size(self, ctx: LayerContext) -> str | None:
@@ -132,7 +146,7 @@ class Planner(ABC):
 
     # ------------------------------------------------------------------ planning
     def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
-        """What this call does: ``plan`` unless ``decide`` keeps it dense.
+        """What this call does: ``plan`` unless ``decide`` keeps it dense. This is what a session calls.
 
         Methods that need more than a plan (a search in a dense call, an output scale, a residual, the values) override
         it. Arguments as in ``plan``, and v ``[B, N, Hkv, D]``; called without gradient.
@@ -140,9 +154,8 @@ class Planner(ABC):
         reason = self.decide(ctx)
         return Decision(reason=reason) if reason is not None else Decision(self.plan(q, k, ctx))
 
-    @abstractmethod
     def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
-        """The plan for one attention call.
+        """The plan for one attention call, dense layers and steps left aside.
 
         Args:
             q: [B, N, H, D] after norm and RoPE, the whole joint sequence, any strides, fp32/bf16/fp16.
@@ -152,7 +165,9 @@ class Planner(ABC):
             a plan of N × N tokens; the same inputs always give the same plan. No gradient flows through it.
         Raises:
             ValueError: q, k and ctx do not fit together or the knobs do not fit the grid.
+            TypeError: the method needs the values and only has ``decision``.
         """
+        raise TypeError(f"{self.name or type(self).__name__} plans with the values: call decision(q, k, v, ctx)")
 
     def check_inputs(self, q: Tensor, k: Tensor, ctx: LayerContext) -> None:
         """Raise ValueError when q, k and the context disagree."""

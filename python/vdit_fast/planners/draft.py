@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops import block_mean, select_top_k
 from . import _checks
+from ._strips import valid_keys
 from ._tokens import Axes, Tiling, cut, tiling
 from .base import Planner
 
@@ -29,9 +30,10 @@ class Draft(Planner):
 
     Different from the paper's code: every query patch keeps at least its strongest key patch; a frame need not be a
     multiple of the pool (patch sides then differ by one token, and the softmax counts every patch with its number of
-    keys); text may come first or last; pooling and scores are fp32; scores are compared as logarithms, where small
-    probabilities do not collapse into ties at zero; NaN scores are kept, so that NaN inputs give NaN outputs as in
-    dense attention.
+    keys); text may come first or last; padding is left out of the averages, and patches of padding alone of the map
+    that is thresholded (they read themselves); pooling and scores are fp32; scores are compared as logarithms, where
+    small probabilities do not collapse into ties at zero; NaN scores are kept, so that NaN inputs give NaN outputs as
+    in dense attention.
 
     Knobs besides those of `Planner`:
         sparsity: fraction of the video-to-video patch pairs to drop, in [0, 1). Text and sinks are kept on top.
@@ -76,7 +78,13 @@ class Draft(Planner):
         if misfit := self._misfit(ctx):
             raise ValueError(f"{misfit}; choose a smaller pool")
         tiles = self._tiling(ctx, q.device)
-        mask = tiles.complete(select(self.draft(q, k, ctx), self.sparsity))
+        scores, real = self._scores(q, k, ctx)
+        if ctx.kv_len is None:
+            keep = select(scores, self.sparsity)
+        else:
+            own = torch.eye(scores.shape[-1], dtype=torch.bool, device=q.device)
+            keep = torch.where(real[..., None], select(scores, self.sparsity, real.sum(-1).square()), own)
+        mask = tiles.complete(keep)
         return AttentionPlan.from_block_mask(
             mask,
             tiles.lengths,
@@ -90,17 +98,25 @@ class Draft(Planner):
         """Logarithm of the estimated attention weight of one key token, fp32 [B, H, query patches, key patches].
 
         Exact when q and k are constant inside every patch (and there is no text): exp of it, times the number of keys
-        in the patch, sums to 1 along the last axis.
+        in the patch, sums to 1 along the last axis. Padding is left out; −inf where a patch has nothing else.
         """
-        tiles = self._tiling(ctx, q.device)
-        lengths = tiles.lengths[None, None]
-        pooled_q, pooled_k = (block_mean(x, lengths, tiles.order)[0][:, :, tiles.video] for x in (q, k))
+        return self._scores(q, k, ctx)[0]
+
+    def _scores(self, q: Tensor, k: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor]:
+        """The draft, and which patches hold a real token: bool [B, 1, patches]."""
+        tiles, valid = self._tiling(ctx, q.device), valid_keys(ctx, q.device)
+        lengths, video = tiles.lengths[None, None], tiles.video
+        (pooled_q, _), (pooled_k, counts) = (block_mean(x, lengths, tiles.order, valid) for x in (q, k))
+        pooled_q, pooled_k, sizes = pooled_q[:, :, video], pooled_k[:, :, video], counts[:, :1, video]
         group = q.shape[2] // k.shape[2]
         if group > 1:
             pooled_k = pooled_k.repeat_interleave(group, 1)
         scores = (pooled_q * q.shape[-1] ** -0.5) @ pooled_k.mT
-        sizes = tiles.lengths[tiles.video].float()
-        return scores - torch.logsumexp(scores + sizes.log(), -1, keepdim=True)
+        scores = scores - torch.logsumexp(scores + sizes.float().log()[:, :, None], -1, keepdim=True)
+        real = sizes > 0
+        if valid is not None:
+            scores = scores.masked_fill(~(real[..., None] & real[:, :, None]), -torch.inf)
+        return scores, real
 
     def axes(self, grid: tuple[int, int, int]) -> Axes:
         """Patch sides along the frame, row and column axis."""
@@ -109,15 +125,15 @@ class Draft(Planner):
 
     def _tiling(self, ctx: LayerContext, device: torch.device) -> Tiling:
         key = ("draft tiles", self, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
-            ctx.state[key] = tiling(
+        if key not in ctx.static:
+            ctx.static[key] = tiling(
                 self.axes(ctx.grid), text=ctx.text, text_first=ctx.text_first, sinks=self.sinks, device=device
             )
-        tiles: Tiling = ctx.state[key]
+        tiles: Tiling = ctx.static[key]
         return tiles
 
 
-def select(scores: Tensor, sparsity: float) -> Tensor:
+def select(scores: Tensor, sparsity: float, entries: Tensor | None = None) -> Tensor:
     """Keep the largest entries of each [nq, nk] map, thresholded over the whole map, and the maximum of every row.
 
     With n = nq·nk and k = int(sparsity · n), everything not below the k-th smallest value stays: n − k + 1 entries
@@ -127,14 +143,18 @@ def select(scores: Tensor, sparsity: float) -> Tensor:
     Args:
         scores: fp32 [..., nq, nk].
         sparsity: in [0, 1).
+        entries: int64, broadcasts to [...]: n of every map, where its other entries are −inf (padding); None: nq·nk.
     Returns:
         bool, the shape of `scores`.
     """
     flat = scores.flatten(-2)
-    entries = flat.shape[-1]
-    drop = int(sparsity * entries)
-    if drop == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    kept = select_top_k(flat, entries - drop + 1)
+    if entries is None:
+        drop = int(sparsity * flat.shape[-1])
+        if drop == 0:
+            return torch.ones_like(scores, dtype=torch.bool)
+        kept = select_top_k(flat, flat.shape[-1] - drop + 1)
+    else:
+        drops = (entries.double() * sparsity).long().clamp(min=1)  # none to drop: all n stay
+        kept = select_top_k(flat, entries - drops + 1)
     threshold = torch.where(kept, flat.nan_to_num(torch.inf, torch.inf, -torch.inf), torch.inf).amin(-1)
     return ~(scores < torch.minimum(threshold[..., None, None], scores.amax(-1, keepdim=True)))

@@ -65,15 +65,15 @@ class Radial(Planner):
 
         self.check_inputs(q, k, ctx)
         key = ("radial plan", self, tuple(ctx.grid), ctx.text, ctx.text_first, q.device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             frames, height, width = ctx.grid
             with torch.inference_mode(False):
                 blocks = strips(cut(height * width, self.block) * frames, ctx, self.sinks, q.device)
                 mask = blocks.complete(self.mask(frames, height * width, q.device))
-                ctx.state[key] = AttentionPlan.from_block_mask(
+                ctx.static[key] = AttentionPlan.from_block_mask(
                     mask, blocks.lengths, blocks.lengths, lq=ctx.num_tokens, lk=ctx.num_tokens
                 )
-        plan: AttentionPlan = ctx.state[key]
+        plan: AttentionPlan = ctx.static[key]
         return plan
 
     def mask(self, frames: int, tokens: int, device: torch.device | str | None = None) -> Tensor:

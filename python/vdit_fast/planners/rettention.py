@@ -173,10 +173,10 @@ class Rettention(Planner):
         """The window, which depends on the grid only: [1, 1, N, N]."""
         self.check_inputs(q, k, ctx)
         key = ("rettention window", self, tuple(ctx.grid), ctx.text, ctx.text_first, q.device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             with torch.inference_mode(False):
-                ctx.state[key] = self._window(ctx).to(q.device)
-        plan: AttentionPlan = ctx.state[key]
+                ctx.static[key] = self._window(ctx).to(q.device)
+        plan: AttentionPlan = ctx.static[key]
         return plan
 
     def _window(self, ctx: LayerContext) -> AttentionPlan:

@@ -86,21 +86,21 @@ class SlidingTile(Planner):
         self.check_inputs(q, k, ctx)
         windows = self.windows(ctx, q.shape[2])
         key = ("sliding_tile plan", self, windows, tuple(ctx.grid), ctx.text, ctx.text_first, q.device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             with torch.inference_mode(False):
                 axes = self.axes(ctx.grid)
                 tiles = tiling(axes, text=ctx.text, text_first=ctx.text_first, sinks=self.sinks, device=q.device)
                 different = list(dict.fromkeys(windows))
                 maps = torch.stack([_map(axes, window, q.device) for window in different])
                 heads = torch.tensor([different.index(window) for window in windows], device=q.device)
-                ctx.state[key] = AttentionPlan.from_block_mask(
+                ctx.static[key] = AttentionPlan.from_block_mask(
                     tiles.complete(maps[heads]),
                     tiles.lengths,
                     tiles.lengths,
                     q_order=tiles.order,
                     kv_order=tiles.order,
                 )
-        plan: AttentionPlan = ctx.state[key]
+        plan: AttentionPlan = ctx.static[key]
         return plan
 
 

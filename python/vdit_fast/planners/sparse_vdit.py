@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -14,8 +14,18 @@ from torch import Tensor
 
 from . import _checks
 from ._mode_runs import HeadRuns, Layout, join
-from ._mode_table import MadeFor, Stripes, Table, numbers, parse_stripes, parse_table, stripes_form, table_form
-from .base import Planner
+from ._mode_table import (
+    MadeFor,
+    Stripes,
+    Table,
+    numbers,
+    parse_record,
+    parse_stripes,
+    parse_table,
+    stripes_form,
+    table_form,
+)
+from .base import Decision, Planner
 
 if TYPE_CHECKING:
     from ..context import LayerContext
@@ -41,7 +51,8 @@ class SparseVDiT(Planner):
     Knobs besides those of `Planner`:
         modes: a mode's name; a string with a letter per head; a list of such strings, one per layer; or a list of
             {"step": first step, "layers": any of these}, one per step range.
-        sparsity: fraction of the pairs that the modes d, m and v drop, in [0, 1); 0 drops nothing in a band.
+        sparsity: fraction of all pairs, text included, that the modes d, m and v drop, in [0, 1); 0 drops nothing in a
+            band.
         block: tokens per block of the video, in frame-major or token-major order.
         sinks: 1 here, as in Sparse VideoGen's masks.
         stripes: {"layer.head": "0-3,7"}: key blocks of vertical heads, counted after the sinks in frame-major order.
@@ -74,10 +85,7 @@ class SparseVDiT(Planner):
         self._set("made_for", MadeFor.parse(self.made_for))
         self._check_table()
         _checks.switch("force", self.force)
-        record = json.loads(self.record) if isinstance(self.record, str) else self.record
-        if not isinstance(record, Mapping):
-            raise TypeError(f"record must be a mapping, got {self.record!r}")
-        self._set("record", json.dumps(record, sort_keys=True, allow_nan=False))
+        self._set("record", parse_record(self.record))
 
     def to_dict(self) -> dict[str, Any]:
         made_for = None if self.made_for is None else self.made_for.to_dict()
@@ -93,9 +101,12 @@ class SparseVDiT(Planner):
     def _check_table(self) -> None:
         """The table, its stripes and ``made_for`` tell of one model."""
         made = self.made_for
-        if made is None:
-            return
         rows = [rows for _, rows in self.modes]
+        if made is None:
+            tall, wide = max(map(len, rows)), max(len(row) for r in rows for row in r)  # 1 stands for all
+            self._check_stripes(tall if tall > 1 else None, wide if wide > 1 else None, "table")
+            return
+        self._check_stripes(made.layers, made.heads, "table")
         layers = {len(r) for r in rows} - {1, made.layers}
         heads = {len(row) for r in rows for row in r} - {1, made.heads}
         if layers or heads or self.modes[-1][0] >= made.steps:
@@ -104,6 +115,22 @@ class SparseVDiT(Planner):
                 f"ranges up to step {self.modes[-1][0]}, but made_for says {made.layers} layers, {made.heads} heads "
                 f"and {made.steps} steps"
             )
+
+    @cached_property
+    def _last_stripes(self) -> tuple[int, int]:
+        """The largest layer and the largest head that have stripes."""
+        places = [(layer, head) for layer, head, _ in self.stripes] or [(-1, -1)]
+        return max(layer for layer, _ in places), max(head for _, head in places)
+
+    def _check_stripes(self, layers: int | None, heads: int | None, where: str) -> None:
+        """Stripes are those of layers and heads that exist; None: not known here."""
+        for name, last, number in zip(("layer", "head"), self._last_stripes, (layers, heads), strict=True):
+            if number is not None and last >= number:
+                raise ValueError(f"stripes name {name} {last}, but the {where} has {number} {name}s (from 0 on)")
+
+    def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
+        self._check_heads(q.shape[2])  # also where the call stays dense
+        return super().decision(q, k, v, ctx)
 
     def decide(self, ctx: LayerContext) -> str | None:
         self._check_setting(ctx)
@@ -121,12 +148,21 @@ class SparseVDiT(Planner):
             layers.add(made.layers)
         if layers - {ctx.num_layers}:
             raise ValueError(f"the sparse_vdit table has {max(layers)} layers, the model has {ctx.num_layers}")
+        self._check_stripes(ctx.num_layers, None, "model")
         different = made.differences(ctx) if made is not None and not self.force else []
         if different:
             raise ValueError(
                 f"the sparse_vdit table was made for {', '.join(different)}; search a table for this setting "
                 "(vdit-fast tune), or set force to true to map this one"
             )
+
+    def _check_heads(self, heads: int) -> None:
+        """Raise ValueError when the model's heads are not the table's."""
+        letters = max(len(row) for _, rows in self.modes for row in rows)
+        wanted = self.made_for.heads if self.made_for is not None else heads if letters == 1 else letters
+        if heads != wanted:
+            raise ValueError(f"the sparse_vdit table has {wanted} heads, the model has {heads}")
+        self._check_stripes(None, heads, "model")
 
     def _row(self, ctx: LayerContext) -> str:
         """Letters of this call's layer: one per head, or one for all."""
@@ -141,9 +177,7 @@ class SparseVDiT(Planner):
         self._check_setting(ctx)
         self.check_inputs(q, k, ctx)
         row, heads = self._row(ctx), q.shape[2]
-        wanted = self.made_for.heads if self.made_for is not None else heads if len(row) == 1 else len(row)
-        if heads != wanted:
-            raise ValueError(f"the sparse_vdit table has {wanted} heads, the model has {heads}")
+        self._check_heads(heads)
         known = self._shared(row, heads, ctx, q.device)
         return self.in_order(known, row, ctx)
 
@@ -152,16 +186,16 @@ class SparseVDiT(Planner):
         where = ctx.layer if "v" in row else None  # stripes belong to a layer
         content = (row, where, tuple(ctx.grid), ctx.text, ctx.text_first, heads, device)
         key = ("sparse_vdit plan", self, ctx.layer, ctx.step.expert, ctx.step.frame_block)
-        used = ctx.state.get(key)
+        used = ctx.static.get(key)
         if used is not None and used[0] == content:
             plan: AttentionPlan = used[1]
             return plan
-        shared = ctx.state.setdefault(("sparse_vdit shared plans", self), WeakValueDictionary())
+        shared = ctx.static.setdefault(("sparse_vdit shared plans", self), WeakValueDictionary())
         found: AttentionPlan | None = shared.get(content)
         if found is None:
             with torch.inference_mode(False):
                 found = shared[content] = self.runs(row, heads, ctx, device)
-        ctx.state[key] = (content, found)
+        ctx.static[key] = (content, found)
         return found
 
     def runs(self, row: str, heads: int, ctx: LayerContext, device: torch.device) -> AttentionPlan:
@@ -171,9 +205,9 @@ class SparseVDiT(Planner):
         What a mode reads is found once per geometry and then only put together.
         """
         key = ("sparse_vdit modes", self, tuple(ctx.grid), ctx.text, ctx.text_first)
-        if key not in ctx.state:
-            ctx.state[key] = Layout(ctx, self.block, self.sinks), {}
-        place, known = ctx.state[key]
+        if key not in ctx.static:
+            ctx.static[key] = Layout(ctx, self.block, self.sinks), {}
+        place, known = ctx.static[key]
         shared = len(set(row)) == 1 and "v" not in row
         letters = row[0] if shared else row * heads if len(row) == 1 else row
         for letter in set(letters) - {*known, "v"}:
@@ -195,17 +229,17 @@ class SparseVDiT(Planner):
             return plan
         key = ("sparse_vdit orders", self.sinks, tuple(ctx.grid), ctx.text, ctx.text_first, plan.device)
         with torch.inference_mode(False):
-            if key not in ctx.state:
-                ctx.state[key] = token_major(ctx, 0, plan.device), token_major(ctx, self.sinks, plan.device)
-            orders = ctx.state[key]
+            if key not in ctx.static:
+                ctx.static[key] = token_major(ctx, 0, plan.device), token_major(ctx, self.sinks, plan.device)
+            orders = ctx.static[key]
             if set(row) - {"m", "s"}:
                 mixed = (key, [letter == "m" for letter in row])
-                last = ctx.state.get("sparse_vdit last orders")
+                last = ctx.static.get("sparse_vdit last orders")
                 if last is None or last[0] != mixed:
                     flags = _sent(torch.tensor(mixed[1]), plan.device)[None, :, None]
                     same = torch.arange(plan.lq, dtype=torch.int32, device=plan.device)
                     last = mixed, tuple(torch.where(flags, order, same) for order in orders)
-                    ctx.state["sparse_vdit last orders"] = last
+                    ctx.static["sparse_vdit last orders"] = last
                 orders = last[1]
         return replace(plan, q_order=orders[0], kv_order=orders[1])
 

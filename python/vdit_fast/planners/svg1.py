@@ -59,7 +59,7 @@ class SVG1(Planner):
     The band of w = W · fs tokens (fs: tokens per frame) keeps 1 − sparsity of all pairs, text included:
         W  =  (N / fs) · (1 − √(1 − s')),      s'  =  1 − sparsity − 2 · text / N.
     It is cut at whole blocks of at most `block` tokens: a query block reads the key blocks whose centres are at most w
-    away, and its own one in any case.
+    away, and those that overlap it in any case, so that every token reads itself.
 
     The kind of a head, per batch item, is the one with the smaller squared error of the outputs of `rows` query
     tokens, spread over the video by the golden ratio; padding rows do not count.
@@ -69,16 +69,15 @@ class SVG1(Planner):
     whole frames for temporal heads, too.
 
     Knobs besides those of `Planner`:
-        sparsity: fraction of all pairs to drop, in [0, 1); 0 keeps everything. Sinks are kept on top, and so is text
-            where it takes more than 1 − sparsity.
+        sparsity: fraction of all pairs, text included, to drop, in [0, 1); 0 keeps everything. Sinks are kept on top,
+            and so is text where it takes more than 1 − sparsity.
         rows: sampled query tokens.
         refresh: choose again every `refresh` steps; 1 = in every sparse call, 0 = once per generation.
         block: most tokens per block.
         sinks: frames that every query reads, here 1 by default, as published for Wan.
 
     Raises:
-        ValueError, TypeError: a bad knob; `plan`, which has no values to take an error of (the session calls
-            `decision`).
+        ValueError, TypeError: a bad knob; `plan`, which has no values to take an error of: call `decision`.
     """
 
     name: ClassVar[str] = "svg1"
@@ -129,9 +128,6 @@ class SVG1(Planner):
         with torch.no_grad():
             return Decision(self._build(choice("svg1 heads", self, q, ctx, self.refresh, choose), ctx))
 
-    def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
-        raise ValueError("svg1 chooses by the error of outputs and needs the values: call decision(q, k, v, ctx)")
-
     def _build(self, temporal: Tensor, ctx: LayerContext) -> AttentionPlan:
         """The plan of bool [1|B, 1|H], True where the head is temporal."""
         from ..plan import AttentionPlan
@@ -174,10 +170,10 @@ class SVG1(Planner):
     def band(self, kind: str, ctx: LayerContext, device: torch.device) -> Band:
         """The order, blocks and map of one kind; made once per grid."""
         key = ("svg1 band", self, kind, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             with torch.inference_mode(False):  # kept, and maybe saved for a backward later
-                ctx.state[key] = self._band(kind, ctx, device)
-        band: Band = ctx.state[key]
+                ctx.static[key] = self._band(kind, ctx, device)
+        band: Band = ctx.static[key]
         return band
 
     def _band(self, kind: str, ctx: LayerContext, device: torch.device) -> Band:
@@ -192,9 +188,10 @@ class SVG1(Planner):
         rows, early, rest = (cut(n, self.block) if n else () for n in (len(order), sinks * frame, len(late)))
         keep = torch.ones(len(rows), len(early) + len(rest), dtype=torch.bool, device=device)
         if rest:
-            distance = (_centres(index, rows)[:, None] - _centres(late, rest)).abs()
-            near = distance <= self.width(ctx) * frame
-            keep[:, len(early) :] = near | (distance == distance.amin(1, keepdim=True))
+            (q_first, q_last), (k_first, k_last) = _ends(index, rows), _ends(late, rest)
+            distance = ((q_first + q_last)[:, None] - (k_first + k_last)).abs().double() / 2  # of the centres
+            overlap = (q_first[:, None] <= k_last) & (k_first <= q_last[:, None])
+            keep[:, len(early) :] = overlap | (distance <= self.width(ctx) * frame)
         q_order, q_block, q_lengths = _joint(order, rows, ctx)
         kv_order, kv_block, kv_lengths = _joint(torch.cat([index[: sinks * frame], order[late]]), (*early, *rest), ctx)
         if ctx.text:
@@ -202,11 +199,11 @@ class SVG1(Planner):
         return Band(q_order, kv_order, q_lengths, kv_lengths, q_block, kv_block, keep)
 
 
-def _centres(positions: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Middle between the first and the last position of every block: fp64 [blocks]."""
+def _ends(positions: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The first and the last position of every block: int64 [blocks] each."""
     ends = torch.tensor(lengths, device=positions.device).cumsum(0)
     starts = torch.nn.functional.pad(ends, (1, 0))[:-1]
-    return (positions[starts] + positions[ends - 1]).double() / 2
+    return positions[starts], positions[ends - 1]
 
 
 def _joint(order: Tensor, lengths: tuple[int, ...], ctx: LayerContext) -> tuple[Tensor, Tensor, Tensor]:

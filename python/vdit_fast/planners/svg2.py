@@ -74,11 +74,12 @@ class SVG2(Planner):
     Knobs besides those of `Planner`:
         q_clusters, k_clusters: clusters of queries and of keys, at most one per token (more are reduced to that).
             None: √N and 4 √N of the N video tokens (275 and 1,100 at 75,600, 78 and 314 at 6,144).
-        top_p: share of the estimated mass to keep, in [0, 1]; 1 keeps everything.
+        top_p: share of the estimated mass on the clustered keys (neither text nor sinks) to keep, in [0, 1]; 1 keeps
+            everything.
         min_keep_ratio: share of the key clusters that stay for every query cluster in any case, in [0, 1].
-        sparsity: None, or a fraction of the video-to-video pairs to drop, in [0, 1), in place of `top_p` and
-            `min_keep_ratio`: every query cluster then reads its largest key clusters (by mass) as long as the middle
-            of the next one lies within 1 − sparsity of the keys, and at least one.
+        sparsity: None, or a fraction of the video-to-video pairs outside of the sinks to drop, in [0, 1), in place of
+            `top_p` and `min_keep_ratio`: every query cluster then reads its largest key clusters (by mass) as long as
+            the middle of the next one lies within 1 − sparsity of the keys, and at least one.
         first_iterations, iterations: of k-means at the first call of a generation, and at later ones; at least 1.
         warm: run k-means in calls that `dense_steps` keeps dense, too, so that the first sparse step begins with
             centroids that have followed the steps.

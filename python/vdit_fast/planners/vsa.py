@@ -34,7 +34,8 @@ class VSA(Planner):
     every cube and gets no coarse part.
 
     Knobs besides those of `Planner`:
-        sparsity: fraction of the key cubes that a query cube does not read, in [0, 1). Text and sinks are kept on top.
+        sparsity: fraction of the video's key cubes that a query cube does not read, in [0, 1). Text and sinks are kept
+            on top.
         cube: (tt, th, tw) in tokens; larger than the grid means the whole axis.
         gate: factor of the coarse branch. 0 is right for models that were not trained with it. No gradient flows
             through the coarse branch.
@@ -107,10 +108,10 @@ class VSA(Planner):
 
     def _tiling(self, ctx: LayerContext, device: torch.device) -> Tiling:
         key = ("vsa tiles", self, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             frames, height, width = (cut(n, size) for n, size in zip(ctx.grid, self.cube, strict=True))
-            ctx.state[key] = tiling(
+            ctx.static[key] = tiling(
                 (frames, height, width), text=ctx.text, text_first=ctx.text_first, sinks=self.sinks, device=device
             )
-        tiles: Tiling = ctx.state[key]
+        tiles: Tiling = ctx.static[key]
         return tiles

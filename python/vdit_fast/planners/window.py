@@ -118,11 +118,11 @@ class Window(Planner):
         if isinstance(self.heads, tuple) and len(words) != q.shape[2]:
             raise ValueError(f"heads lists {len(words)} heads but q has {q.shape[2]}; give one word per head")
         key = ("window plan", self, tuple(ctx.grid), ctx.text, ctx.text_first, q.device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             with torch.inference_mode(False):
                 temporal = torch.tensor([[word == "temporal" for word in words]], device=q.device)
-                ctx.state[key] = self._build(temporal, ctx, q.device)
-        plan: AttentionPlan = ctx.state[key]
+                ctx.static[key] = self._build(temporal, ctx, q.device)
+        plan: AttentionPlan = ctx.static[key]
         return plan
 
     def _build(self, temporal: Tensor, ctx: LayerContext, device: torch.device) -> AttentionPlan:
@@ -138,7 +138,7 @@ class Window(Planner):
     def _kind(self, kind: str, ctx: LayerContext, device: torch.device) -> tuple[Tiling, Tensor]:
         """Tiles in the order of this kind, and its map bool [blocks, blocks]."""
         key = ("window tiles", self, kind, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
+        if key not in ctx.static:
             axes, major = self.axes(ctx.grid), MAJOR[kind]
             with torch.inference_mode(False):
                 tiles = tiling(
@@ -147,8 +147,8 @@ class Window(Planner):
                 t, y, x = (band(len(p), w, device) for p, w in zip(axes, self.widths(ctx.grid)[kind], strict=True))
                 grid = t[:, None, None, :, None, None] & y[:, None, None, :, None] & x[:, None, None, :]
                 keep = grid.permute(*major, *(3 + i for i in major)).flatten(3).flatten(0, 2)
-                ctx.state[key] = (tiles, tiles.complete(keep))
-        found: tuple[Tiling, Tensor] = ctx.state[key]
+                ctx.static[key] = (tiles, tiles.complete(keep))
+        found: tuple[Tiling, Tensor] = ctx.static[key]
         return found
 
     # ------------------------------------------------------------------ choice of heads
@@ -165,15 +165,22 @@ class Window(Planner):
     def masses(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
         """Attention mass inside the spatial and the temporal window, mean of the sampled rows: fp32 [B, H, 2].
 
-        Padding keys (`ctx.kv_len`) get no mass; text keys, read by everyone, count for neither window.
+        Padding (`ctx.kv_len`) neither gives nor gets mass; text keys, read by everyone, count for neither window.
         """
         picked = sample(self.rows, ctx.n_video, q.device)
         inside = self._inside(picked, ctx, q.device)  # [rows, n_video, 2]
         first = ctx.text if ctx.text_first else 0
+        real = None
+        if ctx.kv_len is not None:
+            real = (picked + first < ctx.kv_len.to(q.device)[:, None]).mT[..., None, None]  # [rows, B, 1, 1]
         found = []
         for _, scores in head_scores(q.index_select(1, picked + first), k, ctx.kv_len):
             mass = torch.softmax(scores, -1).narrow(-1, first, ctx.n_video)  # [B, group, rows, n_video]
-            found.append((mass.flatten(0, 1).transpose(0, 1) @ inside).mean(0).view(*mass.shape[:2], 2))
+            held = (mass.flatten(0, 1).transpose(0, 1) @ inside).unflatten(1, mass.shape[:2])  # [rows, B, group, 2]
+            if real is None:
+                found.append(held.mean(0))
+            else:
+                found.append(held.where(real, 0).sum(0) / real.sum(0).clamp(min=1))
         return torch.cat(found, 1)
 
     def _inside(self, picked: Tensor, ctx: LayerContext, device: torch.device) -> Tensor:

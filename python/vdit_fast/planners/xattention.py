@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,11 +30,11 @@ class XAttention(Planner):
     mass, up to and including the one that brings their sum above `top_p` of the row's.
 
     Different from the authors' code: theirs stops when the sum reaches `top_p`, ours when it exceeds it, which differs
-    only when they are equal; text may come first or last, is read by everything and left out of the estimate, as are
-    padding keys; any length.
+    only when they are equal; text may come first or last, is read by everything and left out of the estimate, as is
+    padding; any length.
 
     Knobs besides those of `Planner`:
-        top_p: share of the estimated mass that is read, in [0, 1]; 1 is dense. The density grows with it.
+        top_p: share of the estimated mass on the video that is read, in [0, 1]; 1 is dense. The density grows with it.
         stride: distance of the antidiagonals; 1 computes the exact masses.
         block: tokens per block, a multiple of `stride`.
 
@@ -67,20 +68,31 @@ class XAttention(Planner):
     def mass(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
         """Estimated attention mass between video blocks, mean over the query rows: fp32 [B, H, blocks, blocks].
 
-        Rows of full blocks sum to 1. Exact with stride 1.
+        Rows of full blocks sum to 1. Exact with stride 1. Padding queries count for nothing; a block of padding alone
+        holds its own mass.
         """
         video = ctx.video_slice
+        q, k = q[:, video], k[:, video]
         valid = valid_keys(ctx, q.device)
         if valid is not None:
             valid = (valid - video.start).clamp(0, ctx.n_video)
-        q, k = q[:, video], k[:, video]
+            padding = torch.arange(ctx.n_video, device=q.device) >= valid[:, None]
+            q = q.masked_fill(padding[..., None, None], 0)  # a folded query may be real in part
         lse = ops.score_lse(q, k, fold=self.stride, kv_len=valid)
+        if valid is not None:
+            first = torch.arange(lse.shape[-1], device=q.device) * self.stride
+            lse = lse.masked_fill((first >= valid[:, None])[:, None], -math.inf)
         rows = self.block // self.stride
-        return ops.block_mass(q, k, lse, rows, rows, fold=self.stride, kv_len=valid) / rows
+        mass = ops.block_mass(q, k, lse, rows, rows, fold=self.stride, kv_len=valid) / rows
+        if valid is None:
+            return mass
+        blocks = torch.arange(mass.shape[-1], device=q.device)
+        empty = (blocks * self.block >= valid[:, None])[:, None, :, None]
+        return torch.where(empty, (blocks[:, None] == blocks).float(), mass)
 
     def _strips(self, ctx: LayerContext, device: torch.device) -> Tiling:
         key = ("xattention strips", self, tuple(ctx.grid), ctx.text, ctx.text_first, device)
-        if key not in ctx.state:
-            ctx.state[key] = strips(equal(ctx.n_video, self.block), ctx, self.sinks, device)
-        found: Tiling = ctx.state[key]
+        if key not in ctx.static:
+            ctx.static[key] = strips(equal(ctx.n_video, self.block), ctx, self.sinks, device)
+        found: Tiling = ctx.static[key]
         return found

@@ -86,7 +86,7 @@ def recall_curve(
 def _spots() -> list[tuple[float, float]]:
     """Offsets of a label from its point, in points, the preferred ones first: near, then further out."""
     near = [(0, 1), (0, -1), (1, 0), (-1, 0), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8)]
-    return [(distance * x, distance * y) for distance in (9, 20, 32, 46) for x, y in near]
+    return [(distance * x, distance * y) for distance in (9, 24, 39, 54, 70) for x, y in near]
 
 
 def _place_labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
@@ -95,56 +95,48 @@ def _place_labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None
     One that finds no place near its point stands further out, with a thin line to it.
     """
     from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
 
-    halo = withStroke(linewidth=3, foreground=PAPER)
     figure = axes.figure
     figure.canvas.draw()
-    renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
+    renderer, frame, dot = figure.canvas.get_renderer(), axes.get_window_extent(), figure.dpi / 72
     pixel = [axes.transData.transform((x, y)) for x, y, _ in points]
-    radius = 5 * figure.dpi / 72
     taken: list[Any] = []
     for number, (x, y, text) in enumerate(points):
-        best: tuple[float, Any, Any] | None = None
-        for dx, dy in _spots():
-            far = math.hypot(dx, dy) > 14
-            ha = "center" if dx == 0 else "left" if dx > 0 else "right"
-            va = "center" if dy == 0 else "bottom" if dy > 0 else "top"
-            line = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4} if far else None
-            note = axes.annotate(
-                text,
-                (x, y),
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha=ha,
-                va=va,
-                fontsize=10,
-                color=INK,
-                arrowprops=line,
-            )
-            note.set_path_effects([halo])
-            box = note.get_window_extent(renderer) if not far else _text_box(note, renderer)
-            wide = box.padded(radius)
-            clash = sum(box.overlaps(other) for other in taken)
-            clash += sum(wide.contains(*at) for i, at in enumerate(pixel) if i != number)
-            clash += 2 * (box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1)
-            if best is None or clash < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (clash, note, box)
-            else:
-                note.remove()
-            if best[0] == 0:
-                break
-        if best is not None:
-            taken.append(best[2])
+        probe = axes.text(x, y, text, fontsize=10)
+        size = probe.get_window_extent(renderer)
+        probe.remove()
 
+        def place(spot: tuple[float, float], number: int = number, size: Any = size) -> Any:
+            (px, py), (dx, dy) = pixel[number], spot
+            left = px + dot * dx - size.width * (0.5 if dx == 0 else float(dx < 0))
+            low = py + dot * dy - size.height * (0.5 if dy == 0 else float(dy < 0))
+            return Bbox.from_bounds(left, low, size.width, size.height)
 
-def _text_box(note: Any, renderer: Any) -> Any:
-    """Extent of an annotation's words without its line."""
-    from matplotlib.text import Text
+        def clash(spot: tuple[float, float], number: int = number, place: Any = place) -> float:
+            box = place(spot)
+            wide = box.padded(5 * dot)
+            hits = sum(box.overlaps(other) for other in taken)
+            hits += sum(wide.contains(*at) for i, at in enumerate(pixel) if i != number)
+            return hits + 2 * (box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1)
 
-    note.update_positions(renderer)
-    return Text.get_window_extent(note, renderer)
+        spot = min(_spots(), key=clash)  # the first of the best
+        taken.append(place(spot))
+        far = math.hypot(*spot) > 14
+        line = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4} if far else None
+        dx, dy = spot
+        note = axes.annotate(
+            text,
+            (x, y),
+            xytext=spot,
+            textcoords="offset points",
+            ha="center" if dx == 0 else "left" if dx > 0 else "right",
+            va="center" if dy == 0 else "bottom" if dy > 0 else "top",
+            fontsize=10,
+            color=INK,
+            arrowprops=line,
+        )
+        note.set_path_effects([withStroke(linewidth=3, foreground=PAPER)])
 
 
 def _infinite_tick(axes: Any, highest: float, top: float) -> None:

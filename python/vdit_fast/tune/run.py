@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vdit_fast.tune.search import Watcher
 
 SPARSE = tuple(mode for mode in LETTER if mode != "full")
-PRICE, MAX_LOSS = 0.1, 0.1
+PRICE, MAX_LOSS = 0.1, 0.05
 Progress = Callable[[int, int, str], None]
 
 

@@ -42,7 +42,7 @@ def command(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     overrides: SetOption = None,
     price: Price = 0.1,
-    max_loss: MaxLoss = 0.1,
+    max_loss: MaxLoss = 0.05,
     cost: Cost = "time",
     modes: Modes = "skip,diagonal,multi_diagonal,vertical",
     groups: Groups = None,
