@@ -21,8 +21,8 @@ def measured(planner, ctx, q, k, v):
 def test_rho_is_one_when_nothing_is_dropped(text, text_first):
     ctx = layer(GRID, text, text_first)
     rho, residual = measured(Rettention(window=1.0), ctx, *draw(ctx, 2, 16, 2))
-    torch.testing.assert_close(rho, torch.ones_like(rho), atol=1e-6, rtol=0)
-    torch.testing.assert_close(residual, torch.zeros_like(residual), atol=1e-6, rtol=0)
+    torch.testing.assert_close(rho, torch.ones_like(rho), atol=4e-6, rtol=0)
+    torch.testing.assert_close(residual, torch.zeros_like(residual), atol=4e-6, rtol=0)
 
 
 def test_equal_scores_make_rho_the_share_of_keys():
@@ -75,3 +75,44 @@ def test_papers_schedule_and_increment():
             growth.append(round(float((found.row_scale - rho).mean()), 4))
     assert [kinds.count(word) for word in ("dense", "observed", "sparse")] == [15, 7, 28]
     assert growth == [0.0, 0.04, 0.08, 0.12] * 7
+
+
+@pytest.mark.parametrize(("text", "text_first"), [(0, False), (11, True)])
+def test_steps_between_complete_the_window_with_what_was_remembered(text, text_first):
+    """Inputs that stand still give dense attention at every step; values that move, only inside the window do."""
+    state, planner = {}, Rettention(window=0.2, increment=0.0, dense_steps=0, interval=3)
+    ctx = layer(GRID, text, text_first)
+    q, k, v = draw(ctx, 2, 16, 2)
+    dense = vdit_fast.attention(q, k, v)
+    window = planner.plan(q, k, ctx)
+    assert float((vdit_fast.attention(q, k, v, window) - dense).norm() / dense.norm()) > 0.3  # much lies outside
+    for step in range(6):
+        found, out = call(planner, layer(GRID, text, text_first, step=step, state=state), q, k, v)
+        assert kind(found) == ("sparse" if step % 3 else "observed")
+        torch.testing.assert_close(out, dense, atol=4e-6, rtol=1e-5)
+        if step % 3:
+            assert found.plan.density < 0.5
+            moved = v + torch.randn_like(v)
+            _, out = call(planner, layer(GRID, text, text_first, step=step, state=state), q, k, moved)
+            mask, weights = window.to_mask(), dense_weights(q, k)
+            want = torch.einsum("bhqk,bkhd->bqhd", weights * mask, moved.double())
+            want += torch.einsum("bhqk,bkhd->bqhd", weights * ~mask, v.double())
+            torch.testing.assert_close(out.double(), want, atol=4e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+def test_rho_grows_by_the_increment(clamp):
+    """The m-th step after a caching step returns (rho + 0.04 (m - 1)) O_w + R, with its own O_w."""
+    state, planner = {}, Rettention(window=0.6, dense_steps=0, clamp=clamp)
+    ctx = layer(GRID)
+    q, k, v = draw(ctx, 2, 16)
+    rho, residual = measured(planner, ctx, q, k, v)
+    for step in range(5):
+        new = draw(ctx, 2, 16) if step else (q, k, v)
+        _, out = call(planner, layer(GRID, step=step, state=state), *new)
+        if step:
+            scale = rho + 0.04 * (step - 1)
+            scale = scale.clamp(max=1) if clamp else scale
+            part = vdit_fast.attention(*new, planner.plan(*new[:2], ctx))
+            want = part * scale.transpose(1, 2)[..., None] + residual
+            torch.testing.assert_close(out, want, atol=4e-6, rtol=1e-5)
