@@ -8,6 +8,7 @@ from emulator_block_mass import block_mass, score_lse
 from mass_cases import ALL, BF16, MassCase, build, check_lse, check_mass
 
 from emulator import POLICIES, RANDOMS, EmulatorError
+from vdit_fast import reference
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda c: c.name)
@@ -74,6 +75,21 @@ def test_weights_beyond_fp32_are_infinite() -> None:
     assert not block_mass(*problem.mass_args).any()
 
 
+@pytest.mark.parametrize("key", [0, 40, 70, 149])
+def test_infinite_scores(key: int) -> None:
+    """A score of +inf makes its row's LSE +inf, in stages before, at and behind others; NaN wins."""
+    problem = build(MassCase("inf", lk=150, batch=2, heads=1, kv_heads=1))
+    q, k = problem.q, problem.k
+    k[0, key, 0, 3] = k[1, 100, 0, 3] = k[1, key, 0, 3] = torch.inf  # scores of both signs
+    q[1, 5, 0, 4], q[0, 7, 0, 3] = torch.nan, 0.0
+    lse, want = score_lse(q, k, policy=RANDOMS[0]), reference.score_lse(q, k)
+    assert lse[0, 0].isposinf().sum() > 20 and lse[0, 0].isfinite().sum() > 20 and lse[0, 0, 7].isnan()
+    torch.testing.assert_close(lse, want, rtol=2e-5, atol=2e-5, equal_nan=True)
+    for given in (want, torch.zeros_like(want)):
+        mass, want_mass = block_mass(q, k, given, 5, 32), reference.block_mass(q, k, given, 5, 32)
+        torch.testing.assert_close(mass, want_mass, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def test_wild_lengths_stay_inside_the_tensors() -> None:
     problem = build(MassCase("wild", batch=2, fold=3))
     for kv_len in (torch.tensor([-3, 2**31 - 1], dtype=torch.int32), torch.tensor([-(2**62), 2**62])):
@@ -94,6 +110,12 @@ def test_calls_the_kernel_cannot_serve_are_refused() -> None:
     for blocks, fold in (((0, 1), 1), ((1, 0), 1), ((1, 1), 0)):
         with pytest.raises(EmulatorError, match="error code 1"):
             block_mass(q, k, torch.zeros(1, 1, 5), *blocks, fold=fold)
+
+
+def test_blocks_larger_than_everything() -> None:
+    problem = build(MassCase("huge", heads=1, kv_heads=1))
+    args, most = problem.mass_args[:3], 2**63 - 1
+    assert torch.equal(block_mass(*args, most, most), block_mass(*args, 150, 170))
 
 
 @pytest.mark.parametrize(("batch", "lq", "lk"), [(0, 5, 5), (1, 0, 5), (2, 5, 0)])

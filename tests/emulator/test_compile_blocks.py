@@ -55,3 +55,28 @@ def test_a_run_across_chunks_of_empty_blocks(policy: Policy) -> None:
     m.keep[:, :, 20:90] = False  # means nothing
     m.keep[:, 1, 95:] = False
     check(m, policy)
+
+
+def test_negative_lengths_count_as_none(policy: Policy) -> None:
+    m = draw(3, 9, 40, shared=(False, False), q_tile=16)
+    q_len, kv_len = (torch.where(t == 0, -(2**40), t) for t in (m.q_len, m.kv_len))
+    for q_tile in (None, 16):
+        want = compile_blocks(m.keep, m.q_len, m.kv_len, m.lq, q_tile, policy)
+        got = compile_blocks(m.keep, q_len, kv_len, m.lq, q_tile, policy)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), q_tile
+
+
+def test_tiles_larger_than_everything() -> None:
+    m = draw(3, 9, 40)
+    want = compile_blocks_reference(m.keep, m.q_len, m.kv_len, lq=m.lq, trim=True)
+    tiles, run_ptr, runs = compile_blocks(m.keep, m.q_len, m.kv_len, m.lq, 2**63 - 1)
+    used = len(want[0])
+    assert torch.equal(tiles[:used], want[0]) and not tiles[used:, 2].any()
+    assert torch.equal(run_ptr[: used + 1], want[1]) and torch.equal(runs[: len(want[2])], want[2])
+
+
+@pytest.mark.parametrize("q_tile", [None, 16])
+def test_no_query_blocks(q_tile: int | None) -> None:
+    keep, lengths = torch.ones(2, 0, 5, dtype=torch.bool), torch.zeros(1, 0, dtype=torch.int64)
+    tiles, run_ptr, runs = compile_blocks(keep, lengths, torch.full((1, 5), 3), 100, q_tile)
+    assert tiles.shape == (0, 3) and run_ptr.tolist() == [0] and runs.shape == (0, 3)

@@ -222,13 +222,73 @@ def test_large_blocks_of_queries() -> None:
     torch.testing.assert_close(whole[:, :, 0], parts.sum(2), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("fold", [1, 3])
+def test_blocks_larger_than_everything(fold: int) -> None:
+    q, k = tensors(50, 70)
+    lse, most = score_lse(q, k, fold=fold), 2**63 - 1
+    for blocks in ((most, most), (7, most), (most, 7)):
+        mass = block_mass(q, k, lse, *blocks, fold=fold)
+        assert torch.equal(mass, block_mass(q, k, lse, *(min(n, 70) for n in blocks), fold=fold)) and mass.any()
+    assert block_mass(q[:, :0], k, lse[..., :0], most, most, fold=fold).shape == (2, 4, 0, 1)
+    assert block_mass(q, k[:, :0], lse, most, most, fold=fold).shape == (2, 4, 1, 0)
+
+
+@pytest.mark.parametrize("key", [0, 40, 70, 149])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_scores(dtype: torch.dtype, key: int) -> None:
+    """A score of +inf makes its row's LSE +inf; NaN wins. In panels and stages before, at and behind others."""
+    q, k = tensors(dtype=dtype, kv_heads=4)
+    k[0, key, 1, 3] = torch.inf  # scores of both signs
+    k[1, key, 2, 3] = k[1, 100, 2, 3] = torch.inf
+    q[1, 5, 2, 4], q[0, 7, 1, 3] = torch.nan, 0.0
+    lse, want = score_lse(q, k), reference.score_lse(q, k)
+    assert lse[0, 1].isposinf().sum() > 20 and lse[0, 1].isfinite().sum() > 20 and lse[0, 1, 7].isnan()
+    torch.testing.assert_close(lse, want, rtol=2e-5, atol=2e-5, equal_nan=True)
+    for given_lse in (want, torch.zeros_like(want)):
+        mass, want_mass = (f(q, k, given_lse, 5, 32) for f in (block_mass, reference.block_mass))
+        torch.testing.assert_close(mass, want_mass, rtol=1e-4, atol=1e-5, equal_nan=True)
+        assert mass.isnan().any() and mass.isinf().any() == (given_lse is not want)
+
+
+def test_expanded_lengths() -> None:
+    q, k = tensors()
+    one = torch.tensor([90])
+    lse = score_lse(q, k, kv_len=one.expand(2))
+    assert torch.equal(lse, score_lse(q, k, kv_len=torch.tensor([90, 90])))
+    mass = block_mass(q, k, lse, 64, 64, kv_len=one.expand(2))
+    assert torch.equal(mass, block_mass(q, k, lse, 64, 64, kv_len=torch.tensor([90, 90])))
+
+
+def test_threads_do_not_keep_large_buffers(run_python) -> None:
+    """A tile of queries of fold 1024 and head dim 256 has 96 MiB."""
+    run_python("""
+import gc, pathlib
+import torch
+from vdit_fast.ops import block_mass, score_lse
+
+def resident():
+    gc.collect()
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+torch.set_num_threads(1)
+q, k = torch.randn(2, 1, 2048, 1, 256).unbind(0)
+block_mass(q[:, :64], k[:, :64], score_lse(q[:, :64], k[:, :64]), 8, 8)
+before = resident()
+lse = score_lse(q, k, fold=1024)
+assert resident() < before + (60 << 20), "score_lse"
+block_mass(q, k, lse, 1, 1, fold=1024)
+assert resident() < before + (60 << 20), "block_mass"
+""")
+
+
 @pytest.mark.parametrize(("lq", "lk", "batch"), [(0, 5, 1), (5, 0, 1), (0, 0, 1), (5, 5, 0)])
 def test_empty_tensors(lq: int, lk: int, batch: int) -> None:
     q, k = tensors(lq, lk, batch)
     lse = score_lse(q, k, fold=2)
-    assert lse.shape == (batch, 4, -(-lq // 2)) and (lse == -torch.inf).all() == (lk == 0 or lse.numel() == 0)
+    assert lse.shape == (batch, 4, -(-lq // 2)) and lse.numel() == (12 if (lq, batch) == (5, 1) else 0)
+    assert (lse == -torch.inf).all()
     mass = block_mass(q, k, lse, 2, 2, fold=2)
-    assert mass.shape == (batch, 4, -(-lq // 4), -(-lk // 4)) and not (mass.numel() and lk == 0)
+    assert mass.shape == (batch, 4, -(-lq // 4), -(-lk // 4)) and mass.numel() == 0
 
 
 def test_no_gradient() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cluster_labels import check_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,26 +21,6 @@ from vdit_fast.reference import clusters
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = ["generic", "avx2", "avx512"]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the emulator runs the same")
-
-
-def check_labels(x: Tensor, centroids: Tensor, labels: Tensor) -> None:
-    """The chosen distance is the smallest up to fp32 rounding; where it is the smallest by far, so is the label."""
-    c = centroids.to(x.dtype).double()
-    products = x.double().transpose(1, 2) @ c.mT
-    distance = c.square().sum(-1)[:, :, None] - 2 * products
-    # A sum of D products in any order, and the subtraction: D + 2 roundings of at most this magnitude.
-    size = c.square().sum(-1)[:, :, None] + 2 * x.double().abs().transpose(1, 2) @ c.abs().mT
-    bound = (x.shape[-1] + 2) * torch.finfo(torch.float32).eps * size
-    assert labels.dtype == torch.int32 and labels.is_contiguous() and labels.shape == distance.shape[:-1]
-    chosen = labels.long()[..., None]
-    chosen_bound = bound.gather(-1, chosen)
-    assert (distance.gather(-1, chosen) - chosen_bound <= distance + bound).all()
-    best, index = distance.min(-1)
-    others = distance.scatter(-1, index[..., None], torch.inf)
-    separated = (others - bound > best[..., None] + bound.gather(-1, index[..., None])).all(-1)
-    assert torch.equal(labels[separated], index.to(torch.int32)[separated])
-    if labels.numel() > 100 and c.shape[2] > 1:
-        assert separated.double().mean() > 0.5, "the inputs hardly test the labels"
 
 
 def strided(shape: tuple[int, int, int, int], kind: str, dtype: torch.dtype) -> Tensor:
@@ -174,6 +155,19 @@ def test_permutation_is_that_of_the_reference(shape, kind: str, dtype: torch.dty
         assert torch.equal(out, clusters.permute_tokens(x, order)) and out.is_contiguous()
         assert torch.equal(ops.permute_tokens(x, order, inverse=True), clusters.permute_tokens(x, order, inverse=True))
         assert torch.equal(ops.permute_tokens(out, order, inverse=True), x)
+
+
+def test_every_order_of_an_inverse_is_looked_at() -> None:
+    """An order that names a token twice leaves another row unwritten."""
+    x = torch.randn(2, 200, 3, 4)
+    for shape in ((1, 1), (2, 1), (1, 3), (2, 3)):
+        order = torch.rand(*shape, 200).argsort(-1).to(torch.int32)
+        for view in (order, order.transpose(0, 2).contiguous().transpose(0, 2)):
+            assert torch.equal(ops.permute_tokens(ops.permute_tokens(x, view), view, inverse=True), x)
+        order[-1, -1, 150] = order[-1, -1, 20]
+        with pytest.raises(RuntimeError, match=f"order names token {order[-1, -1, 20]} twice"):
+            ops.permute_tokens(x, order, inverse=True)
+        assert torch.equal(ops.permute_tokens(x, order), clusters.permute_tokens(x, order))  # a gather
 
 
 def test_permutation_keeps_nan_bits() -> None:
@@ -419,6 +413,8 @@ ORDER, LENGTH = torch.arange(5, dtype=torch.int32).view(1, 1, 5), torch.tensor([
         (lambda: ops.permute_tokens(X, ORDER[..., :4]), r"order has shape \[1, 1, 4\]; expected \[1 or 2, 1 or 3, 5\]"),
         (lambda: ops.permute_tokens(X, ORDER.long()), "order is int64; expected int32"),
         (lambda: ops.permute_tokens(X, ORDER + 1), "order has entries outside 0 to 4"),
+        (lambda: ops.permute_tokens(X, ORDER + 1, inverse=True), "order has entries outside 0 to 4"),
+        (lambda: ops.permute_tokens(X, ORDER.clamp(max=3), inverse=True), "order names token 3 twice; its inverse"),
         (lambda: ops.block_mean(X, LENGTH.float()), "lengths is float32; expected int32 or int64"),
         (lambda: ops.block_mean(X, LENGTH[0]), r"lengths has shape \[1, 2\]; expected \[1 or 2, 1 or 3, any\]"),
         (lambda: ops.block_mean(X, LENGTH + 1), r"lengths\[0, 0, 1\] is 4; lengths are at least 0 and sum to at most"),

@@ -79,6 +79,21 @@ def test_strides_and_empty_maps() -> None:
     assert len(tiles) == 24 and not run_ptr.any() and runs.shape == (0, 3)
 
 
+def test_tiles_larger_than_everything() -> None:
+    m = draw(3, 5, 7)
+    for q_tile in (m.lq, 2**63 - 1):
+        got, want = compile_blocks(*arguments(m)[:4], q_tile), compile_blocks(*arguments(m))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_any_byte_but_0_is_true() -> None:
+    m = draw(3, 5, 77)
+    values = torch.randint(1, 256, m.keep.shape, dtype=torch.uint8)
+    odd = torch.where(m.keep, values, 0).to(torch.uint8).view(torch.bool)
+    got, want = compile_blocks(odd, *arguments(m)[1:]), compile_blocks(*arguments(m))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_opcheck() -> None:
     for q_tile in (None, 16):
         torch.library.opcheck(torch.ops.vdit_fast.compile_blocks, arguments(draw(2, 5, 40, q_tile=q_tile)))
@@ -89,6 +104,9 @@ def test_shapes_on_a_device_without_values() -> None:
     there = (t.to("meta") for t in (m.keep, m.q_len, m.kv_len))
     tiles, run_ptr, runs = compile_blocks(*there, 100, 16)
     assert [len(t) for t in (tiles, run_ptr, runs)] == [3 * (5 + 6), 3 * (5 + 6) + 1, 3 * (5 + 6) * 4]
+    none = torch.zeros(3, 0, 7, dtype=torch.bool, device="meta"), torch.zeros(1, 0, dtype=torch.int64, device="meta")
+    tiles, run_ptr, runs = compile_blocks(*none, m.kv_len.to("meta"), 100, 16)
+    assert [len(t) for t in (tiles, run_ptr, runs)] == [0, 1, 0]
 
 
 M = draw(2, 3, 4)
@@ -104,6 +122,15 @@ M = draw(2, 3, 4)
         ({"kv_len": M.q_len}, r"kv_len is int64 \[1, 3\]; expected int64 \[1, 4\] or \[2, 4\]"),
         ({"kv_len": M.kv_len.expand(3, 4)}, r"kv_len is int64 \[3, 4\]"),
         ({"lq": -1}, "lq is -1"),
+        ({"lq": 2**31}, "lq is 2147483648; expected 0 to 2147483647"),
+        ({"lq": M.lq - 1}, rf"q_len\[0\] sums to more than lq, {M.lq - 1}"),
+        ({"q_len": torch.tensor([[5, -1, 0]])}, r"q_len\[0, 1\] is -1; lengths are at least 0"),
+        ({"kv_len": torch.tensor([[0, 2, 0, 1], [0, 2, 0, -(2**63)]])}, r"kv_len\[1, 3\] is -9223372036854775808"),
+        (
+            {"kv_len": torch.tensor([[2**31 - 1, 0, 0, 1]])},
+            r"kv_len\[0\] sums to more than int32 can index, 2147483647",
+        ),
+        ({"kv_len": torch.full((1, 4), 2**62)}, r"kv_len\[0\] sums to more than"),
         ({"q_tile": 0}, "q_tile is 0; expected at least 1"),
     ],
 )

@@ -84,6 +84,10 @@ def test_rules_of_the_contract() -> None:
     assert select_top_p(quarter, 0.0).tolist() == [True, False, False, False]
     assert select_top_p(torch.tensor([nan, 1.0, nan, 0.0]), 0.0).tolist() == [True, True, True, False]
     assert select_top_p(torch.tensor([300.0, 256.0, 1.0]), 0.5).tolist() == [True, True, False]  # both count 256
+    # a row without a unit of mass keeps everything, and so does p = 1: no sum exceeds the row's
+    assert select_top_p(torch.tensor([2.0**-33, 0.0, -1.0]), 0.0).tolist() == [True, True, True]
+    assert select_top_p(torch.tensor([0.0, 0.5, -1.0, 0.5]), 1.0).tolist() == [True, True, True, True]
+    assert select_top_p(torch.tensor([0.0, 0.5, -1.0, 0.5]), 0.999).tolist() == [False, True, False, True]
 
 
 def test_bitwise_equal_for_any_number_of_threads() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vdit_fast import ops
 from vdit_fast.plan.rows import plan_rows
+from vdit_fast.planners._sampling import sample
 
 if TYPE_CHECKING:
     from vdit_fast.context import LayerContext
@@ -26,11 +27,7 @@ LIFT = 1.5
 
 def sample_rows(ctx: LayerContext, count: int, device: torch.device | str) -> Tensor:
     """Video queries spread by golden-ratio steps: int64 ``[<= count]``, joint-sequence indices."""
-    first = ctx.video_slice.start
-    if count >= ctx.n_video:
-        return torch.arange(first, first + ctx.n_video, device=device)
-    golden = (math.sqrt(5) - 1) / 2
-    return torch.tensor([first + int((i + 0.5) * golden % 1.0 * ctx.n_video) for i in range(count)], device=device)
+    return sample(count, ctx.n_video, device) + ctx.video_slice.start
 
 
 @dataclass(frozen=True)

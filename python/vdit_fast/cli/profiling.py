@@ -198,8 +198,6 @@ def verdict(document: dict[str, Any]) -> tuple[str, list[str]]:
     cost, name = document["cost"], document["planner"]["method"]
     against, warnings = [], []
     share, limit = cost["attention_share"], cost["limit"]
-    if limit < 1.15:
-        against.append(f"attention is {share:.0%} of a forward: no method can give more than {limit:.2f}x")
     if not document["sparse_calls"]:
         reasons = sorted(document["dense_reasons"].items(), key=lambda item: -item[1])[:2]
         against.append(f"{name} keeps every call dense: " + "; ".join(reason for reason, _ in reasons))
@@ -211,9 +209,11 @@ def verdict(document: dict[str, Any]) -> tuple[str, list[str]]:
             )
         elif cost["sparse_step_speedup"] >= WORTH:
             against.append(f"only {cost['sparse_share']:.0%} of the calls are sparse, in {document['steps']} steps")
+    if limit < 1.15:  # after the reasons that do not hang on the clock
+        against.append(f"attention is {share:.0%} of a forward: no method can give more than {limit:.2f}x")
     if against or cost["speedup"] < WORTH:
         extra = against or [f"{document['tokens']['video']:,} tokens leave too little to gain"]
-        return f"this will not help here: {extra[0]}", extra
+        return f"this will not help here: {'; '.join(extra)}", extra
     recall, reachable = (_mean([row[key] for row in document["heads"]]) for key in ("recall", "reachable"))
     if recall is not None and reachable is not None and recall < ENOUGH:
         if document["corrected"]:

@@ -31,15 +31,6 @@ def fraction(name: str, value: Any) -> float:
     return float(value)
 
 
-def share(name: str, value: Any) -> float:
-    """A finite number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number in [0, 1], got {value!r}")
-    if not (math.isfinite(value) and 0 <= value <= 1):
-        raise ValueError(f"{name} must be a finite number in [0, 1], got {value!r}")
-    return float(value)
-
-
 def counts(name: str, value: Any, length: int, *, least: int = 1) -> tuple[int, ...]:
     """A tuple (or list, as a config file gives it) of exactly `length` integers ≥ least."""
     if isinstance(value, str) or not isinstance(value, Iterable):

@@ -11,7 +11,7 @@ from torch import Tensor
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def spread(count: int, total: int | Tensor, device: torch.device) -> Tensor:
+def spread(count: int, total: int | Tensor, device: torch.device | str) -> Tensor:
     """`count` positions in 0 ... total − 1 in golden-ratio steps: as even as equal steps, never in phase with columns.
 
     All differ while count < 0.44 · total. An integer tensor `total` [..., 1] on the device gives int64 [..., count].
@@ -20,7 +20,7 @@ def spread(count: int, total: int | Tensor, device: torch.device) -> Tensor:
     return (part * total).long()
 
 
-def sample(rows: int, n_video: int, device: torch.device) -> Tensor:
+def sample(rows: int, n_video: int, device: torch.device | str) -> Tensor:
     """Video tokens to look at: int64, `rows` of them, or all when there are not more."""
     return torch.arange(n_video, device=device) if rows >= n_video else spread(rows, n_video, device)
 

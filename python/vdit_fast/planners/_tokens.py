@@ -21,6 +21,18 @@ def cut(length: int, size: int) -> tuple[int, ...]:
     return (base + 1,) * more + (base,) * (pieces - more)
 
 
+def tile_labels(
+    axes: Axes, major: tuple[int, int, int] = (0, 1, 2), device: torch.device | str | None = None
+) -> Tensor:
+    """The tile of every video token, int64 [n_video]; `major` numbers the tiles as in `tiling`."""
+    label = torch.arange(len(axes[0]) * len(axes[1]) * len(axes[2]), device=device)
+    label = label.view([len(axes[i]) for i in major]).permute([major.index(i) for i in range(3)])
+    for axis, pieces in enumerate(axes):
+        lengths = torch.tensor(pieces, device=device)
+        label = torch.repeat_interleave(label, lengths, dim=axis, output_size=sum(pieces))
+    return label.flatten()
+
+
 @dataclass(frozen=True, eq=False)
 class Tiling:
     """The joint sequence cut into blocks: video tiles one after the other, and text blocks before or after them.
@@ -66,11 +78,7 @@ def tiling(
     # ordinary (not inference) tensors: the result is kept and may be saved for a backward later
     with torch.inference_mode(False):
         pieces = [torch.tensor(p, device=device) for p in axes]
-        index = torch.arange(len(axes[0]) * len(axes[1]) * len(axes[2]), device=device)
-        label = index.view([len(axes[i]) for i in major]).permute([major.index(i) for i in range(3)])
-        for axis, lengths in enumerate(pieces):
-            label = torch.repeat_interleave(label, lengths, dim=axis, output_size=sum(axes[axis]))
-        order = torch.argsort(label.flatten(), stable=True)
+        order = torch.argsort(tile_labels(axes, major, device), stable=True)
         size = pieces[0][:, None, None] * pieces[1][:, None] * pieces[2]
         lengths = size.permute(major).flatten()
         early = (pieces[0].cumsum(0) - pieces[0] < sinks)[:, None, None].expand(size.shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks
 from ._tokens import Axes, cut, tiling
-from ._windows import Widths, band, density
+from ._windows import Widths, density, tile_map
 from .base import Planner
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class SlidingTile(Planner):
                 axes = self.axes(ctx.grid)
                 tiles = tiling(axes, text=ctx.text, text_first=ctx.text_first, sinks=self.sinks, device=q.device)
                 different = list(dict.fromkeys(windows))
-                maps = torch.stack([_map(axes, window, q.device) for window in different])
+                maps = torch.stack([tile_map(axes, window, q.device) for window in different])
                 heads = torch.tensor([different.index(window) for window in windows], device=q.device)
                 ctx.static[key] = AttentionPlan.from_block_mask(
                     tiles.complete(maps[heads]),
@@ -109,12 +109,6 @@ def _table(name: str, value: Any) -> Any:
     if isinstance(value, list | tuple) and value and all(isinstance(item, list | tuple) for item in value):
         return tuple(_table(f"{name}[{i}]", item) for i, item in enumerate(value))
     return _checks.counts(name, value, 3, least=0)
-
-
-def _map(axes: Axes, window: Widths, device: torch.device) -> Tensor:
-    """bool [tiles, tiles] of one window."""
-    t, y, x = (band(len(pieces), w, device) for pieces, w in zip(axes, window, strict=True))
-    return (t[:, None, None, :, None, None] & y[:, None, None, :, None] & x[:, None, None, :]).flatten(3).flatten(0, 2)
 
 
 def _nearest(axes: Axes, target: float) -> Widths:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +24,7 @@ from ._mode_table import (
     stripes_form,
     table_form,
 )
+from ._windows import band_width
 from .base import Decision, Planner
 
 if TYPE_CHECKING:
@@ -250,11 +250,8 @@ class SparseVDiT(Planner):
         return place.reads(place.band(self.width(ctx), token_major=letter == "m"), place.q_len)
 
     def width(self, ctx: LayerContext) -> float:
-        """Half the width of the band in tokens (Sparse VideoGen's closed form times the tokens of a frame)."""
-        if self.sparsity == 0:
-            return float(ctx.num_tokens)  # the text's share is no reason to drop anything
-        share = max(1 - self.sparsity - 2 * ctx.text / ctx.num_tokens, 0.0)
-        return ctx.num_tokens * (1 - math.sqrt(1 - share))
+        """Half the width of the band in tokens."""
+        return band_width(self.sparsity, ctx)
 
     def stripe_count(self, ctx: LayerContext) -> int:
         """How many blocks besides text and sinks a vertical head reads for the sparsity."""

@@ -13,6 +13,7 @@ from . import _checks
 from ._memory import choice
 from ._sampling import head_scores, sample
 from ._tokens import cut
+from ._windows import band_width
 from .base import Decision, Planner
 
 if TYPE_CHECKING:
@@ -107,12 +108,8 @@ class SVG1(Planner):
         return cls(**{**MODELS[model], **knobs})
 
     def width(self, ctx: LayerContext) -> float:
-        """W, half the width of the band in frames; infinite where everything is kept."""
-        if self.sparsity == 0:
-            return math.inf
-        tokens, frame = ctx.num_tokens, ctx.grid[1] * ctx.grid[2]
-        share = max(0.0, 1 - self.sparsity - 2 * ctx.text / tokens)
-        return tokens / frame * (1 - math.sqrt(1 - share))
+        """W, half the width of the band in frames; all tokens where everything is kept."""
+        return band_width(self.sparsity, ctx) / (ctx.grid[1] * ctx.grid[2])
 
     # ------------------------------------------------------------------ plan
     def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
@@ -191,7 +188,7 @@ class SVG1(Planner):
             (q_first, q_last), (k_first, k_last) = _ends(index, rows), _ends(late, rest)
             distance = ((q_first + q_last)[:, None] - (k_first + k_last)).abs().double() / 2  # of the centres
             overlap = (q_first[:, None] <= k_last) & (k_first <= q_last[:, None])
-            keep[:, len(early) :] = overlap | (distance <= self.width(ctx) * frame)
+            keep[:, len(early) :] = overlap | (distance <= band_width(self.sparsity, ctx))
         q_order, q_block, q_lengths = _joint(order, rows, ctx)
         kv_order, kv_block, kv_lengths = _joint(torch.cat([index[: sinks * frame], order[late]]), (*early, *rest), ctx)
         if ctx.text:

@@ -109,7 +109,7 @@ class SVG2(Planner):
             if getattr(self, knob) is not None:
                 self._set(knob, _checks.count(knob, getattr(self, knob), least=1))
         for knob in ("top_p", "min_keep_ratio"):
-            self._set(knob, _checks.share(knob, getattr(self, knob)))
+            self._set(knob, _checks.number(knob, getattr(self, knob), least=0, most=1))
         if self.sparsity is not None:
             self._set("sparsity", _checks.fraction("sparsity", self.sparsity))
         for knob in ("first_iterations", "iterations"):

@@ -12,8 +12,8 @@ from torch import Tensor
 from . import _checks
 from ._memory import choice
 from ._sampling import head_scores, sample
-from ._tokens import Axes, Tiling, cut, tiling
-from ._windows import Widths, band, density
+from ._tokens import Axes, Tiling, cut, tile_labels, tiling
+from ._windows import Widths, density, tile_map
 from .base import Planner
 
 if TYPE_CHECKING:
@@ -144,9 +144,7 @@ class Window(Planner):
                 tiles = tiling(
                     axes, major=major, text=ctx.text, text_first=ctx.text_first, sinks=self.sinks, device=device
                 )
-                t, y, x = (band(len(p), w, device) for p, w in zip(axes, self.widths(ctx.grid)[kind], strict=True))
-                grid = t[:, None, None, :, None, None] & y[:, None, None, :, None] & x[:, None, None, :]
-                keep = grid.permute(*major, *(3 + i for i in major)).flatten(3).flatten(0, 2)
+                keep = tile_map(axes, self.widths(ctx.grid)[kind], device, major)
                 ctx.static[key] = (tiles, tiles.complete(keep))
         found: tuple[Tiling, Tensor] = ctx.static[key]
         return found
@@ -185,22 +183,12 @@ class Window(Planner):
 
     def _inside(self, picked: Tensor, ctx: LayerContext, device: torch.device) -> Tensor:
         """fp32 [rows, n_video, 2]: 1 where a sampled query reads the video key by the spatial / temporal window."""
-        _, height, width = ctx.grid
-        place = (picked // (height * width), picked // width % height, picked % width)
-        kinds = []
-        for kind in KINDS:
-            bands = []
-            for axis, (pieces, w) in enumerate(zip(self.axes(ctx.grid), self.widths(ctx.grid)[kind], strict=True)):
-                lengths = torch.tensor(pieces, device=device)
-                tile = torch.repeat_interleave(
-                    torch.arange(len(pieces), device=device), lengths, output_size=sum(pieces)
-                )
-                bands.append(band(len(pieces), w, device)[tile[place[axis]]][:, tile])
-            t, y, x = bands
-            kinds.append((t[:, :, None, None] & y[:, None, :, None] & x[:, None, None, :]).flatten(1))
-        inside = torch.stack(kinds, -1)
+        axes, widths = self.axes(ctx.grid), self.widths(ctx.grid)
+        tile = tile_labels(axes, device=device)
+        maps = torch.stack([tile_map(axes, widths[kind], device) for kind in KINDS], -1)
+        inside = maps[tile[picked]][:, tile]
         if self.sinks:
-            inside[:, : self.sinks * height * width] = True
+            inside[:, : self.sinks * ctx.grid[1] * ctx.grid[2]] = True
         return inside.float()
 
 
