@@ -32,7 +32,7 @@ class Tuned:
     Attributes:
         planner: for ``Config(attention=planner)``.
         modes: the sparse modes that were tried, in the order of ``errors``.
-        errors: step range (its first step) -> layer -> [head][mode], relative mean square errors.
+        errors: step range (its first step) -> layer -> heads -> modes, relative mean square errors.
         costs, densities: of each mode, dense = 1.
         seconds: of the search.
     """
