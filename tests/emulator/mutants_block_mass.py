@@ -60,6 +60,12 @@ MUTANTS = [
     _bug("missing keys count", "if (valid < kKeys && 8 * n + column >= valid)", "if (false)", "shape"),
     _bug("old sums are not rescaled", "sum[i] * arch::ex2(top[i] - base) + part", "sum[i] + part", "shape-300"),
     _bug("rows keep sums of a quarter of the keys", "      total += arch::shfl_xor_f(total, 2);\n", "", "shape-300"),
+    _bug(
+        "inf minus inf",
+        "fminf(fmaxf(top[i], most * a.scale_log2), kLargest)",
+        "fmaxf(top[i], most * a.scale_log2)",
+        "infinite",
+    ),
     # ---- mass
     _bug("rows of weight 0 count", "dead[i] ? 0.f : part[i]", "part[i]", "dead"),
     _bug("key blocks end with the stage", "border < last ? border : last", "last", "blocks"),

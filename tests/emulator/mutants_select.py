@@ -145,4 +145,8 @@ MUTANTS = [
         "chunk += kPlaceThreads",
         "threads",
     ),
+    _blocks(
+        "negative lengths of query blocks are added", "i < m.nq && q_len[i] > 0 ?", "i < m.nq ?", "negative_lengths"
+    ),
+    _blocks("sizes beyond 64 bits", "(rows - 1) / m.q_tile + 1", "(rows + m.q_tile - 1) / m.q_tile", "larger"),
 ]

@@ -153,3 +153,12 @@ def test_cuda_equals_the_reference(q_tile: int | None) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_without_query_blocks() -> None:
+    keep = torch.ones(2, 0, 5, dtype=torch.bool, device="cuda")
+    lengths = [torch.zeros(1, n, dtype=torch.int64, device="cuda") for n in (0, 5)]
+    tiles, run_ptr, runs = compile_blocks(keep, *lengths, 100, 16)
+    assert tiles.shape == (0, 3) and run_ptr.tolist() == [0] and runs.shape == (0, 3)
