@@ -54,7 +54,7 @@ METHODS: dict[str, Method] = {
     "adaspa": Method("sparsity", low=0.34, fixed={"search": [0.0, 0.6]}, searches=True),
     "draft": Method("sparsity", fixed={"pool": [4, 8]}),
     "draft+compensate": Method("sparsity", fixed={"pool": [4, 8], "compensate": True}),
-    "radial": Method("decay", low=0.0, high=4.0, fixed={"block": 64}),
+    "radial": Method("decay", low=0.0, high=4.0, fixed={"block": 16}),  # larger ones cannot go below 0.4
     "rettention": Method("window", searches=True),
     "sliding_tile": Method("sparsity", fixed={"tile": [4, 4, 4]}),
     "sparge": Method("sparsity"),
