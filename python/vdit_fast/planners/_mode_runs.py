@@ -29,11 +29,13 @@ class HeadRuns:
 
     @classmethod
     def of(cls, plan: AttentionPlan) -> HeadRuns:
-        """From a plan of one head on the CPU."""
-        keys = torch.nn.functional.pad(plan.runs[:, 1].long().cumsum(0), (1, 0))
-        ends = plan.run_ptr.long()
-        work = (keys[ends[1:]] - keys[ends[:-1]]) * plan.tiles[:, 2]
-        return cls(plan.tiles[:, 1:].contiguous(), work, ends.diff(), plan.runs)
+        """From a plan of one head on the CPU, without unused capacity."""
+        tiles = plan.tiles[plan.tiles[:, 2] > 0]
+        ends = plan.run_ptr[: len(tiles) + 1].long()
+        runs = plan.runs[: ends[-1]]
+        keys = torch.nn.functional.pad(runs[:, 1].long().cumsum(0), (1, 0))
+        work = (keys[ends[1:]] - keys[ends[:-1]]) * tiles[:, 2]
+        return cls(tiles[:, 1:].contiguous(), work, ends.diff(), runs)
 
 
 def join(heads: Sequence[HeadRuns], tokens: int) -> AttentionPlan:
