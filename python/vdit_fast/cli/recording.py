@@ -15,7 +15,6 @@ from vdit_fast.planners.base import Decision, Planner
 
 if TYPE_CHECKING:
     from vdit_fast.context import LayerContext
-    from vdit_fast.plan import AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,6 @@ class Recording(Planner):
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": "recording"}
-
-    def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
-        raise NotImplementedError("a recording keeps every call dense")
 
     def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
         if ctx.step.step in self.steps and ctx.layer in self.layers and ctx.step.branch == 0:
