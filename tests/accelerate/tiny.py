@@ -3,106 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from families import BUILDERS
+from families.base import Built
 from torch import Tensor, nn
 
 from vdit_fast.context import LayerContext
 from vdit_fast.plan import AttentionPlan
 from vdit_fast.planners.base import Planner
-
-Built = tuple[nn.Module, dict[str, Any]]
-
-
-def _sharpen(model: nn.Module) -> nn.Module:
-    """Random weights give near-uniform attention, in which a lost RoPE or mask would hardly show."""
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0].endswith(("norm_q", "norm_k", "norm_added_q", "norm_added_k")) and "weight" in name:
-            parameter.data.mul_(1.7).add_(0.1 * torch.randn_like(parameter))
-    return model.eval().requires_grad_(False)
-
-
-def wan(
-    *, layers: int = 2, image: bool = False, per_token: bool = False, batch: int = 1, frames: int = 3, size: int = 8
-) -> Built:
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(1)
-    extra: dict[str, Any] = {"image_dim": 16, "added_kv_proj_dim": 32} if image else {}
-    model = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
-        ffn_dim=48, num_layers=layers, rope_max_seq_len=64, **extra,
-    )  # fmt: skip
-    tokens = frames * (size // 2) ** 2
-    timestep = torch.full((batch,), 500.0)
-    if per_token:  # the first frame is a condition and has no noise
-        timestep = torch.full((batch, tokens), 500.0)
-        timestep[:, : tokens // frames] = 0
-    inputs = {
-        "hidden_states": torch.randn(batch, 4, frames, size, size),
-        "timestep": timestep,
-        "encoder_hidden_states": torch.randn(batch, 512, 16),
-        "return_dict": False,
-    }
-    if image:
-        inputs["encoder_hidden_states_image"] = torch.randn(batch, 257, 16)
-    return _sharpen(model), inputs
-
-
-def hunyuan(*, layers: int = 1, single: int = 1, lengths: tuple[int, ...] = (5, 9)) -> Built:
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    torch.manual_seed(1)
-    model = HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=layers,
-        num_single_layers=single, num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=16,
-        pooled_projection_dim=8, rope_axes_dim=(4, 6, 6),
-    )  # fmt: skip
-    batch, text = len(lengths), 9
-    mask = (torch.arange(text) < torch.tensor(lengths)[:, None]).long()
-    return _sharpen(model), {
-        "hidden_states": torch.randn(batch, 4, 3, 8, 8),
-        "timestep": torch.full((batch,), 500.0),
-        "encoder_hidden_states": torch.randn(batch, text, 16) * 3,
-        "pooled_projections": torch.randn(batch, 8),
-        "encoder_attention_mask": mask,
-        "guidance": torch.full((batch,), 6000.0),
-        "return_dict": False,
-    }
-
-
-def cogvideox(*, layers: int = 2, rope: bool = True, batch: int = 2) -> Built:
-    from diffusers import CogVideoXTransformer3DModel
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-
-    torch.manual_seed(1)
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
-        text_embed_dim=16, num_layers=layers, sample_width=8, sample_height=8, sample_frames=9, patch_size=2,
-        temporal_compression_ratio=4,
-        max_text_seq_length=7, use_rotary_positional_embeddings=rope,
-    )  # fmt: skip
-    table = get_3d_rotary_pos_embed(16, ((0, 0), (4, 4)), (4, 4), 3) if rope else None
-    return _sharpen(model), {
-        "hidden_states": torch.randn(batch, 3, 4, 8, 8),
-        "timestep": torch.full((batch,), 500),
-        "encoder_hidden_states": torch.randn(batch, 7, 16),
-        "image_rotary_emb": table,
-        "return_dict": False,
-    }
-
-
-BUILDERS: dict[str, Callable[..., Built]] = {
-    "wan_t2v": wan,
-    "wan_i2v": lambda **kw: wan(image=True, **kw),
-    "wan_ti2v": lambda **kw: wan(per_token=True, **kw),
-    "hunyuan_video": hunyuan,
-    "cogvideox_5b": cogvideox,
-    "cogvideox_2b": lambda **kw: cogvideox(rope=False, **kw),
-}
 
 
 def build(family: str, **kw: Any) -> Built:
