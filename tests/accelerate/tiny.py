@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 import torch
 from families import BUILDERS
 from families.base import Built
+from families.cogvideox import cogvideox as cogvideox
+from families.hunyuan_video import hunyuan as hunyuan
+from families.wan import wan as wan
 from torch import Tensor, nn
 
 from vdit_fast.context import LayerContext
