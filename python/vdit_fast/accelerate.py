@@ -84,6 +84,7 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
     try:
         for root in roots.values():
             root.check_cache(settings)
+            root.fuse()
             root.wrap()
     except RuntimeError:
         handle.remove()

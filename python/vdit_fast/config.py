@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Config"]
 
 _ON_UNSUPPORTED = ("dense", "error")
+_FUSE = ("fast", "eager", "off")
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -78,6 +79,9 @@ class Config:
             package's kernel.
         cache: the policy that forecasts the transformer's output at some steps instead of computing it, None to
             compute every step.
+        fuse: how norms, RoPE, modulation and residuals of known blocks run: ``"fast"`` through fused operators that
+            keep fp32 until the result is written, ``"eager"`` through the same operators with the stock model's
+            rounding points, ``"off"`` as in the stock model.
         on_unsupported: what to do with a call that cannot be served (device without a kernel, unknown mask,
             context parallelism, ...): ``"dense"`` runs it densely the stock way and counts it in the report,
             ``"error"`` raises.
@@ -89,6 +93,7 @@ class Config:
 
     attention: Planner | None = None
     cache: CachePolicy | None = None
+    fuse: Literal["fast", "eager", "off"] = "fast"
     on_unsupported: Literal["dense", "error"] = "dense"
     verbose: bool = False
 
@@ -108,6 +113,8 @@ class Config:
                 f"cache must be a cache policy with decide() and forecast(), or None, got {type(policy).__name__}: "
                 f"{policy!r}; use Config.from_dict for the mapping form"
             )
+        if self.fuse not in _FUSE:
+            raise ValueError(f"fuse is {self.fuse!r}; {_nearest(str(self.fuse), _FUSE)}")
         if self.on_unsupported not in _ON_UNSUPPORTED:
             hint = _nearest(str(self.on_unsupported), _ON_UNSUPPORTED)
             raise ValueError(f"on_unsupported is {self.on_unsupported!r}; {hint}")
@@ -186,7 +193,13 @@ class Config:
         """The mapping form; ``Config.from_dict`` of it is equal to this object."""
         attention = self.attention.to_dict() if self.attention is not None else None
         cache = self.cache.to_dict() if self.cache is not None else None
-        return {"attention": attention, "cache": cache, "on_unsupported": self.on_unsupported, "verbose": self.verbose}
+        return {
+            "attention": attention,
+            "cache": cache,
+            "fuse": self.fuse,
+            "on_unsupported": self.on_unsupported,
+            "verbose": self.verbose,
+        }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a ``.json``, ``.yaml`` or ``.yml`` file that ``from_file`` reads back."""

@@ -14,6 +14,7 @@ from torch import nn
 from vdit_fast.caching.engine import CachedForward
 from vdit_fast.config import Config
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names
+from vdit_fast.models.fusion import attach, detach
 from vdit_fast.models.served import begin_forward
 from vdit_fast.models.session import Session
 from vdit_fast.models.tracker import StepTracker
@@ -113,6 +114,12 @@ class Root:
         module.register_forward_pre_hook(hook, with_kwargs=True)
         self.hooked = True
 
+    def fuse(self) -> None:
+        """Give the blocks that the family knows their fused forwards."""
+        module = self.module()
+        assert module is not None
+        attach(module, self.session, self.adapter.blocks)
+
     def wrap(self) -> None:
         """Put the cache around ``forward`` when the configuration has a policy, take it away when it has none."""
         module = self.module()
@@ -153,6 +160,7 @@ class Root:
         for name, processor in processors.items():
             set_processor(module.get_submodule(name), processor.stock)
         self.unwrap(module)
+        detach(module, self.session)
         self.session.cache.forget()
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _BeforeForward) and hook.session is self.session:
@@ -250,7 +258,8 @@ class Handle:
 
         Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
         ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``full``: reason -> forwards, ``forecast``:
-        step -> forwards, ``nbytes`` held), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a
+        step -> forwards, ``nbytes`` held), ``fused`` (``blocks``: class -> number with a fused forward, ``unfused``:
+        reason -> times), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a
         dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
         None where the layer did not run), ``mean_density``, ``plan_seconds``, ``attention_seconds``, ``dense`` and
         ``fallbacks`` (both reason -> calls).

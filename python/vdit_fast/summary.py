@@ -51,6 +51,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "forwards": sum(root.session.forwards for root in handle.roots),
         "host_reads": handle.host_reads,
         "cache": _cache(handle),
+        "fused": _fused(handle),
         "layers": layers,
         "skipped": skipped,
     }
@@ -66,6 +67,15 @@ def _cache(handle: Handle) -> dict[str, Any] | None:
         forecast.update(root.session.cache.forecasts)
     nbytes = sum(root.session.cache.nbytes for root in handle.roots)
     return {"full": dict(full), "forecast": dict(sorted(forecast.items())), "nbytes": nbytes}
+
+
+def _fused(handle: Handle) -> dict[str, dict[str, int]]:
+    blocks: Counter[str] = Counter()
+    unfused: Counter[str] = Counter()
+    for root in handle.roots:
+        blocks.update(root.session.fused.values())
+        unfused.update(root.session.unfused)
+    return {"blocks": dict(blocks), "unfused": dict(unfused)}
 
 
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
@@ -127,6 +137,10 @@ def report_text(handle: Handle) -> str:
             f"{cache['nbytes'] / 2**20:,.1f} MiB held"
         )
         lines += _reasons("forwards computed:", Counter(cache["full"]))
+    if handle.config.fuse != "off" and stats["fused"]["blocks"]:
+        blocks = ", ".join(f"{count:,} {kind}" for kind, count in stats["fused"]["blocks"].items())
+        lines.append(f"fused ({handle.config.fuse} rounding): {blocks}")
+    lines += _reasons("blocks run unfused (times):", Counter(stats["fused"]["unfused"]))
     lines += _reasons("kept dense by the planner (calls):", dense)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():

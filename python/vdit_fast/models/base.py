@@ -6,11 +6,13 @@ import copy
 import functools
 import inspect
 import weakref
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from vdit_fast.models.fusion import BlockForward
 from vdit_fast.models.session import Geometry, Session
 
 __all__ = ["ModelAdapter", "ServedProcessor", "parameter_names", "patch_grid", "project_heads", "rotate_pairs"]
@@ -143,6 +145,8 @@ class ModelAdapter:
     family: ClassVar[str]
     processors: ClassVar[dict[str, type[ServedProcessor]]]
     """Stock processor class name -> class that replaces it."""
+    blocks: ClassVar[Mapping[str, BlockForward]] = {}
+    """Block class name -> the forward that computes the same through fused operators."""
 
     def matches(self, processor: Any) -> bool:
         """True when this family knows the stock processor's class name."""

@@ -10,10 +10,29 @@ from torch import Tensor
 
 from vdit_fast._info import kernel_catalogue
 
-__all__ = ["MAX_HEAD_DIM", "cuda_limit", "dense_attention", "missing_device_kernel", "missing_kernel"]
+__all__ = [
+    "MAX_HEAD_DIM",
+    "cuda_limit",
+    "dense_attention",
+    "missing_device_kernel",
+    "missing_fused_kernel",
+    "missing_kernel",
+    "under_autocast",
+]
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def missing_fused_kernel(dtype: torch.dtype, device_type: str) -> str | None:
+    """Why the fused operators cannot run on tensors of this kind, or None when they can."""
+    if dtype not in _DTYPES:
+        return f"dtype {str(dtype).removeprefix('torch.')} has no fused kernel"
+    if device_type == "meta":  # shapes only, no kernel runs
+        return None
+    compiled = {kernel["device"] for kernel in kernel_catalogue() if kernel["op"] == "adaln" and kernel["compiled"]}
+    return None if device_type in compiled else f"device {device_type!r} has no fused kernel in this build"
 
 
 @functools.cache
@@ -39,6 +58,11 @@ def cuda_limit(dtype: torch.dtype, head_dim: int) -> str | None:
     if dtype == torch.float32:
         return "float32 has no CUDA kernel, use bfloat16 or float16"
     return None if head_dim % 8 == 0 else f"head dimension {head_dim} is not a multiple of 8"
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; the meta device, where only shapes are computed, knows none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> Tensor:

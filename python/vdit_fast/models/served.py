@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdit_fast.models.kernels import under_autocast
 from vdit_fast.models.session import Geometry, session_by_id
 
 __all__ = ["begin_forward", "served_attention"]
@@ -51,7 +52,7 @@ def served_attention(
     Returns:
         [B, L, H, D] in q's dtype (the autocast dtype under autocast, as torch's own attention does).
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if under_autocast(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if torch.compiler.is_compiling():

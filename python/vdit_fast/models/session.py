@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -108,6 +109,8 @@ class Session:
         self.family = family
         self.active = True
         self.layers: list[LayerLedger] = []
+        self.fused: dict[str, str] = {}
+        self.unfused: Counter[str] = Counter()
         self.state: dict[Any, Any] = {}
         self.static: dict[Any, Any] = {}
         self.cache = OutputCache()
@@ -130,6 +133,7 @@ class Session:
         new.active = self.active
         for layer in self.layers:
             new.add_layer(layer.name)
+        new.fused = dict(self.fused)
         memo[id(self)] = new
         return new
 
@@ -152,6 +156,7 @@ class Session:
         self.layers = [LayerLedger(name=old.name, layer=old.layer) for old in self.layers]
         self.steps.clear()
         self.forwards = 0
+        self.unfused.clear()
         self.state.clear()
         self.static.clear()
         self.cache = OutputCache()
