@@ -10,18 +10,19 @@ from __future__ import annotations
 import copy
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.kernels import missing_fused_kernel, under_autocast
+from vdit_fast.reference.adaln import Rounding
 
 if TYPE_CHECKING:
     from vdit_fast.models.session import Session
 
-__all__ = ["BlockForward", "attach", "detach", "fused_rounding", "is_plain", "stock_forward"]
+__all__ = ["BlockForward", "attach", "detach", "distinct_rows", "fused_rounding", "is_plain", "stock_forward"]
 
 BlockForward = Callable[..., Any]
 """A function with the parameters of the block's own ``forward``, and its name: in a pickle it becomes the stock one."""
@@ -101,15 +102,19 @@ def stock_forward(block: nn.Module) -> Callable[..., Any]:
     return types.MethodType(type(block).forward, block)
 
 
-def fused_rounding(block: Any, x: Tensor) -> str | None:
+def fused_rounding(block: Any, x: Tensor, norms: Iterable[nn.Module] = (), *weights: Tensor) -> Rounding | None:
     """``"fast"`` or ``"eager"`` when the fused operators may run on x, None when the stock forward must.
 
     The reason is counted in the report, except inside a compiled block.
+
+    Args:
+        norms: sub-modules whose calls the fused forward leaves out.
+        weights: parameters of the block itself that it reads.
     """
     session: Session | None = getattr(block, LINK).session
     if session is None or not session.active or session.config.fuse == "off":
         return None
-    reason = _obstacle(x)
+    reason = _obstacle(x, norms, weights)
     if reason is None:
         return session.config.fuse
     if not torch.compiler.is_compiling():
@@ -117,12 +122,16 @@ def fused_rounding(block: Any, x: Tensor) -> str | None:
     return None
 
 
-def _obstacle(x: Tensor) -> str | None:
+def _obstacle(x: Tensor, norms: Iterable[nn.Module], weights: Iterable[Tensor]) -> str | None:
     if torch.is_grad_enabled():
         return "gradients are recorded"
     if under_autocast(x):
         return "autocast chooses the dtypes"
-    return missing_fused_kernel(x.dtype, x.device.type)
+    if not all(is_plain(norm, x) for norm in norms):
+        return "a norm of the block is hooked, or its weights lie elsewhere"
+    if any(weight.device != x.device for weight in weights):
+        return "weights of the block lie elsewhere"
+    return missing_fused_kernel(x)
 
 
 def is_plain(module: nn.Module, x: Tensor) -> bool:
@@ -131,3 +140,24 @@ def is_plain(module: nn.Module, x: Tensor) -> bool:
         return False
     weights = (getattr(module, name, None) for name in ("weight", "bias"))
     return all(w is None or (w.device == x.device and w.ndim == 1 and w.dtype in _WEIGHTS) for w in weights)
+
+
+def distinct_rows(block: Any, temb: Tensor, rows_dim: int) -> tuple[Tensor, Tensor | None]:
+    """Modulation per token as a table of its distinct rows and an index: clips have few distinct timesteps.
+
+    Args:
+        temb: ``[B, 6, D]``, or per token ``[B, N, 6, D]`` with ``rows_dim`` -2, or ``[B, 6, N, D]`` with 1.
+
+    Returns:
+        ``temb`` and None, or ``[1, K, 6, D]`` (``[1, 6, K, D]``) and int32 ``[B, N]``.
+    """
+    if temb.ndim == 3 or torch.compiler.is_compiling():
+        return temb, None
+    tokens = 1 if rows_dim == -2 else 2
+    forward = getattr(block, LINK).session.forward
+    found = forward.distinct(temb.shape[0], temb.shape[tokens]) if forward is not None else None
+    if found is None:
+        return temb, None
+    batch, token, index = found
+    rows = temb[batch, token] if tokens == 1 else temb[batch, :, token].transpose(0, 1)
+    return rows[None], index

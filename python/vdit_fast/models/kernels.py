@@ -11,6 +11,7 @@ from torch import Tensor
 from vdit_fast._info import kernel_catalogue
 
 __all__ = [
+    "FUSED_DEVICES",
     "MAX_HEAD_DIM",
     "cuda_limit",
     "dense_attention",
@@ -24,15 +25,17 @@ MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def missing_fused_kernel(dtype: torch.dtype, device_type: str) -> str | None:
-    """Why the fused operators cannot run on tensors of this kind, or None when they can."""
-    if dtype not in _DTYPES:
-        return f"dtype {str(dtype).removeprefix('torch.')} has no fused kernel"
-    if device_type == "meta":  # shapes only, no kernel runs
-        return None
-    compiled = {kernel["device"] for kernel in kernel_catalogue() if kernel["op"] == "adaln" and kernel["compiled"]}
-    return None if device_type in compiled else f"device {device_type!r} has no fused kernel in this build"
+FUSED_DEVICES = frozenset(
+    kernel["device"] for kernel in kernel_catalogue() if kernel["op"] == "adaln_modulate" and kernel["compiled"]
+) | {"meta"}  # shapes only, no kernel runs
+"""Device types that the fused operators run on; a constant, because compiled blocks read it."""
+
+
+def missing_fused_kernel(x: Tensor) -> str | None:
+    """Why the fused operators cannot run on x, or None when they can."""
+    if x.dtype not in _DTYPES:
+        return f"dtype {str(x.dtype).removeprefix('torch.')} has no fused kernel"
+    return None if x.device.type in FUSED_DEVICES else f"device {x.device.type!r} has no fused kernel in this build"
 
 
 @functools.cache

@@ -79,16 +79,42 @@ class Geometry:
         return frames * height * width
 
 
+Distinct = tuple[Tensor, Tensor, Tensor]
+"""int64 [K] and [K]: batch item and token that have a timestep first; int32 [B, N]: which of the K each token has."""
+
+
 @dataclass(eq=False)
 class Forward:
     """One running forward of the transformer."""
 
     geometry: Geometry | None
     step: StepContext
+    timestep: Any = None
+    """The transformer's argument."""
     cached: bool = False
     """Whether the cache policy's wrapper has seen it: a wrapper acts once per forward."""
     decisions: dict[int, tuple[Decision, Tensor | None]] = field(default_factory=dict)
     """Decisions by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
+    _distinct: Distinct | None = None
+
+    def distinct(self, batch: int, tokens: int) -> Distinct | None:
+        """The few different timesteps of ``batch`` x ``tokens`` tokens, None where there are many of them or where the
+        argument says less. A GPU is waited for once per forward."""
+        timestep = self.timestep
+        if not isinstance(timestep, Tensor) or timestep.ndim != 2 or timestep.shape[0] != batch or timestep.is_meta:
+            return None
+        if self._distinct is None:
+            if timestep.shape[1] == 0 or tokens % timestep.shape[1]:  # neither one per token nor one per frame
+                return None
+            per_token = timestep.repeat_interleave(tokens // timestep.shape[1], dim=1)
+            # per batch item: other conditions may enter the modulation too
+            values, index = torch.unique(per_token, return_inverse=True)
+            item = torch.arange(batch, device=index.device).view(-1, 1)
+            values, index = torch.unique(item * len(values) + index, return_inverse=True)
+            first = torch.full(values.shape, batch * tokens, device=index.device)
+            first.scatter_reduce_(0, index.flatten(), torch.arange(batch * tokens, device=index.device), "amin")
+            self._distinct = first // tokens, first % tokens, index.to(torch.int32)
+        return self._distinct if 4 * len(self._distinct[0]) <= batch * tokens else None
 
 
 class Session:
@@ -146,7 +172,7 @@ class Session:
             self._generation = step.generation
             if len(self.static) > max(STATIC_ENTRIES, STATIC_PER_LAYER * len(self.layers)):
                 self.static.clear()
-        self.forward = Forward(geometry, step)
+        self.forward = Forward(geometry, step, timestep)
         self.forwards += 1
         self.steps.add((step.generation, step.step))
 

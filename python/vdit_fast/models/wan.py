@@ -15,6 +15,7 @@ from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
+from vdit_fast.models.wan_block import WAN_BLOCKS
 
 __all__ = ["WanAdapter", "WanProcessor"]
 
@@ -62,6 +63,7 @@ class WanAdapter(ModelAdapter):
         "WanAttnProcessor": WanProcessor,
         "WanAttnProcessor2_0": WanProcessor,
     }
+    blocks = WAN_BLOCKS
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         is_cross = getattr(module, "is_cross_attention", None)
