@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, project_heads, rotate_pairs
+from vdit_fast.models.cogvideox_block import COGVIDEOX_BLOCKS
+from vdit_fast.models.joint import join
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -32,7 +34,7 @@ class CogVideoXProcessor(ServedProcessor):
             )
             return stock
         text = encoder_hidden_states.shape[1]
-        joint = torch.cat((encoder_hidden_states, hidden_states), dim=1)
+        joint = join(encoder_hidden_states, hidden_states)
         query, key, value = project_heads(attn, joint)
         anchor = None
         if image_rotary_emb is not None:
@@ -48,6 +50,7 @@ class CogVideoXProcessor(ServedProcessor):
 class CogVideoXAdapter(ModelAdapter):
     family = "cogvideox"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"CogVideoXAttnProcessor2_0": CogVideoXProcessor}
+    blocks = COGVIDEOX_BLOCKS
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False):

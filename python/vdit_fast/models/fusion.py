@@ -22,7 +22,16 @@ from vdit_fast.reference.adaln import Rounding
 if TYPE_CHECKING:
     from vdit_fast.models.session import Session
 
-__all__ = ["BlockForward", "attach", "detach", "distinct_rows", "fused_rounding", "is_plain", "stock_forward"]
+__all__ = [
+    "BlockForward",
+    "as_rows",
+    "attach",
+    "detach",
+    "distinct_rows",
+    "fused_rounding",
+    "is_plain",
+    "stock_forward",
+]
 
 BlockForward = Callable[..., Any]
 """A function with the parameters of the block's own ``forward``, and its name: in a pickle it becomes the stock one."""
@@ -140,6 +149,11 @@ def is_plain(module: nn.Module, x: Tensor) -> bool:
         return False
     weights = (getattr(module, name, None) for name in ("weight", "bias"))
     return all(w is None or (w.device == x.device and w.ndim == 1 and w.dtype in _WEIGHTS) for w in weights)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous, as the fused operators need it; a first block may get a transposed view."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def distinct_rows(block: Any, temb: Tensor, rows_dim: int) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, project_heads, rotate_pairs
+from vdit_fast.models.hunyuan_video_block import HUNYUAN_BLOCKS
+from vdit_fast.models.joint import join
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -51,7 +53,7 @@ class HunyuanVideoProcessor(ServedProcessor):
         text = encoder_hidden_states.shape[1] if encoder_hidden_states is not None else 0
         dual = attn.add_q_proj is not None and encoder_hidden_states is not None
         if encoder_hidden_states is not None and not dual:
-            hidden_states = torch.cat((hidden_states, encoder_hidden_states), dim=1)
+            hidden_states = join(hidden_states, encoder_hidden_states)
         query, key, value = project_heads(attn, hidden_states)
         if image_rotary_emb is not None:
             cos, sin = image_rotary_emb
@@ -91,6 +93,7 @@ class HunyuanVideoProcessor(ServedProcessor):
 class HunyuanVideoAdapter(ModelAdapter):
     family = "hunyuan_video"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"HunyuanVideoAttnProcessor2_0": HunyuanVideoProcessor}
+    blocks = HUNYUAN_BLOCKS
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")

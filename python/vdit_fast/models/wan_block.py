@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vdit_fast.models.fusion import BlockForward, distinct_rows, fused_rounding, stock_forward
+from vdit_fast.models.fusion import BlockForward, as_rows, distinct_rows, fused_rounding, stock_forward
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 
 __all__ = ["WAN_BLOCKS"]
@@ -25,6 +25,7 @@ def _block(
     block: Any, x: Tensor, text: Tensor, mask: Tensor | None, rotary: Any, temb: Tensor, rows_dim: int, rounding: Any
 ) -> Tensor:
     """One block; the six rows of ``temb`` lie along ``rows_dim``."""
+    x = as_rows(x)
     temb, index = distinct_rows(block, temb, rows_dim)
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _tables(block, temb.unbind(rows_dim))
     h = adaln_modulate(x, scale, shift, index=index, eps=block.norm1.eps, rounding=rounding)
