@@ -10,7 +10,7 @@ _info = _load()
 from . import reference  # noqa: E402
 from .accelerate import accelerate  # noqa: E402
 from .config import Config  # noqa: E402
-from .ops import attention, merge  # noqa: E402
+from .ops import attention, merge, qk_norm_rope  # noqa: E402
 from .plan import AttentionPlan  # noqa: E402
 from .planners import Draft, Window  # noqa: E402
 
@@ -25,5 +25,6 @@ __all__ = [
     "attention",
     "build_info",
     "merge",
+    "qk_norm_rope",
     "reference",
 ]

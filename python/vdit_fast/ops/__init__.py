@@ -6,6 +6,7 @@ from .block_mean import block_mean
 from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .compile_blocks import compile_blocks
 from .merge import merge
+from .qk_norm_rope import qk_norm_rope
 from .select import select_top_k, select_top_p
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "merge",
     "permute_tokens",
     "score_lse",
+    "qk_norm_rope",
     "select_top_k",
     "select_top_p",
 ]

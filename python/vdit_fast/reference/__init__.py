@@ -5,6 +5,7 @@ from .block_mass import block_mass, score_lse
 from .block_mean import block_mean
 from .clusters import counting_sort, kmeans_assign, permute_tokens
 from .merge import merge
+from .qk_norm_rope import qk_norm_rope
 from .select import select_top_k, select_top_p
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "merge",
     "permute_tokens",
     "score_lse",
+    "qk_norm_rope",
     "select_top_k",
     "select_top_p",
 ]
