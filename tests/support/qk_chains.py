@@ -106,8 +106,7 @@ def _chain(
         with torch.no_grad():
             return [eager(x, norm, i) for i, (x, norm) in enumerate(zip(streams, norms, strict=True))]
 
-        dim = q.shape[-1]
-
+    dim = q.shape[-1]
     widths = options.get("axes") or ([dim] if options.get("rope") == "half" else [])
     return Chain(run_eager, fused, fp64, rotation_partner(dim, widths, q.device)[0])
 

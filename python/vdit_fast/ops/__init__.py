@@ -19,8 +19,8 @@ __all__ = [
     "kmeans_assign",
     "merge",
     "permute_tokens",
-    "score_lse",
     "qk_norm_rope",
+    "score_lse",
     "select_top_k",
     "select_top_p",
 ]

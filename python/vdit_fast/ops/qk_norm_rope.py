@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdit_fast.reference import qk_norm_rope as reference
+from vdit_fast.reference.qk_norm_rope import NORMS, scatter_rows
+from vdit_fast.reference.qk_norm_rope import qk_norm_rope as one_stream
 
 from ._no_gradient import refuses_gradients
 
@@ -119,23 +120,23 @@ def qk_norm_rope(
             "norm": norm, "eps": eps, "relu": relu, "rotary": rotary, "axes": widths, "rounding": rounding,
             "round_before_weight": round_before_weight, "round_products": round_products,
         }  # fmt: skip
-        new_q = reference.qk_norm_rope(q, weight=q_weight, bias=q_bias, **_named(q_table), **common)
-        new_q = reference.scatter_rows(new_q, q_rows, q_out)
+        new_q = one_stream(q, weight=q_weight, bias=q_bias, **_named(q_table), **common)
+        new_q = scatter_rows(new_q, q_rows, q_out)
         new_k = new_v = None
         if k is not None:
-            new_k = reference.qk_norm_rope(k, weight=k_weight, bias=k_bias, **_named(k_table), **common)
-            new_k = reference.scatter_rows(new_k, kv_rows, k_out)
+            new_k = one_stream(k, weight=k_weight, bias=k_bias, **_named(k_table), **common)
+            new_k = scatter_rows(new_k, kv_rows, k_out)
         if v is not None:
-            new_v = reference.scatter_rows(v, kv_rows, v_out) if kv_rows is not None or v_out is not None else v.clone()
+            new_v = scatter_rows(v, kv_rows, v_out) if kv_rows is not None or v_out is not None else v.clone()
         return new_q, new_k, new_v
 
     q_out = _destination(q, q_rows, q_out)
-    k_out = None if k is None and k_out is None else _destination(k, kv_rows, k_out)
-    v_out = None if v is None and v_out is None else _destination(v, kv_rows, v_out)
-    code = 0 if rounding == "fast" or norm == "none" and not round_products else 2 if round_before_weight else 1
+    k_out = _destination(k, kv_rows, k_out) if k is not None else k_out
+    v_out = _destination(v, kv_rows, v_out) if v is not None else v_out
+    code = 0 if rounding == "fast" or (norm == "none" and not round_products) else 2 if round_before_weight else 1
     torch.ops.vdit_fast.qk_norm_rope(
         q, k, v, q_weight, q_bias, k_weight, k_bias, q_table[0], q_table[1], k_table[0], k_table[1], q_table[2],
-        k_table[2], q_rows, kv_rows, reference.NORMS.index(norm), eps, rotary, widths, q_table[3], k_table[3], code,
+        k_table[2], q_rows, kv_rows, NORMS.index(norm), eps, rotary, widths, q_table[3], k_table[3], code,
         round_products, relu, q_out, k_out, v_out,
     )  # fmt: skip
     return q_out, k_out, v_out
@@ -151,7 +152,7 @@ def _named(table: _Table) -> dict[str, Any]:
 
 def _check_names(norm: str, rope: str, rounding: str) -> None:
     for name, value, known in (
-        ("norm", norm, reference.NORMS),
+        ("norm", norm, NORMS),
         ("rope", rope, _LAYOUTS),
         ("rounding", rounding, _ROUNDINGS),
     ):
