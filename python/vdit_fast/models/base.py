@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from vdit_fast.models.session import Geometry, Session
 
-__all__ = ["ModelAdapter", "ServedProcessor", "parameter_names", "patch_grid", "project_heads", "rotate_pairs"]
+__all__ = [
+    "ModelAdapter",
+    "ServedProcessor",
+    "added_heads",
+    "is_prefix_mask",
+    "parameter_names",
+    "patch_grid",
+    "project_heads",
+    "rotate_pairs",
+]
 
 
 def _same(stock: Any) -> Any:
@@ -121,6 +130,30 @@ def project_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
+def added_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Like ``project_heads``, by the module's projections and norms of the second stream."""
+    query, key, value = (
+        project(tokens).unflatten(2, (attn.heads, -1))
+        for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    )
+    if attn.norm_added_q is not None:
+        query = attn.norm_added_q(query)
+    if attn.norm_added_k is not None:
+        key = attn.norm_added_k(key)
+    return query, key, value
+
+
+def is_prefix_mask(mask: Tensor) -> bool:
+    """Whether the true entries come first along the last dimension, so that their number says all.
+
+    Looked at on a CPU only: elsewhere it would wait for the device in every layer.
+    """
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    valid = mask.bool()
+    return not bool((valid[..., 1:] & ~valid[..., :-1]).any())
+
+
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs the way diffusers' ``apply_rotary_emb`` rounds it: fp32, then x's dtype.
 
@@ -143,10 +176,16 @@ class ModelAdapter:
     family: ClassVar[str]
     processors: ClassVar[dict[str, type[ServedProcessor]]]
     """Stock processor class name -> class that replaces it."""
+    left_alone: ClassVar[dict[str, str]] = {}
+    """Class name of a stock processor that must stay -> why, for the report."""
+
+    def known(self) -> set[str]:
+        """Class names of the stock processors that this family knows."""
+        return {*self.processors, *self.left_alone}
 
     def matches(self, processor: Any) -> bool:
         """True when this family knows the stock processor's class name."""
-        return type(processor).__name__ in self.processors
+        return type(processor).__name__ in self.known()
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         """Why a module whose processor matches must be left alone, or None.
