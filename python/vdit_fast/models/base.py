@@ -69,9 +69,10 @@ class ServedProcessor:
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def stands_aside(self, mask: Tensor | None = None) -> bool:
-        """True when the stock processor must run: after remove(), with a mask of a form that is not understood, or
-        under context parallelism, where every rank holds only its shard of the sequence.
+    def stands_aside(self, mask: Tensor | None = None, reason: str | None = None) -> bool:
+        """True when the stock processor must run: after remove(), with a mask of a form that is not understood, for a
+        ``reason`` of the family's own, or under context parallelism, where every rank holds only its shard of the
+        sequence.
 
         Counted in the report, except inside a compiled block (``Handle.report`` also looks at the settings themselves).
         """
@@ -79,9 +80,9 @@ class ServedProcessor:
             return True
         if self._parallel_config is not None:
             reason = "context parallelism is enabled"
-        elif mask is not None:
+        elif reason is None and mask is not None:
             reason = "an attention mask of this form is not understood"
-        else:
+        if reason is None:
             return False
         if not torch.compiler.is_compiling():
             self.session.fall_back(self._layer, reason)

@@ -41,12 +41,15 @@ class HunyuanVideo15Processor(ServedProcessor):
     ) -> tuple[Tensor, Tensor | None]:
         text = encoder_hidden_states.shape[1] if encoder_hidden_states is not None else 0
         known = attention_mask is not None and attention_mask.shape[1:] == (text,) and is_prefix_mask(attention_mask)
-        if self.stands_aside(None if known else attention_mask) or encoder_hidden_states is None or not known:
+        reason = None
+        if encoder_hidden_states is None or attention_mask is None:
+            reason = "not joint attention with a text mask"
+        if self.stands_aside(None if known else attention_mask, reason):
             stock: tuple[Tensor, Tensor | None] = self.stock(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
             return stock
-        assert attention_mask is not None
+        assert encoder_hidden_states is not None and attention_mask is not None
         query, key, value = project_heads(attn, hidden_states)
         anchor = None
         if image_rotary_emb is not None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from families.base import Builder, Built, sharpen
+from families.base import Builder, Built, model_class, sharpen
 
 __all__ = ["BUILDERS"]
 
 
 def hunyuan15(*, layers: int = 2, image: bool = True) -> Built:
-    diffusers = pytest.importorskip("diffusers")
-    if not hasattr(diffusers, "HunyuanVideo15Transformer3DModel"):
-        pytest.skip(f"diffusers {diffusers.__version__} has no HunyuanVideo-1.5")
     torch.manual_seed(1)
-    model = diffusers.HunyuanVideo15Transformer3DModel(
+    model = model_class("HunyuanVideo15Transformer3DModel")(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=layers,
         num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=16, text_embed_2_dim=8, image_embed_dim=12,
         rope_axes_dim=(4, 6, 6),
