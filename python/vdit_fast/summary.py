@@ -51,6 +51,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "forwards": sum(root.session.forwards for root in handle.roots),
         "host_reads": handle.host_reads,
         "cache": _cache(handle),
+        "text_kv": _text_kv(handle),
         "layers": layers,
         "skipped": skipped,
     }
@@ -66,6 +67,17 @@ def _cache(handle: Handle) -> dict[str, Any] | None:
         forecast.update(root.session.cache.forecasts)
     nbytes = sum(root.session.cache.nbytes for root in handle.roots)
     return {"full": dict(full), "forecast": dict(sorted(forecast.items())), "nbytes": nbytes}
+
+
+def _text_kv(handle: Handle) -> dict[str, Any] | None:
+    memories = [root.session.text for root in handle.roots if root.session.text is not None]
+    if not memories:
+        return None
+    refused: Counter[str] = Counter()
+    for memory in memories:
+        refused.update(memory.refused)
+    numbers = {name: sum(getattr(memory, name) for memory in memories) for name in ("computed", "reused", "nbytes")}
+    return numbers | {"refused": dict(refused)}
 
 
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
@@ -127,6 +139,13 @@ def report_text(handle: Handle) -> str:
             f"{cache['nbytes'] / 2**20:,.1f} MiB held"
         )
         lines += _reasons("forwards computed:", Counter(cache["full"]))
+    if stats["text_kv"] is not None:
+        text = stats["text_kv"]
+        lines.append(
+            f"text keys and values: {text['reused']:,} of {text['reused'] + text['computed']:,} calls reused, "
+            f"{text['nbytes'] / 2**20:,.1f} MiB held"
+        )
+        lines += _reasons("text keys and values computed and not kept:", Counter(text["refused"]))
     lines += _reasons("kept dense by the planner (calls):", dense)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vdit_fast.models.session import Geometry, Session
 
 __all__ = [
+    "CROSS_ATTENTION",
     "ModelAdapter",
     "ServedProcessor",
     "added_heads",
@@ -22,7 +23,20 @@ __all__ = [
     "patch_grid",
     "project_heads",
     "rotate_pairs",
+    "set_processor",
 ]
+
+CROSS_ATTENTION = "cross-attention"
+"""The reason for leaving a cross-attention module alone."""
+
+
+def set_processor(module: nn.Module, processor: Any) -> None:
+    """Exchange a module's attention processor by its public setter, or by attribute where there is none."""
+    setter = getattr(module, "set_processor", None)
+    if callable(setter):
+        setter(processor)
+    else:
+        module.processor = processor
 
 
 def _same(stock: Any) -> Any:
@@ -36,6 +50,9 @@ class ServedProcessor:
 
     They call the attention module's own sub-modules, so LoRA, offloading, casting and quantised layers stay alive.
     """
+
+    attends: ClassVar[bool] = True
+    """False where something around the attention is served and not the attention."""
 
     def __init__(self, session: Session, layer: int, stock: Any, root: Any) -> None:
         self.session = session
@@ -179,6 +196,12 @@ class ModelAdapter:
     """Stock processor class name -> class that replaces it."""
     left_alone: ClassVar[dict[str, str]] = {}
     """Class name of a stock processor that must stay -> why, for the report."""
+
+    text_inputs: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the transformer that, with weights, make the keys and values of its cross-attention; empty where
+    something else does too. Such modules are the ones left alone as ``CROSS_ATTENTION``."""
+    text_embedders: ClassVar[tuple[str, ...]] = ()
+    """Paths of the modules between these arguments and what blocks get."""
 
     def known(self) -> set[str]:
         """Class names of the stock processors that this family knows."""

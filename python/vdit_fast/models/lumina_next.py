@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, is_prefix_mask, patch_grid
+from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, is_prefix_mask, patch_grid
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -84,7 +84,7 @@ class LuminaNextAdapter(ModelAdapter):
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False) or name.rpartition(".")[2] == "attn2":
-            return "cross-attention"
+            return CROSS_ATTENTION
         return super().skip_reason(name, module, processor)
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:

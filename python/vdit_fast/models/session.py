@@ -7,7 +7,7 @@ import itertools
 import logging
 import weakref
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.ops.attention import attention
 from vdit_fast.planners.base import Decision
+
+if TYPE_CHECKING:
+    from vdit_fast.models.text_kv import TextKV
 
 __all__ = ["Forward", "Geometry", "Session", "session_by_id"]
 
@@ -124,6 +127,7 @@ class Session:
         self.state: dict[Any, Any] = {}
         self.static: dict[Any, Any] = {}
         self.cache = OutputCache()
+        self.text: TextKV | None = None
         self.forward: Forward | None = None
         self.forwards = 0
         self.steps: set[tuple[int, int]] = set()
@@ -143,6 +147,8 @@ class Session:
         new.active = self.active
         for layer in self.layers:
             new.add_layer(layer.name)
+        if self.text is not None:
+            new.text = type(self.text)(self.text.inputs, self.text.embedders)
         memo[id(self)] = new
         return new
 
@@ -152,6 +158,8 @@ class Session:
         step = self.tracker.observe(timestep, self.expert)
         if step.generation != self._generation:
             self.state.clear()
+            if self.text is not None:
+                self.text.clear()
             self._generation = step.generation
             if len(self.static) > max(STATIC_ENTRIES, STATIC_PER_LAYER * len(self.layers)):
                 self.static.clear()

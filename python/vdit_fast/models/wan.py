@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid
+from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, patch_grid
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -70,11 +70,14 @@ class WanAdapter(ModelAdapter):
         "WanAnimate2CrossAttnProcessor": "cross-attention",
     }
 
+    text_inputs = ("encoder_hidden_states", "encoder_hidden_states_image")
+    text_embedders = ("condition_embedder.text_embedder", "condition_embedder.image_embedder")
+
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         # VACE's cross-attention says of itself that it is none in older diffusers, hence the name.
         is_cross = getattr(module, "is_cross_attention", False) or name.rpartition(".")[2] == "attn2"
         if is_cross or getattr(module, "cross_attention_dim_head", None) is not None:
-            return "cross-attention"
+            return CROSS_ATTENTION
         if getattr(module, "add_k_proj", None) is not None:
             return "attention with image keys and values"
         return super().skip_reason(name, module, processor)
