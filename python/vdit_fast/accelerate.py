@@ -183,7 +183,7 @@ def _search(components: Mapping[str, nn.Module], settings: Config) -> tuple[list
                 continue
             root, root_path, hooked = _root_of(whole, path)
             name = path[len(root_path) + 1 :] if root_path else path
-            reason = adapter.skip_reason(name, module, processor)
+            reason = adapter.left_alone.get(kind) or adapter.skip_reason(name, module, processor)
             if reason is None:
                 reason = _device_reason(module)
                 if reason is not None and settings.on_unsupported == "error":

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from vdit_fast.caching.engine import CachedForward
 from vdit_fast.config import Config
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names
+from vdit_fast.models import text_kv
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
 from vdit_fast.models.fusion import attach, detach
 from vdit_fast.models.served import begin_forward
 from vdit_fast.models.session import Session
@@ -26,16 +28,8 @@ ATTRIBUTE = "_vdit_fast_root"
 """Name under which a transformer keeps its ``Root``, and by it the handle, alive."""
 
 
+NO_TEXT_KV = "text_kv: no cross-attention whose keys are known to depend on the text only"
 NO_STEPS = "a part without a forward of hidden_states and timestep has no steps"
-
-
-def set_processor(module: nn.Module, processor: Any) -> None:
-    """Exchange a module's attention processor by its public setter, or by attribute where there is none."""
-    setter = getattr(module, "set_processor", None)
-    if callable(setter):
-        setter(processor)
-    else:
-        module.processor = processor
 
 
 @dataclass(frozen=True)
@@ -67,6 +61,8 @@ class _BeforeForward:
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         timestep = arguments.get("timestep")
         noted = begin_forward(self.session, timestep, self.adapter.geometry(module, arguments))
+        if self.session.text is not None and not torch.compiler.is_compiling():
+            self.session.text.note(self.session.forward, arguments)
         if noted is timestep:
             return None
         if "timestep" in kwargs:
@@ -121,13 +117,17 @@ class Root:
         attach(module, self.session, self.adapter.blocks)
 
     def wrap(self) -> None:
-        """Put the cache around ``forward`` when the configuration has a policy, take it away when it has none."""
+        """Put in place what works around the attention as the configuration says: the cache of the output, the memory
+        of the text's keys and values."""
         module = self.module()
         if module is None:
             return
         self.unwrap(module)
         if self.session.config.cache is not None and self.hooked:
             CachedForward(module, self.session).attach()
+        text_kv.detach(module, self.session)
+        if self.session.config.text_kv and self.hooked:
+            text_kv.attach(module, self.session, self.adapter)
 
     def unwrap(self, module: nn.Module) -> None:
         """Take this session's wrapper off, where it is the outermost one; elsewhere it passes calls through."""
@@ -162,6 +162,7 @@ class Root:
         self.unwrap(module)
         detach(module, self.session)
         self.session.cache.forget()
+        text_kv.detach(module, self.session)
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _BeforeForward) and hook.session is self.session:
                 module._forward_pre_hooks.pop(key)
@@ -221,14 +222,18 @@ class Handle:
         """Settings made on the model that change what runs, with the number of layers they concern."""
         notes: Counter[str] = Counter()
         for root in self.roots:
-            processors = root.processors()
-            for processor in processors.values():
+            processors = [processor for processor in root.processors().values() if processor.attends]
+            for processor in processors:
                 if processor._parallel_config is not None:
                     notes["context parallelism is enabled, the stock processor runs"] += 1
                 elif processor._attention_backend is not None:
                     notes["an attention backend is set, served layers do not use it"] += 1
             if self._config.cache is not None and not root.hooked:
                 notes[f"no cache: {NO_STEPS}"] += len(root.session.layers)
+            if self._config.text_kv and root.session.active and root.session.text is None:
+                notes["text_kv: no cross-attention whose keys are known to depend on the text only"] += len(
+                    root.session.layers
+                )
             replaced = len(root.session.layers) - len(processors)
             if root.session.active and root.module() is not None and replaced:
                 notes["the processor was replaced by another one after accelerate()"] += replaced
@@ -259,10 +264,11 @@ class Handle:
         Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
         ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``full``: reason -> forwards, ``forecast``:
         step -> forwards, ``nbytes`` held), ``fused`` (``blocks``: class -> number with a fused forward, ``unfused``:
-        reason -> times), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a
-        dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
-        None where the layer did not run), ``mean_density``, ``plan_seconds``, ``attention_seconds``, ``dense`` and
-        ``fallbacks`` (both reason -> calls).
+        reason -> times), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``: reason
+        -> calls, ``nbytes`` held), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict of
+        ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None where
+        the layer did not run), ``mean_density``, ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks``
+        (both reason -> calls).
         """
         return collect_stats(self)
 

@@ -52,6 +52,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "host_reads": handle.host_reads,
         "cache": _cache(handle),
         "fused": _fused(handle),
+        "text_kv": _text_kv(handle),
         "layers": layers,
         "skipped": skipped,
     }
@@ -76,6 +77,17 @@ def _fused(handle: Handle) -> dict[str, dict[str, int]]:
         blocks.update(root.session.fused.values())
         unfused.update(root.session.unfused)
     return {"blocks": dict(blocks), "unfused": dict(unfused)}
+
+
+def _text_kv(handle: Handle) -> dict[str, Any] | None:
+    memories = [root.session.text for root in handle.roots if root.session.text is not None]
+    if not memories:
+        return None
+    refused: Counter[str] = Counter()
+    for memory in memories:
+        refused.update(memory.refused)
+    numbers = {name: sum(getattr(memory, name) for memory in memories) for name in ("computed", "reused", "nbytes")}
+    return numbers | {"refused": dict(refused)}
 
 
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
@@ -141,6 +153,13 @@ def report_text(handle: Handle) -> str:
         blocks = ", ".join(f"{count:,} {kind}" for kind, count in stats["fused"]["blocks"].items())
         lines.append(f"fused ({handle.config.fuse} rounding): {blocks}")
     lines += _reasons("blocks run unfused (times):", Counter(stats["fused"]["unfused"]))
+    if stats["text_kv"] is not None:
+        text = stats["text_kv"]
+        lines.append(
+            f"text keys and values: {text['reused']:,} of {text['reused'] + text['computed']:,} calls reused, "
+            f"{text['nbytes'] / 2**20:,.1f} MiB held"
+        )
+        lines += _reasons("text keys and values computed and not kept:", Counter(text["refused"]))
     lines += _reasons("kept dense by the planner (calls):", dense)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():

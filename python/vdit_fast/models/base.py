@@ -15,7 +15,30 @@ from torch import Tensor, nn
 from vdit_fast.models.fusion import BlockForward
 from vdit_fast.models.session import Geometry, Session
 
-__all__ = ["ModelAdapter", "ServedProcessor", "parameter_names", "patch_grid", "project_heads", "rotate_pairs"]
+__all__ = [
+    "CROSS_ATTENTION",
+    "ModelAdapter",
+    "ServedProcessor",
+    "added_heads",
+    "is_prefix_mask",
+    "parameter_names",
+    "patch_grid",
+    "project_heads",
+    "rotate_pairs",
+    "set_processor",
+]
+
+CROSS_ATTENTION = "cross-attention"
+"""The reason for leaving a cross-attention module alone."""
+
+
+def set_processor(module: nn.Module, processor: Any) -> None:
+    """Exchange a module's attention processor by its public setter, or by attribute where there is none."""
+    setter = getattr(module, "set_processor", None)
+    if callable(setter):
+        setter(processor)
+    else:
+        module.processor = processor
 
 
 def _same(stock: Any) -> Any:
@@ -29,6 +52,9 @@ class ServedProcessor:
 
     They call the attention module's own sub-modules, so LoRA, offloading, casting and quantised layers stay alive.
     """
+
+    attends: ClassVar[bool] = True
+    """False where something around the attention is served and not the attention."""
 
     def __init__(self, session: Session, layer: int, stock: Any, root: Any) -> None:
         self.session = session
@@ -62,9 +88,10 @@ class ServedProcessor:
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def stands_aside(self, mask: Tensor | None = None) -> bool:
-        """True when the stock processor must run: after remove(), with a mask of a form that is not understood, or
-        under context parallelism, where every rank holds only its shard of the sequence.
+    def stands_aside(self, mask: Tensor | None = None, reason: str | None = None) -> bool:
+        """True when the stock processor must run: after remove(), with a mask of a form that is not understood, for a
+        ``reason`` of the family's own, or under context parallelism, where every rank holds only its shard of the
+        sequence.
 
         Counted in the report, except inside a compiled block (``Handle.report`` also looks at the settings themselves).
         """
@@ -72,9 +99,9 @@ class ServedProcessor:
             return True
         if self._parallel_config is not None:
             reason = "context parallelism is enabled"
-        elif mask is not None:
+        elif reason is None and mask is not None:
             reason = "an attention mask of this form is not understood"
-        else:
+        if reason is None:
             return False
         if not torch.compiler.is_compiling():
             self.session.fall_back(self._layer, reason)
@@ -123,6 +150,30 @@ def project_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
+def added_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Like ``project_heads``, by the module's projections and norms of the second stream."""
+    query, key, value = (
+        project(tokens).unflatten(2, (attn.heads, -1))
+        for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    )
+    if attn.norm_added_q is not None:
+        query = attn.norm_added_q(query)
+    if attn.norm_added_k is not None:
+        key = attn.norm_added_k(key)
+    return query, key, value
+
+
+def is_prefix_mask(mask: Tensor) -> bool:
+    """Whether the true entries come first along the last dimension, so that their number says all.
+
+    Looked at on a CPU only: elsewhere it would wait for the device in every layer.
+    """
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    valid = mask.bool()
+    return not bool((valid[..., 1:] & ~valid[..., :-1]).any())
+
+
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs the way diffusers' ``apply_rotary_emb`` rounds it: fp32, then x's dtype.
 
@@ -148,9 +199,22 @@ class ModelAdapter:
     blocks: ClassVar[Mapping[str, BlockForward]] = {}
     """Block class name -> the forward that computes the same through fused operators."""
 
+    left_alone: ClassVar[dict[str, str]] = {}
+    """Class name of a stock processor that must stay -> why, for the report."""
+
+    text_inputs: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the transformer that, with weights, make the keys and values of its cross-attention; empty where
+    something else does too. Such modules are the ones left alone as ``CROSS_ATTENTION``."""
+    text_embedders: ClassVar[tuple[str, ...]] = ()
+    """Paths of the modules between these arguments and what blocks get."""
+
+    def known(self) -> set[str]:
+        """Class names of the stock processors that this family knows."""
+        return {*self.processors, *self.left_alone}
+
     def matches(self, processor: Any) -> bool:
         """True when this family knows the stock processor's class name."""
-        return type(processor).__name__ in self.processors
+        return type(processor).__name__ in self.known()
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         """Why a module whose processor matches must be left alone, or None.

@@ -7,7 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, project_heads, rotate_pairs
+from vdit_fast.models.base import (
+    CROSS_ATTENTION,
+    ModelAdapter,
+    ServedProcessor,
+    patch_grid,
+    project_heads,
+    rotate_pairs,
+)
 from vdit_fast.models.cogvideox_block import COGVIDEOX_BLOCKS
 from vdit_fast.models.joint import join
 from vdit_fast.models.registry import register
@@ -54,7 +61,7 @@ class CogVideoXAdapter(ModelAdapter):
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False):
-            return "cross-attention"
+            return CROSS_ATTENTION
         return super().skip_reason(name, module, processor)
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:

@@ -68,10 +68,12 @@ def under_autocast(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> Tensor:
-    """Dense attention by torch in the stock models' form: q, k, v [B,L,H,D], kv_len int [B] or None -> [B,L,H,D]."""
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float | None = None) -> Tensor:
+    """Dense attention by torch in the stock models' form: q [B,L,H,D], k, v [B,L,Hkv,D], kv_len int [B] or None."""
     mask = None
     if kv_len is not None:
         mask = (torch.arange(k.shape[1], device=k.device) < kv_len.view(-1, 1)).view(-1, 1, 1, k.shape[1])
     query, key, value = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+    grouped = query.shape[1] != key.shape[1]
+    out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)

@@ -8,7 +8,7 @@ import logging
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.ops.attention import attention
 from vdit_fast.planners.base import Decision
+
+if TYPE_CHECKING:
+    from vdit_fast.models.text_kv import TextKV
 
 __all__ = ["Forward", "Geometry", "Session", "session_by_id"]
 
@@ -51,9 +54,9 @@ def _sample(q: Tensor) -> Tensor:
     return q.detach()[:, :: max(1, q.shape[1] // 16), :, 0].clone()
 
 
-def _execute(decision: Decision, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> Tensor:
+def _execute(decision: Decision, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float | None) -> Tensor:
     """The attention call that a planner decided on."""
-    options: dict[str, Any] = {"row_scale": decision.row_scale, "kv_len": kv_len}
+    options: dict[str, Any] = {"row_scale": decision.row_scale, "kv_len": kv_len, "scale": scale}
     if decision.observe is None:
         out = cast(Tensor, attention(q, k, v, decision.plan, **options))
     else:
@@ -69,14 +72,27 @@ class Geometry:
 
     grid: tuple[int, int, int]
     """(frames, height, width) in tokens."""
-    text: int = 0
-    """Text tokens in the joint sequence."""
+    text: int | None = 0
+    """Text tokens in the joint sequence; None: whatever the sequence holds beyond history and video."""
     text_first: bool = False
+    history: int = 0
+    """Tokens of earlier clips before the video (text last). Planners see them behind it, as further text tokens:
+    read by every query and reading every key."""
 
     @property
     def n_video(self) -> int:
         frames, height, width = self.grid
         return frames * height * width
+
+    def video_first(self, x: Tensor) -> Tensor:
+        """x [B, N, H, D] with the history behind the video; the text stays last."""
+        end = self.history + self.n_video
+        return torch.cat((x[:, self.history : end], x[:, : self.history], x[:, end:]), dim=1)
+
+    def in_model_order(self, x: Tensor) -> Tensor:
+        """Undoes ``video_first``."""
+        end = self.history + self.n_video
+        return torch.cat((x[:, self.n_video : end], x[:, : self.n_video], x[:, end:]), dim=1)
 
 
 Distinct = tuple[Tensor, Tensor, Tensor]
@@ -140,6 +156,7 @@ class Session:
         self.state: dict[Any, Any] = {}
         self.static: dict[Any, Any] = {}
         self.cache = OutputCache()
+        self.text: TextKV | None = None
         self.forward: Forward | None = None
         self.forwards = 0
         self.steps: set[tuple[int, int]] = set()
@@ -160,6 +177,8 @@ class Session:
         for layer in self.layers:
             new.add_layer(layer.name)
         new.fused = dict(self.fused)
+        if self.text is not None:
+            new.text = type(self.text)(self.text.inputs, self.text.embedders)
         memo[id(self)] = new
         return new
 
@@ -169,6 +188,8 @@ class Session:
         step = self.tracker.observe(timestep, self.expert)
         if step.generation != self._generation:
             self.state.clear()
+            if self.text is not None:
+                self.text.clear()
             self._generation = step.generation
             if len(self.static) > max(STATIC_ENTRIES, STATIC_PER_LAYER * len(self.layers)):
                 self.static.clear()
@@ -190,35 +211,58 @@ class Session:
 
     # ------------------------------------------------------------------ one attention call
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, anchor: Tensor | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | None,
+        anchor: Tensor | None,
+        scale: float | None = None,
     ) -> Tensor:
-        """Attention of one layer: q [B,Lq,H,D], k, v [B,Lk,H,D] -> [B,Lq,H,D]."""
-        ledger = self.layers[layer]
+        """Attention of one layer: q [B,Lq,H,D], k, v [B,Lk,Hkv,D] -> [B,Lq,H,D]; scale None is D ** -0.5."""
         reason = missing_kernel(q)
         if reason is not None:
             self.fall_back(layer, reason)
-            return dense_attention(q, k, v, kv_len)
-        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            return dense_attention(q, k, v, kv_len, scale)
         forward = self.forward
-        if grad:
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad) and anchor is not None:
             # Inside backward this is gradient checkpointing's second run: same plan as in the first one, whichever
             # forward has begun since. The anchor (a tensor made once per forward) says which forward it was.
             if torch._C._current_graph_task_id() != -1:
-                forward = self._anchors.get(anchor, forward) if anchor is not None else forward
-                if forward is not None and layer in forward.decisions:
-                    decision, seen = forward.decisions[layer]
-                    if seen is not None and not torch.equal(seen, _sample(q)):
-                        raise RuntimeError(
-                            "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
-                            "backward before the next forward, or train with dense attention (config 'exact')"
-                        )
-                    return _execute(decision, q, k, v, kv_len)
-            elif anchor is not None and forward is not None:
+                forward = self._anchors.get(anchor, forward)
+            elif forward is not None:
                 self._anchors[anchor] = forward
+        geometry = forward.geometry if forward is not None else None
+        if geometry is None or not geometry.history or self.config.attention is None:
+            return self._attend(self.layers[layer], forward, q, k, v, kv_len, scale)
+        q, k, v = geometry.video_first(q), geometry.video_first(k), geometry.video_first(v)
+        return geometry.in_model_order(self._attend(self.layers[layer], forward, q, k, v, kv_len, scale))
+
+    def _attend(
+        self,
+        ledger: LayerLedger,
+        forward: Forward | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        replay = grad and torch._C._current_graph_task_id() != -1
+        if replay and forward is not None and ledger.layer in forward.decisions:
+            decision, seen = forward.decisions[ledger.layer]
+            if seen is not None and not torch.equal(seen, _sample(q)):
+                raise RuntimeError(
+                    "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
+                    "backward before the next forward, or train with dense attention (config 'exact')"
+                )
+            return _execute(decision, q, k, v, kv_len, scale)
         begin = stamp(q.device)
-        decision = self._decide(ledger, forward, q, k, v, kv_len)
+        decision = self._decide(ledger, forward, q, k, v, kv_len, scale)
         middle = stamp(q.device)
-        out = _execute(decision, q, k, v, kv_len)
+        out = _execute(decision, q, k, v, kv_len, scale)
         end = stamp(q.device)
         ledger.calls += 1
         ledger.attention_time.add(middle, end)
@@ -233,11 +277,18 @@ class Session:
         if grad and forward is not None:
             # without `observe`, which acts once and may hold q, k and v that checkpointing is there to free
             kept = replace(decision, observe=None)
-            forward.decisions[layer] = kept, None if kept.plan is None else _sample(q)
+            forward.decisions[ledger.layer] = kept, None if kept.plan is None else _sample(q)
         return out
 
     def _decide(
-        self, ledger: LayerLedger, forward: Forward | None, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None
+        self,
+        ledger: LayerLedger,
+        forward: Forward | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | None,
+        scale: float | None,
     ) -> Decision:
         planner = self.config.attention
         if planner is None:
@@ -247,7 +298,9 @@ class Session:
             self.fall_back(ledger.layer, problem, served_dense=True)
             return Decision(reason=problem)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # selection scores are fp32
-            decision = planner.decision(q.detach(), k.detach(), v.detach(), context)
+            # planners scale scores by D ** -0.5
+            seen = q.detach() if scale is None else q.detach() * (scale * q.shape[-1] ** 0.5)
+            decision = planner.decision(seen, k.detach(), v.detach(), context)
         if decision.plan is None:
             reason = decision.reason or "the planner keeps it dense"
             ledger.count(ledger.dense, reason)
@@ -263,16 +316,19 @@ class Session:
         geometry = forward.geometry
         if geometry is None:
             return None, "the transformer's input has no known video grid"
-        tokens = geometry.n_video + geometry.text
-        if q.shape[1] != tokens:
-            return None, f"{q.shape[1]:,} tokens are not the grid {geometry.grid} plus {geometry.text} text tokens"
+        rest = q.shape[1] - geometry.n_video - geometry.history
+        if rest < 0 or (geometry.text is not None and rest != geometry.text):
+            parts = f"the grid {geometry.grid} plus {geometry.text or 0} text tokens"
+            parts += f" plus {geometry.history} of history" if geometry.history else ""
+            return None, f"{q.shape[1]:,} tokens are not {parts}"
+        forward.geometry = replace(geometry, text=rest)
         context = LayerContext(
             layer=ledger.layer,
             num_layers=len(self.layers),
             name=ledger.name,
             grid=geometry.grid,
             n_video=geometry.n_video,
-            text=geometry.text,
+            text=rest + geometry.history,
             text_first=geometry.text_first,
             kv_len=kv_len,
             step=forward.step,

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-__all__ = ["Builder", "Built", "sharpen"]
+__all__ = ["Builder", "Built", "model_class", "sharpen"]
 
 Built = tuple[nn.Module, dict[str, Any]]
 """A model and the arguments of one forward."""
 Builder = Callable[..., Built]
+
+
+def model_class(name: str) -> Any:
+    """A model class of the installed diffusers; skips the test where it has none of this name."""
+    import diffusers
+
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    return getattr(diffusers, name)
 
 
 def sharpen(model: nn.Module) -> nn.Module:
