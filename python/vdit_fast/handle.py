@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from vdit_fast.caching.engine import CachedForward
@@ -65,13 +66,19 @@ class _BeforeForward:
             CachedForward(module, self.session).attach()
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         timestep = arguments.get("timestep")
+        new = {} if torch.compiler.is_compiling() else self.adapter.simplify(module, arguments)
         noted = begin_forward(self.session, timestep, self.adapter.geometry(module, arguments))
-        if noted is timestep:
+        if noted is not timestep:
+            new["timestep"] = noted
+        if not new:
             return None
-        if "timestep" in kwargs:
-            return args, kwargs | {"timestep": noted}
-        at = self.names.index("timestep")
-        return (*args[:at], noted, *args[at + 1 :]), kwargs
+        for name, value in new.items():
+            if name in kwargs:
+                kwargs = kwargs | {name: value}
+            else:
+                at = self.names.index(name)
+                args = (*args[:at], value, *args[at + 1 :])
+        return args, kwargs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _BeforeForward:
         return _BeforeForward(copy.deepcopy(self.session, memo), self.adapter, self.names)
