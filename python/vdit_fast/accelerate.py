@@ -79,7 +79,7 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
                 root.hook()
             roots[id(item.root)] = root
         stock = item.module.processor
-        layer = root.session.add_layer(item.name)
+        layer = root.session.add_layer(item.name, item.adapter.dense_reason(item.name, item.module))
         set_processor(item.module, item.adapter.make_processor(root.session, layer, stock, weakref.ref(item.root)))
     try:
         for root in roots.values():

@@ -60,15 +60,21 @@ class _BeforeForward:
             CachedForward(module, self.session).attach()
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         timestep = arguments.get("timestep")
+        new = {} if torch.compiler.is_compiling() else self.adapter.simplify(module, arguments)
         noted = begin_forward(self.session, timestep, self.adapter.geometry(module, arguments))
         if self.session.text is not None and not torch.compiler.is_compiling():
             self.session.text.note(self.session.forward, arguments)
-        if noted is timestep:
+        if noted is not timestep:
+            new["timestep"] = noted
+        if not new:
             return None
-        if "timestep" in kwargs:
-            return args, kwargs | {"timestep": noted}
-        at = self.names.index("timestep")
-        return (*args[:at], noted, *args[at + 1 :]), kwargs
+        for name, value in new.items():
+            if name in kwargs:
+                kwargs = kwargs | {name: value}
+            else:
+                at = self.names.index(name)
+                args = (*args[:at], value, *args[at + 1 :])
+        return args, kwargs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _BeforeForward:
         return _BeforeForward(copy.deepcopy(self.session, memo), self.adapter, self.names)

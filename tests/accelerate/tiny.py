@@ -65,6 +65,14 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         return model(**copy.copy(inputs))[0]
 
 
+def double(model: nn.Module) -> nn.Module:
+    """A copy in double precision."""
+    new = copy.deepcopy(model).double()
+    if hasattr(new, "learnable_pos_embed") and new.learnable_pos_embed is not None:
+        new.learnable_pos_embed.float()  # Cosmos norms it in single precision and refuses more
+    return new
+
+
 def relative(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 

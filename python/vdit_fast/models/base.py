@@ -88,9 +88,14 @@ class ServedProcessor:
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def stands_aside(self, mask: Tensor | None = None, reason: str | None = None) -> bool:
-        """True when the stock processor must run: after remove(), with a mask of a form that is not understood, for a
-        ``reason`` of the family's own, or under context parallelism, where every rank holds only its shard of the
+    def stands_aside(
+        self,
+        mask: Tensor | None = None,
+        reason: str | None = None,
+        why: str = "an attention mask of this form is not understood",
+    ) -> bool:
+        """True when the stock processor must run: after remove(), with a mask (``why`` says what is wrong with it), for
+        a ``reason`` of the family's own, or under context parallelism, where every rank holds only its shard of the
         sequence.
 
         Counted in the report, except inside a compiled block (``Handle.report`` also looks at the settings themselves).
@@ -100,7 +105,7 @@ class ServedProcessor:
         if self._parallel_config is not None:
             reason = "context parallelism is enabled"
         elif reason is None and mask is not None:
-            reason = "an attention mask of this form is not understood"
+            reason = why
         if reason is None:
             return False
         if not torch.compiler.is_compiling():
@@ -229,6 +234,20 @@ class ModelAdapter:
         if stock != served:
             return f"{type(processor).__name__} takes ({', '.join(stock[1:])}), expected ({', '.join(served[1:])})"
         return None
+
+    def dense_reason(self, name: str, module: nn.Module) -> str | None:
+        """Why a served module runs dense under every planner, or None: its tokens are not those of the video grid.
+
+        Planners neither see nor count such a layer.
+        """
+        return None
+
+    def simplify(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a forward of the transformer, by name, to be exchanged for simpler ones of the same meaning.
+
+        Called before every forward that is not compiled as a whole. No device value may be read.
+        """
+        return {}
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         """Token layout of a forward of the transformer with these arguments by name, None when it cannot be told."""

@@ -165,9 +165,14 @@ class Session:
         self._told: set[str] = set()
         _sessions[self.id] = self
 
-    def add_layer(self, name: str) -> int:
-        """Register a layer by module path; returns its index."""
-        self.layers.append(LayerLedger(name=name, layer=len(self.layers)))
+    @property
+    def planned(self) -> int:
+        """Number of layers that planners see."""
+        return sum(ledger.always_dense is None for ledger in self.layers)
+
+    def add_layer(self, name: str, always_dense: str | None = None) -> int:
+        """Register a layer by module path, and why no planner may see it; returns its index."""
+        self.layers.append(LayerLedger(name, len(self.layers), self.planned, always_dense))
         return len(self.layers) - 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
@@ -175,7 +180,7 @@ class Session:
         new = Session(self.config, copy.deepcopy(self.tracker, memo), self.expert, self.family)
         new.active = self.active
         for layer in self.layers:
-            new.add_layer(layer.name)
+            new.add_layer(layer.name, layer.always_dense)
         new.fused = dict(self.fused)
         if self.text is not None:
             new.text = type(self.text)(self.text.inputs, self.text.embedders)
@@ -200,7 +205,7 @@ class Session:
     def reconfigure(self, config: Config) -> None:
         """Use another configuration from the next call on; the records begin anew, as they would mix the two."""
         self.config = config
-        self.layers = [LayerLedger(name=old.name, layer=old.layer) for old in self.layers]
+        self.layers = [LayerLedger(old.name, old.layer, old.place, old.always_dense) for old in self.layers]
         self.steps.clear()
         self.forwards = 0
         self.unfused.clear()
@@ -293,6 +298,9 @@ class Session:
         planner = self.config.attention
         if planner is None:
             return Decision()
+        if ledger.always_dense is not None:
+            ledger.count(ledger.dense, ledger.always_dense)
+            return Decision(reason=ledger.always_dense)
         context, problem = self._context(ledger, forward, q, kv_len)
         if context is None:
             self.fall_back(ledger.layer, problem, served_dense=True)
@@ -323,8 +331,8 @@ class Session:
             return None, f"{q.shape[1]:,} tokens are not {parts}"
         forward.geometry = replace(geometry, text=rest)
         context = LayerContext(
-            layer=ledger.layer,
-            num_layers=len(self.layers),
+            layer=ledger.place,
+            num_layers=self.planned,
             name=ledger.name,
             grid=geometry.grid,
             n_video=geometry.n_video,

@@ -9,20 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-__all__ = ["Builder", "Built", "model_class", "sharpen"]
+__all__ = ["Builder", "Built", "from_diffusers", "sharpen"]
 
 Built = tuple[nn.Module, dict[str, Any]]
 """A model and the arguments of one forward."""
 Builder = Callable[..., Built]
 
 
-def model_class(name: str) -> Any:
-    """A model class of the installed diffusers; skips the test where it has none of this name."""
+def from_diffusers(name: str) -> Any:
+    """A class of diffusers that its oldest supported version may lack: the test is skipped then."""
     import diffusers
 
-    if not hasattr(diffusers, name):
+    found = getattr(diffusers, name, None)
+    if found is None:
         pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
-    return getattr(diffusers, name)
+    return found
 
 
 def sharpen(model: nn.Module) -> nn.Module:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from families.base import Builder, Built, model_class, sharpen
+from families.base import Builder, Built, from_diffusers, sharpen
 
 __all__ = ["BUILDERS"]
 
 
 def hunyuan15(*, layers: int = 2, image: bool = True) -> Built:
     torch.manual_seed(1)
-    model = model_class("HunyuanVideo15Transformer3DModel")(
+    model = from_diffusers("HunyuanVideo15Transformer3DModel")(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=layers,
         num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=16, text_embed_2_dim=8, image_embed_dim=12,
         rope_axes_dim=(4, 6, 6),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from families.base import Builder, Built, model_class, sharpen
+from families.base import Builder, Built, from_diffusers, sharpen
 
 __all__ = ["BUILDERS"]
 
@@ -58,7 +58,7 @@ def vace(*, layers: int = 1) -> Built:
 
 def animate(*, layers: int = 2) -> Built:
     torch.manual_seed(1)
-    model = model_class("WanAnimateTransformer3DModel")(
+    model = from_diffusers("WanAnimateTransformer3DModel")(
         num_attention_heads=2, attention_head_dim=16, in_channels=12, latent_channels=4, out_channels=4, text_dim=16,
         freq_dim=16, ffn_dim=48, num_layers=layers, rope_max_seq_len=64, image_dim=16, added_kv_proj_dim=32,
         motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8}, motion_encoder_size=16, motion_style_dim=8,
@@ -78,7 +78,7 @@ def animate(*, layers: int = 2) -> Built:
 
 def chronoedit(*, layers: int = 2) -> Built:
     torch.manual_seed(1)
-    model = model_class("ChronoEditTransformer3DModel")(
+    model = from_diffusers("ChronoEditTransformer3DModel")(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
         ffn_dim=48, num_layers=layers, rope_max_seq_len=64, image_dim=16, added_kv_proj_dim=32,
     )  # fmt: skip
