@@ -51,6 +51,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "forwards": sum(root.session.forwards for root in handle.roots),
         "host_reads": handle.host_reads,
         "cache": _cache(handle),
+        "positions": _positions(handle),
         "layers": layers,
         "skipped": skipped,
     }
@@ -66,6 +67,15 @@ def _cache(handle: Handle) -> dict[str, Any] | None:
         forecast.update(root.session.cache.forecasts)
     nbytes = sum(root.session.cache.nbytes for root in handle.roots)
     return {"full": dict(full), "forecast": dict(sorted(forecast.items())), "nbytes": nbytes}
+
+
+def _positions(handle: Handle) -> dict[int, int] | None:
+    if all(root.session.positions is None for root in handle.roots):
+        return None
+    forwards: Counter[int] = Counter()
+    for root in handle.roots:
+        forwards.update(root.session.repositioned)
+    return dict(sorted(forwards.items()))
 
 
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
@@ -127,6 +137,8 @@ def report_text(handle: Handle) -> str:
             f"{cache['nbytes'] / 2**20:,.1f} MiB held"
         )
         lines += _reasons("forwards computed:", Counter(cache["full"]))
+    if stats["positions"] is not None:
+        lines.append(f"positions: rotary tables exchanged in {sum(stats['positions'].values()):,} forwards")
     lines += _reasons("kept dense by the planner (calls):", dense)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():
