@@ -5,7 +5,9 @@ from .block_mass import block_mass, score_lse
 from .block_mean import block_mean
 from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .compile_blocks import compile_blocks
+from .gated_attention import gated_attention
 from .merge import merge
+from .pooled_attention import pooled_attention
 from .select import select_top_k, select_top_p
 
 __all__ = [
@@ -14,10 +16,12 @@ __all__ = [
     "block_mean",
     "compile_blocks",
     "counting_sort",
+    "gated_attention",
     "kmeans",
     "kmeans_assign",
     "merge",
     "permute_tokens",
+    "pooled_attention",
     "score_lse",
     "select_top_k",
     "select_top_p",
