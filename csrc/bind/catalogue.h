@@ -11,6 +11,8 @@ struct KernelEntry {
 };
 
 constexpr KernelEntry kCatalogue[] = {
+    {"adaln_modulate", "cpu", "portable", "float32 float16 bfloat16"},
+    {"adaln_modulate", "cuda", "portable", "float32 float16 bfloat16"},
     {"attention", "cpu", "portable", "float32 float16 bfloat16"},
     {"attention", "cuda", "portable", "float16 bfloat16"},
     {"attention", "cuda", "sm_90a", "float16 bfloat16"},
@@ -24,6 +26,10 @@ constexpr KernelEntry kCatalogue[] = {
     {"compile_blocks", "cuda", "portable", "bool"},
     {"counting_sort", "cpu", "portable", "int32"},
     {"counting_sort", "cuda", "portable", "int32"},
+    {"gate_residual", "cpu", "portable", "float32 float16 bfloat16"},
+    {"gate_residual", "cuda", "portable", "float32 float16 bfloat16"},
+    {"gate_residual_norm", "cpu", "portable", "float32 float16 bfloat16"},
+    {"gate_residual_norm", "cuda", "portable", "float32 float16 bfloat16"},
     {"kmeans_assign", "cpu", "portable", "float32 float16 bfloat16"},
     {"kmeans_assign", "cuda", "portable", "float16 bfloat16"},
     {"merge", "cpu", "portable", "float32 float16 bfloat16"},

@@ -10,7 +10,7 @@ _info = _load()
 from . import reference  # noqa: E402
 from .accelerate import accelerate  # noqa: E402
 from .config import Config  # noqa: E402
-from .ops import attention, merge  # noqa: E402
+from .ops import adaln_modulate, attention, gate_residual, gate_residual_norm, merge  # noqa: E402
 from .plan import AttentionPlan  # noqa: E402
 from .planners import Draft, Window  # noqa: E402
 
@@ -22,8 +22,11 @@ __all__ = [
     "Draft",
     "Window",
     "accelerate",
+    "adaln_modulate",
     "attention",
     "build_info",
+    "gate_residual",
+    "gate_residual_norm",
     "merge",
     "reference",
 ]

@@ -1,5 +1,6 @@
 """Typed Python faces of the compiled operators, with their fake and autograd registrations."""
 
+from .adaln import adaln_modulate, gate_residual, gate_residual_norm
 from .attention import attention
 from .block_mass import block_mass, score_lse
 from .block_mean import block_mean
@@ -11,12 +12,15 @@ from .pooled_attention import pooled_attention
 from .select import select_top_k, select_top_p
 
 __all__ = [
+    "adaln_modulate",
     "attention",
     "block_mass",
     "block_mean",
     "compile_blocks",
     "counting_sort",
     "gated_attention",
+    "gate_residual",
+    "gate_residual_norm",
     "kmeans",
     "kmeans_assign",
     "merge",

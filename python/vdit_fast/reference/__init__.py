@@ -1,5 +1,6 @@
 """Readable pure-torch twins of the operators: oracle for tests and fallback."""
 
+from .adaln import adaln_modulate, gate_residual, gate_residual_norm
 from .attention import attention
 from .block_mass import block_mass, score_lse
 from .block_mean import block_mean
@@ -8,10 +9,13 @@ from .merge import merge
 from .select import select_top_k, select_top_p
 
 __all__ = [
+    "adaln_modulate",
     "attention",
     "block_mass",
     "block_mean",
     "counting_sort",
+    "gate_residual",
+    "gate_residual_norm",
     "kmeans_assign",
     "merge",
     "permute_tokens",
