@@ -50,5 +50,5 @@ def gated_attention(
     if q.dim() == 4 and gate.shape != (q.shape[2],):
         raise ValueError(f"gate is {list(gate.shape)}; expected one number for each of q's {q.shape[2]} heads")
     own = cast(Tensor, attention(q, k, v, plan, scale=scale, kv_len=kv_len))
-    rows = gate.float().tanh().view(1, -1, 1).expand(q.shape[0], -1, q.shape[1])
+    rows = gate.float().tanh().view(1, -1, 1).expand(q.shape[0], -1, q.shape[1]).contiguous()
     return own + cast(Tensor, attention(q, k_text, v_text, row_scale=rows, kv_len=text_len))
