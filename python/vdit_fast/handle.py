@@ -17,6 +17,7 @@ from vdit_fast.config import Config
 from vdit_fast.models import text_kv
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
 from vdit_fast.models.fusion import attach, detach
+from vdit_fast.models.rotary import PositionFn
 from vdit_fast.models.served import begin_forward
 from vdit_fast.models.session import Session
 from vdit_fast.models.tracker import StepTracker
@@ -256,6 +257,33 @@ class Handle:
             root.wrap()
         return self
 
+    def positions(self, fn: PositionFn | None) -> Handle:
+        """Exchange the rotary position tables that the transformers make, from the next forward on.
+
+        Args:
+            fn: ``fn(step, geometry, (cos, sin))``, called once per forward with the ``StepContext``, the ``Geometry``
+                and the model's own tables. It returns the (cos, sin) to use, of the same shape up to dimensions of
+                size 1, or None for the model's own. It must not read device values on the host. None switches it off.
+
+        Returns:
+            this handle; ``stats()["positions"]`` counts the forwards whose tables were exchanged.
+
+        Raises:
+            TypeError: ``fn`` cannot be called.
+            RuntimeError: no served layer of a transformer takes positions; here, or at a call whose step, grid or
+                tables are unknown.
+        """
+        if fn is not None and not callable(fn):
+            raise TypeError(f"positions: pass a function of (step, geometry, tables) or None, got {type(fn).__name__}")
+        for root in self.roots if fn is not None else ():
+            processors = root.processors().values()
+            if root.module() is not None and not any(processor.takes_positions for processor in processors):
+                raise RuntimeError(f"positions: no served layer of family {root.adapter.family!r} takes rotary tables")
+        for root in self.roots:
+            root.session.positions = fn
+            root.session.repositioned.clear()
+        return self
+
     def reset(self) -> None:
         """The next forward begins a new generation, whatever its timestep."""
         self._tracker.reset()
@@ -270,11 +298,11 @@ class Handle:
         Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
         ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``full``: reason -> forwards, ``forecast``:
         step -> forwards, ``nbytes`` held), ``fused`` (``blocks``: class -> number with a fused forward, ``unfused``:
-        reason -> times), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``: reason
-        -> calls, ``nbytes`` held), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict of
-        ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None where
-        the layer did not run), ``mean_density``, ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks``
-        (both reason -> calls).
+        reason -> times), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``: reason -> calls,
+        ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were exchanged), ``layers`` and
+        ``skipped`` (reason -> module paths). Each served layer is a dict of ``expert``, ``layer``, ``name``,
+        ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None where the layer did not run),
+        ``mean_density``, ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason -> calls).
         """
         return collect_stats(self)
 

@@ -53,6 +53,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "cache": _cache(handle),
         "fused": _fused(handle),
         "text_kv": _text_kv(handle),
+        "positions": _positions(handle),
         "layers": layers,
         "skipped": skipped,
     }
@@ -88,6 +89,15 @@ def _text_kv(handle: Handle) -> dict[str, Any] | None:
         refused.update(memory.refused)
     numbers = {name: sum(getattr(memory, name) for memory in memories) for name in ("computed", "reused", "nbytes")}
     return numbers | {"refused": dict(refused)}
+
+
+def _positions(handle: Handle) -> dict[int, int] | None:
+    if all(root.session.positions is None for root in handle.roots):
+        return None
+    forwards: Counter[int] = Counter()
+    for root in handle.roots:
+        forwards.update(root.session.repositioned)
+    return dict(sorted(forwards.items()))
 
 
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
@@ -160,6 +170,8 @@ def report_text(handle: Handle) -> str:
             f"{text['nbytes'] / 2**20:,.1f} MiB held"
         )
         lines += _reasons("text keys and values computed and not kept:", Counter(text["refused"]))
+    if stats["positions"] is not None:
+        lines.append(f"positions: rotary tables exchanged in {sum(stats['positions'].values()):,} forwards")
     lines += _reasons("kept dense by the planner (calls):", dense)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.fusion import BlockForward
+from vdit_fast.models.rotary import served_tables
 from vdit_fast.models.session import Geometry, Session
 
 __all__ = [
@@ -55,6 +56,8 @@ class ServedProcessor:
 
     attends: ClassVar[bool] = True
     """False where something around the attention is served and not the attention."""
+    takes_positions: ClassVar[bool] = False
+    """Whether it gets its rotary tables through ``tables``."""
 
     def __init__(self, session: Session, layer: int, stock: Any, root: Any) -> None:
         self.session = session
@@ -87,6 +90,23 @@ class ServedProcessor:
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+    def tables(self, stock: tuple[Tensor, Tensor] | None, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The rotary tables to use: the model's, unless ``Handle.positions`` exchanges them.
+
+        Called before ``stands_aside``, so that the stock processor gets them too. ``tokens`` is the layer's input.
+        Raises RuntimeError where the user's positions cannot be had: without them the answer would be another one.
+        """
+        if self.session.positions is None or not self.session.active:
+            return stock
+        if stock is None:
+            raise RuntimeError("positions: this model has no rotary tables; switch them off by handle.positions(None)")
+        if self._parallel_config is not None:
+            raise RuntimeError(
+                "positions: context parallelism is enabled, every rank has the tables of its shard only; disable it, "
+                "or switch positions off by handle.positions(None)"
+            )
+        return served_tables(stock, tokens, self.handle)
 
     def stands_aside(
         self,

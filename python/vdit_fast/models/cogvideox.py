@@ -27,6 +27,8 @@ __all__ = ["CogVideoXAdapter", "CogVideoXProcessor"]
 class CogVideoXProcessor(ServedProcessor):
     """Joint attention over [text, video]: LayerNorm per head, RoPE (5B and 1.5) on the video tokens."""
 
+    takes_positions = True
+
     def __call__(
         self,
         attn: Any,
@@ -35,6 +37,8 @@ class CogVideoXProcessor(ServedProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
+        image_rotary_emb = self.tables(image_rotary_emb, hidden_states)
         if self.stands_aside(attention_mask):
             stock: tuple[Tensor, Tensor] = self.stock(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
@@ -43,10 +47,8 @@ class CogVideoXProcessor(ServedProcessor):
         text = encoder_hidden_states.shape[1]
         joint = join(encoder_hidden_states, hidden_states)
         query, key, value = project_heads(attn, joint)
-        anchor = None
         if image_rotary_emb is not None:
             cos, sin = image_rotary_emb
-            anchor = cos
             query = torch.cat((query[:, :text], rotate_pairs(query[:, text:], cos, sin)), dim=1)
             key = torch.cat((key[:, :text], rotate_pairs(key[:, text:], cos, sin)), dim=1)
         out = served_attention(query, key, value, self.handle, anchor=anchor).flatten(2, 3)

@@ -51,6 +51,8 @@ def _is_key_mask(mask: Tensor) -> bool:
 class HunyuanVideoProcessor(ServedProcessor):
     """Joint attention: RMSNorm per head, RoPE on the video tokens, then [video, text]."""
 
+    takes_positions = True
+
     def __call__(
         self,
         attn: Any,
@@ -59,6 +61,8 @@ class HunyuanVideoProcessor(ServedProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
+        image_rotary_emb = self.tables(image_rotary_emb, hidden_states)
         known_mask = attention_mask is None or _is_key_mask(attention_mask)
         if self.stands_aside(None if known_mask else attention_mask):
             stock: tuple[Tensor, Tensor | None] = self.stock(
@@ -86,7 +90,6 @@ class HunyuanVideoProcessor(ServedProcessor):
             value = torch.cat((value, text_value), dim=1)
 
         kv_len = attention_mask[:, 0, 0].sum(-1, dtype=torch.int32) if attention_mask is not None else None
-        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
         out = served_attention(query, key, value, self.handle, kv_len=kv_len, anchor=anchor)
         out = out.flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:

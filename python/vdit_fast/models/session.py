@@ -24,6 +24,7 @@ from vdit_fast.ops.attention import attention
 from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
+    from vdit_fast.models.rotary import PositionFn
     from vdit_fast.models.text_kv import TextKV
 
 __all__ = ["Forward", "Geometry", "Session", "session_by_id"]
@@ -64,6 +65,23 @@ def _execute(decision: Decision, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor
         with torch.no_grad():
             decision.observe(out.detach(), lse.detach())
     return out if decision.residual is None else out + decision.residual
+
+
+def _checked_tables(new: Any, stock: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """What a positions function returned, in the form of the model's own tables."""
+    if new is None:
+        return None
+    if not isinstance(new, tuple | list) or len(new) != 2 or not all(isinstance(x, Tensor) for x in new):
+        raise TypeError(f"positions: the function must return (cos, sin) or None, got {type(new).__name__}")
+    out = []
+    for label, table, own in zip(("cos", "sin"), new, stock, strict=True):
+        if [n for n in table.shape if n != 1] != [n for n in own.shape if n != 1] or not table.is_floating_point():
+            raise ValueError(
+                f"positions: {label} is {table.dtype} {list(table.shape)}, but the model's is {own.dtype} "
+                f"{list(own.shape)}; return floating-point tables of that shape, up to dimensions of size 1"
+            )
+        out.append(table.to(own.device, own.dtype).reshape(own.shape))
+    return out[0], out[1]
 
 
 @dataclass(frozen=True)
@@ -111,6 +129,8 @@ class Forward:
     """Whether the cache policy's wrapper has seen it: a wrapper acts once per forward."""
     decisions: dict[int, tuple[Decision, Tensor | None]] = field(default_factory=dict)
     """Decisions by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
+    tables: dict[Any, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    """Rotary tables that stand in for the model's, by the model's shape, dtype and device; None: the model's own."""
     _distinct: Distinct | None = None
 
     def distinct(self, batch: int, tokens: int) -> Distinct | None:
@@ -157,6 +177,8 @@ class Session:
         self.static: dict[Any, Any] = {}
         self.cache = OutputCache()
         self.text: TextKV | None = None
+        self.positions: PositionFn | None = None
+        self.repositioned: Counter[int] = Counter()
         self.forward: Forward | None = None
         self.forwards = 0
         self.steps: set[tuple[int, int]] = set()
@@ -179,6 +201,7 @@ class Session:
         # For a copied model: the same layers and configuration, its own records.
         new = Session(self.config, copy.deepcopy(self.tracker, memo), self.expert, self.family)
         new.active = self.active
+        new.positions = self.positions
         for layer in self.layers:
             new.add_layer(layer.name, layer.always_dense)
         new.fused = dict(self.fused)
@@ -212,7 +235,31 @@ class Session:
         self.state.clear()
         self.static.clear()
         self.cache = OutputCache()
+        self.repositioned.clear()
         self._told.clear()
+
+    # ------------------------------------------------------------------ positions
+    def exchange_tables(self, layer: int, stock: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rotary tables of this forward: what the user's function makes of the model's, once per forward."""
+        positions = self.positions
+        if positions is None:
+            return stock
+        forward = self.forward
+        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing's second run of an earlier forward
+            forward = self._anchors.get(stock[0], forward)
+        if forward is None or forward.geometry is None:
+            problem = "called outside a forward of its transformer" if forward is None else "the video grid is unknown"
+            raise RuntimeError(
+                f"positions: {self.layers[layer].name} has no step and grid to give the function ({problem}); "
+                "run the whole transformer, or switch it off with handle.positions(None)"
+            )
+        kind = (stock[0].shape, stock[0].dtype, stock[0].device)
+        if kind not in forward.tables:
+            forward.tables[kind] = _checked_tables(positions(forward.step, forward.geometry, stock), stock)
+            if forward.tables[kind] is not None:
+                self.repositioned[forward.step.step] += 1
+        new = forward.tables[kind]
+        return stock if new is None else new
 
     # ------------------------------------------------------------------ one attention call
     def attend(

@@ -32,6 +32,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class WanProcessor(ServedProcessor):
     """Wan's self-attention: RMSNorm across heads before the head split, then interleaved RoPE."""
 
+    takes_positions = True
+
     def __call__(
         self,
         attn: Any,
@@ -40,6 +42,9 @@ class WanProcessor(ServedProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        anchor = rotary_emb[0] if rotary_emb is not None else None
+        if encoder_hidden_states is None:
+            rotary_emb = self.tables(rotary_emb, hidden_states)
         if encoder_hidden_states is not None or self.stands_aside(attention_mask):
             stock: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return stock
@@ -49,9 +54,7 @@ class WanProcessor(ServedProcessor):
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        anchor = None
         if rotary_emb is not None:
-            anchor = rotary_emb[0]
             query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
         out = served_attention(query, key, value, self.handle, anchor=anchor)
         out = out.flatten(2, 3).type_as(query)

@@ -6,8 +6,10 @@ from .block_mass import block_mass, score_lse
 from .block_mean import block_mean
 from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .compile_blocks import compile_blocks
+from .gated_attention import gated_attention
 from .merge import merge
 from .qk_norm_rope import qk_norm_rope
+from .pooled_attention import pooled_attention
 from .select import select_top_k, select_top_p
 
 __all__ = [
@@ -19,11 +21,13 @@ __all__ = [
     "counting_sort",
     "gate_residual",
     "gate_residual_norm",
+    "gated_attention",
     "kmeans",
     "kmeans_assign",
     "merge",
     "permute_tokens",
     "qk_norm_rope",
+    "pooled_attention",
     "score_lse",
     "select_top_k",
     "select_top_p",
