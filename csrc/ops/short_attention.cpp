@@ -47,6 +47,9 @@ ShortAttentionParams prepare(const Tensor& q, const Tensor& k, const Tensor& v, 
              "; expected 1 to ", kShortMaxDim);
   VDIT_CHECK(q.size(1) <= INT32_MAX - kShortMaxKeys && q.size(3) <= INT32_MAX, "short_attention: q has shape ",
              shape_text(q), "; rows and heads must fit 32 bits");
+  const int64_t items = q.size(0) * q.size(2) * q.size(3) * ((q.size(1) + 63) / 64);
+  VDIT_CHECK(items <= INT32_MAX, "short_attention: q has shape ", shape_text(q), ", which is ", items,
+             " sequences of up to 64 rows; at most ", INT32_MAX, " at once, split it along the places");
   VDIT_CHECK(std::isfinite(float(scale)), "short_attention: scale is ", scale, "; expected a finite number");
   if (kv_len) {
     const ScalarType type = kv_len->scalar_type();

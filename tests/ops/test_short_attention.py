@@ -227,7 +227,7 @@ def test_compiles_without_a_break() -> None:
 
 def test_bad_input() -> None:
     q, k, v = draw((2, 5, 4, 2, 2, 8))
-    wide = torch.randn(2, 5, 2, 2, 264)
+    wide, many = torch.randn(2, 5, 2, 2, 264), torch.randn(1, 1, 1, 1, 8).expand(2, 65, 2**15, 2**15, 8)
     for arguments, options, message in (
         ((q[:, :, 0, 0], k, v), {}, r"q has shape \[2, 5, 8\].*unsqueeze"),
         ((q.double(), k, v), {}, "q.*float64"),
@@ -237,6 +237,7 @@ def test_bad_input() -> None:
         ((q, k.repeat(1, 17, 1, 1, 1), v.repeat(1, 17, 1, 1, 1)), {}, "k has 68 keys; at most 64"),
         ((wide, wide, wide), {}, "head dimension 264"),
         ((q[..., :0], k[..., :0], v[..., :0]), {}, "head dimension 0"),
+        ((many, many, many), {}, "4294967296 sequences.*split"),
         ((q, k, v), {"scale": float("nan")}, "scale is nan"),
         ((q, k, v), {"kv_len": torch.ones(3, dtype=torch.int32)}, r"kv_len has shape \[3\].*\[2\]"),
         ((q, k, v), {"kv_len": torch.ones(2)}, "kv_len is float32"),

@@ -31,8 +31,8 @@ def short_attention(
             D at most 256. On a GPU, rows of a multiple of 8 elements that lie at multiples of 16 bytes are fast.
         k, v: ``[B, Lk, S, H, D]`` (or 4-D like q) of q's dtype, any strides, at most 64 keys.
         causal: row i reads the keys ``j <= i + Lk - Lq``: the last row reads all of them, so keys of earlier chunks
-            go in front (ViD-GPT, arXiv 2406.10981; Ca2-VDM, arXiv 2411.16375). The ``is_causal`` of torch is another one
-            where Lq and Lk differ.
+            go in front (ViD-GPT, arXiv 2406.10981; Ca2-VDM, arXiv 2411.16375). The ``is_causal`` of torch reads other
+            keys where Lq and Lk differ.
         scale: factor on the scores, default ``D ** -0.5``.
         kv_len: int32 or int64 ``[B]``; keys ``j >= kv_len[b]`` are not read.
 
