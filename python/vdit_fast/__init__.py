@@ -17,6 +17,7 @@ from .ops import (  # noqa: E402
     gate_residual_norm,
     merge,
     qk_norm_rope,
+    short_attention,
 )
 from .plan import AttentionPlan  # noqa: E402
 from .planners import Draft, Window  # noqa: E402
@@ -37,4 +38,5 @@ __all__ = [
     "merge",
     "qk_norm_rope",
     "reference",
+    "short_attention",
 ]

@@ -258,7 +258,7 @@ class ModelAdapter:
     def dense_reason(self, name: str, module: nn.Module) -> str | None:
         """Why a served module runs dense under every planner, or None: its tokens are not those of the video grid.
 
-        Planners neither see nor count such a layer.
+        Planners neither see nor count such a layer. One of at most 64 keys runs through ``short_attention``.
         """
         return None
 
@@ -268,6 +268,14 @@ class ModelAdapter:
         Called before every forward that is not compiled as a whole. No device value may be read.
         """
         return {}
+
+    def root_reason(self, root: nn.Module, module: nn.Module, processor: Any) -> str | None:
+        """Why this model's attention must be left alone although the processor is known, or None.
+
+        For families whose processor class other models use as well. ``root`` is the transformer, or the target
+        itself where no forward with a timestep was found.
+        """
+        return None
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         """Token layout of a forward of the transformer with these arguments by name, None when it cannot be told."""

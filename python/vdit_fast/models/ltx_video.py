@@ -58,7 +58,7 @@ class LTXVideoAdapter(ModelAdapter):
         return super().skip_reason(name, module, processor)
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
-        sizes = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+        sizes: tuple[Any, ...] = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
         if not all(isinstance(size, int) for size in sizes):
             return None
         frames, height, width = sizes

@@ -21,6 +21,7 @@ from vdit_fast.models.kernels import dense_attention, missing_kernel
 from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.ops.attention import attention
+from vdit_fast.ops.short_attention import MAX_SHORT_KEYS, short_attention
 from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
@@ -55,8 +56,18 @@ def _sample(q: Tensor) -> Tensor:
     return q.detach()[:, :: max(1, q.shape[1] // 16), :, 0].clone()
 
 
-def _execute(decision: Decision, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float | None) -> Tensor:
-    """The attention call that a planner decided on."""
+def _execute(
+    decision: Decision,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float | None,
+    short: bool,
+) -> Tensor:
+    """The attention call that a planner decided on; ``short`` for a layer of short sequences that none sees."""
+    if short:
+        return short_attention(q, k, v, kv_len=kv_len, scale=scale)
     options: dict[str, Any] = {"row_scale": decision.row_scale, "kv_len": kv_len, "scale": scale}
     if decision.observe is None:
         out = cast(Tensor, attention(q, k, v, decision.plan, **options))
@@ -228,7 +239,7 @@ class Session:
     def reconfigure(self, config: Config) -> None:
         """Use another configuration from the next call on; the records begin anew, as they would mix the two."""
         self.config = config
-        self.layers = [LayerLedger(old.name, old.layer, old.place, old.always_dense) for old in self.layers]
+        self.layers = [old.fresh() for old in self.layers]
         self.steps.clear()
         self.forwards = 0
         self.unfused.clear()
@@ -273,7 +284,8 @@ class Session:
         scale: float | None = None,
     ) -> Tensor:
         """Attention of one layer: q [B,Lq,H,D], k, v [B,Lk,Hkv,D] -> [B,Lq,H,D]; scale None is D ** -0.5."""
-        reason = missing_kernel(q)
+        short = self._is_short(layer, k)
+        reason = missing_kernel(q, short) if short else missing_kernel(q)
         if reason is not None:
             self.fall_back(layer, reason)
             return dense_attention(q, k, v, kv_len, scale)
@@ -291,6 +303,9 @@ class Session:
         q, k, v = geometry.video_first(q), geometry.video_first(k), geometry.video_first(v)
         return geometry.in_model_order(self._attend(self.layers[layer], forward, q, k, v, kv_len, scale))
 
+    def _is_short(self, layer: int, k: Tensor) -> bool:
+        return self.layers[layer].always_dense is not None and k.shape[1] <= MAX_SHORT_KEYS
+
     def _attend(
         self,
         ledger: LayerLedger,
@@ -301,6 +316,7 @@ class Session:
         kv_len: Tensor | None,
         scale: float | None,
     ) -> Tensor:
+        short = self._is_short(ledger.layer, k)
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         replay = grad and torch._C._current_graph_task_id() != -1
         if replay and forward is not None and ledger.layer in forward.decisions:
@@ -310,11 +326,11 @@ class Session:
                     "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
                     "backward before the next forward, or train with dense attention (config 'exact')"
                 )
-            return _execute(decision, q, k, v, kv_len, scale)
+            return _execute(decision, q, k, v, kv_len, scale, short)
         begin = stamp(q.device)
         decision = self._decide(ledger, forward, q, k, v, kv_len, scale)
         middle = stamp(q.device)
-        out = _execute(decision, q, k, v, kv_len, scale)
+        out = _execute(decision, q, k, v, kv_len, scale, short)
         end = stamp(q.device)
         ledger.calls += 1
         ledger.attention_time.add(middle, end)

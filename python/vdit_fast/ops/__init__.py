@@ -11,6 +11,7 @@ from .merge import merge
 from .qk_norm_rope import qk_norm_rope
 from .pooled_attention import pooled_attention
 from .select import select_top_k, select_top_p
+from .short_attention import short_attention
 
 __all__ = [
     "adaln_modulate",
@@ -31,4 +32,5 @@ __all__ = [
     "score_lse",
     "select_top_k",
     "select_top_p",
+    "short_attention",
 ]
