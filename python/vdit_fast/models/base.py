@@ -20,13 +20,13 @@ __all__ = [
     "CROSS_ATTENTION",
     "ModelAdapter",
     "ServedProcessor",
-    "added_heads",
     "is_prefix_mask",
     "parameter_names",
     "patch_grid",
     "project_heads",
-    "rotate_pairs",
     "set_processor",
+    "split_added_heads",
+    "split_heads",
 ]
 
 CROSS_ATTENTION = "cross-attention"
@@ -163,28 +163,28 @@ def patch_grid(shape: tuple[int, int, int], patch: tuple[int, int, int]) -> tupl
     return -(-shape[0] // patch[0]), shape[1] // patch[1], shape[2] // patch[2]
 
 
+def split_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, N, H, D] of tokens [B, N, C], before any norm."""
+    return _split((attn.to_q, attn.to_k, attn.to_v), attn.heads, tokens)
+
+
+def split_added_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Like ``split_heads``, by the module's projections of the second stream."""
+    return _split((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), attn.heads, tokens)
+
+
+def _split(projections: tuple[Any, Any, Any], heads: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (project(tokens).unflatten(2, (heads, -1)) for project in projections)
+    return query, key, value
+
+
 def project_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, N, H, D] of tokens [B, N, C], with the norms per head that the module has."""
-    query, key, value = (
-        project(tokens).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-    )
+    query, key, value = split_heads(attn, tokens)
     if attn.norm_q is not None:
         query = attn.norm_q(query)
     if attn.norm_k is not None:
         key = attn.norm_k(key)
-    return query, key, value
-
-
-def added_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Like ``project_heads``, by the module's projections and norms of the second stream."""
-    query, key, value = (
-        project(tokens).unflatten(2, (attn.heads, -1))
-        for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    )
-    if attn.norm_added_q is not None:
-        query = attn.norm_added_q(query)
-    if attn.norm_added_k is not None:
-        key = attn.norm_added_k(key)
     return query, key, value
 
 
@@ -197,19 +197,6 @@ def is_prefix_mask(mask: Tensor) -> bool:
         return True
     valid = mask.bool()
     return not bool((valid[..., 1:] & ~valid[..., :-1]).any())
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs the way diffusers' ``apply_rotary_emb`` rounds it: fp32, then x's dtype.
-
-    Args:
-        x: [B, N, H, D].
-        cos, sin: [N, D], every value repeated for the two channels of its pair.
-    """
-    cos, sin = cos[None, :, None].to(x.device), sin[None, :, None].to(x.device)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
 class ModelAdapter:

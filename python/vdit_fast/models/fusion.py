@@ -30,6 +30,7 @@ __all__ = [
     "distinct_rows",
     "fused_rounding",
     "is_plain",
+    "rounding_for",
     "stock_forward",
 ]
 
@@ -117,10 +118,16 @@ def fused_rounding(block: Any, x: Tensor, norms: Iterable[nn.Module] = (), *weig
     The reason is counted in the report, except inside a compiled block.
 
     Args:
-        norms: sub-modules whose calls the fused forward leaves out.
+        norms: sub-modules whose calls are left out.
         weights: parameters of the block itself that it reads.
     """
-    session: Session | None = getattr(block, LINK).session
+    return rounding_for(getattr(block, LINK).session, x, norms, *weights)
+
+
+def rounding_for(
+    session: Session | None, x: Tensor, norms: Iterable[nn.Module] = (), *weights: Tensor
+) -> Rounding | None:
+    """``fused_rounding`` where the session is at hand."""
     if session is None or not session.active or session.config.fuse == "off":
         return None
     reason = _obstacle(x, norms, weights)
@@ -137,7 +144,7 @@ def _obstacle(x: Tensor, norms: Iterable[nn.Module], weights: Iterable[Tensor]) 
     if under_autocast(x):
         return "autocast chooses the dtypes"
     if not all(is_plain(norm, x) for norm in norms):
-        return "a norm of the block is hooked, or its weights lie elsewhere"
+        return "a norm is hooked, or its weights lie elsewhere"
     if any(weight.device != x.device for weight in weights):
         return "weights of the block lie elsewhere"
     return missing_fused_kernel(x)

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from vdit_fast.models.base import (
     ModelAdapter,
     ServedProcessor,
-    added_heads,
     is_prefix_mask,
     parameter_names,
     patch_grid,
-    project_heads,
-    rotate_pairs,
+    split_added_heads,
+    split_heads,
 )
 from vdit_fast.models.hunyuan_video_block import HUNYUAN_BLOCKS
 from vdit_fast.models.joint import join
+from vdit_fast.models.qk import joint_heads, pair_rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -73,21 +73,14 @@ class HunyuanVideoProcessor(ServedProcessor):
         dual = attn.add_q_proj is not None and encoder_hidden_states is not None
         if encoder_hidden_states is not None and not dual:
             hidden_states = join(hidden_states, encoder_hidden_states)
-        query, key, value = project_heads(attn, hidden_states)
-        if image_rotary_emb is not None:
-            cos, sin = image_rotary_emb
-            video = query.shape[1] if dual else query.shape[1] - text
-            if video == query.shape[1]:
-                query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
-            else:
-                query = torch.cat((rotate_pairs(query[:, :video], cos, sin), query[:, video:]), dim=1)
-                key = torch.cat((rotate_pairs(key[:, :video], cos, sin), key[:, video:]), dim=1)
+        heads, norms = split_heads(attn, hidden_states), (attn.norm_q, attn.norm_k)
+        rotary = pair_rotary(image_rotary_emb, hidden_states, start=None if dual or not text else 0)
         if dual:
             assert encoder_hidden_states is not None
-            text_query, text_key, text_value = added_heads(attn, encoder_hidden_states)
-            query = torch.cat((query, text_query), dim=1)
-            key = torch.cat((key, text_key), dim=1)
-            value = torch.cat((value, text_value), dim=1)
+            added, added_norms = split_added_heads(attn, encoder_hidden_states), (attn.norm_added_q, attn.norm_added_k)
+            query, key, value = joint_heads(self, heads, norms, added, added_norms, rotary)
+        else:
+            query, key, value = turned_heads(self, heads, norms, rotary)
 
         kv_len = attention_mask[:, 0, 0].sum(-1, dtype=torch.int32) if attention_mask is not None else None
         out = served_attention(query, key, value, self.handle, kv_len=kv_len, anchor=anchor)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from vdit_fast.models.base import (
     ModelAdapter,
     ServedProcessor,
-    added_heads,
     is_prefix_mask,
     patch_grid,
-    project_heads,
-    rotate_pairs,
+    split_added_heads,
+    split_heads,
 )
+from vdit_fast.models.hunyuan_video_block import HUNYUAN_BLOCKS
+from vdit_fast.models.qk import joint_heads, pair_rotary
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -50,15 +51,11 @@ class HunyuanVideo15Processor(ServedProcessor):
             )
             return stock
         assert encoder_hidden_states is not None and attention_mask is not None
-        query, key, value = project_heads(attn, hidden_states)
-        anchor = None
-        if image_rotary_emb is not None:
-            anchor = image_rotary_emb[0]
-            query, key = rotate_pairs(query, *image_rotary_emb), rotate_pairs(key, *image_rotary_emb)
-        text_query, text_key, text_value = added_heads(attn, encoder_hidden_states)
-        query = torch.cat((query, text_query), dim=1)
-        key = torch.cat((key, text_key), dim=1)
-        value = torch.cat((value, text_value), dim=1)
+        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
+        heads, added = split_heads(attn, hidden_states), split_added_heads(attn, encoder_hidden_states)
+        norms, added_norms = (attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k)
+        rotary = pair_rotary(image_rotary_emb, hidden_states)
+        query, key, value = joint_heads(self, heads, norms, added, added_norms, rotary)
 
         video = hidden_states.shape[1]
         valid = attention_mask.bool()
@@ -73,6 +70,7 @@ class HunyuanVideo15Processor(ServedProcessor):
 class HunyuanVideo15Adapter(ModelAdapter):
     family = "hunyuan_video15"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"HunyuanVideo15AttnProcessor2_0": HunyuanVideo15Processor}
+    blocks = HUNYUAN_BLOCKS
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")

@@ -25,8 +25,13 @@ MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-FUSED_DEVICES = frozenset(
-    kernel["device"] for kernel in kernel_catalogue() if kernel["op"] == "adaln_modulate" and kernel["compiled"]
+_FUSED = ("adaln_modulate", "gate_residual", "gate_residual_norm", "qk_norm_rope")
+
+FUSED_DEVICES = frozenset.intersection(
+    *(
+        frozenset(kernel["device"] for kernel in kernel_catalogue() if kernel["op"] == op and kernel["compiled"])
+        for op in _FUSED
+    )
 ) | {"meta"}  # shapes only, no kernel runs
 """Device types that the fused operators run on; a constant, because compiled blocks read it."""
 

@@ -12,19 +12,25 @@ import torch
 from torch import Tensor
 
 from vdit_fast.models.base import ServedProcessor
+from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
-from vdit_fast.models.wan import WanAdapter, rotate
+from vdit_fast.models.wan import WanAdapter, wan_rotary
 
 __all__ = ["SkyReelsV2Adapter", "SkyReelsV2Processor"]
 
 
-def _rotate(x: Tensor, table: tuple[Tensor, Tensor] | Tensor) -> Tensor:
-    """RoPE of x [B, N, H, D]: cos and sin as in Wan, or one complex table [1, 1, N, D / 2] (diffusers < 0.36)."""
+def _rotary(table: tuple[Tensor, Tensor] | Tensor) -> Rotary:
+    """cos and sin as in Wan, or one complex table [1, 1, N, D / 2] (diffusers < 0.36)."""
     if not isinstance(table, Tensor):
-        return rotate(x, *table)
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * table.transpose(1, 2)
-    return torch.view_as_real(turned).flatten(-2).type_as(x)
+        return wan_rotary(*table)
+    turn = table.transpose(1, 2)
+
+    def rotate(x: Tensor) -> Tensor:
+        turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn
+        return torch.view_as_real(turned).flatten(-2).type_as(x)
+
+    return Rotary(turn.real.float(), turn.imag.float(), rotate)
 
 
 class SkyReelsV2Processor(ServedProcessor):
@@ -45,12 +51,12 @@ class SkyReelsV2Processor(ServedProcessor):
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        anchor = None
+        heads = tuple(tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+        anchor = rotary = None
         if rotary_emb is not None:
             anchor = rotary_emb if isinstance(rotary_emb, Tensor) else rotary_emb[0]
-            query, key = _rotate(query, rotary_emb), _rotate(key, rotary_emb)
+            rotary = _rotary(rotary_emb)
+        query, key, value = turned_heads(self, heads, (attn.norm_q, attn.norm_k), rotary, across=True)
         out = served_attention(query, key, value, self.handle, anchor=anchor)
         out = out.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))

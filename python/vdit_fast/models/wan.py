@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, patch_grid
+from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
 from vdit_fast.models.wan_block import WAN_BLOCKS
 
-__all__ = ["WanAdapter", "WanProcessor", "rotate"]
+__all__ = ["WanAdapter", "WanProcessor", "rotate", "wan_rotary"]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -27,6 +28,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def wan_rotary(cos: Tensor, sin: Tensor) -> Rotary:
+    """Wan's rotation; a model that is wholly in 16 bits has tables in 16 bits, and multiplies in them."""
+    return Rotary(cos, sin, lambda x: rotate(x, cos, sin), round_products=cos.dtype.itemsize == 2)
 
 
 class WanProcessor(ServedProcessor):
@@ -52,10 +58,9 @@ class WanProcessor(ServedProcessor):
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        if rotary_emb is not None:
-            query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+        rotary = wan_rotary(*rotary_emb) if rotary_emb is not None else None
+        query, key, value = turned_heads(self, (query, key, value), (attn.norm_q, attn.norm_k), rotary, across=True)
         out = served_attention(query, key, value, self.handle, anchor=anchor)
         out = out.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
