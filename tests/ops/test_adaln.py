@@ -6,86 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from adaln_cases import BF16, F16, F32, OPS, VARIANTS, arguments, double, draw, outputs, part, within
 from torch import Tensor
 
 import vdit_fast
 from vdit_fast import ops, reference
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ROUNDINGS = ["fast", "eager"]
 DIMS = [1, 7, 8, 13, 129, 264]  # tails of every vector length, multiples of 8
-
-
-def within(got: Tensor, want: Tensor, exact: Tensor, factor: float = 2.0) -> None:
-    """Error against fp64 at most `factor` times the reference's, and finite like it."""
-    assert got.dtype == want.dtype and got.shape == want.shape and got.is_contiguous()
-    if not got.numel():
-        return
-    error, allowed = ((t.double() - exact).abs().max() for t in (got, want))
-    assert error <= factor * allowed + 4 * torch.finfo(F32).eps * exact.abs().max(), (error, allowed)
-
-
-def draw(seed: int, *shape: int, dtype: torch.dtype = F32, mean: float = 0.0) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean).to(dtype)
-
-
-def arguments(dim: int, dtype: torch.dtype, rows: torch.dtype, rounding: str, variant: int) -> dict[str, Any]:
-    """Of ``gate_residual_norm``: every variant is another mixture of what may be there."""
-    batch, tokens, table = 2, 5, 3
-    six = draw(1, batch if variant % 2 else 1, table, 6, dim, dtype=rows).unbind(2)  # strided views
-    base = draw(2, 6, dim, dtype=F32 if variant % 3 == 0 else rows)
-    gate, scale, shift = ((base[i], six[i]) if variant & 4 else six[i] for i in range(3))
-    norm = ["layer", "rms", "none"][variant % 3]
-    post = ["none", "rms", "layer"][variant // 3 % 3]
-    affine = variant % 4 < 2
-    weight_dtype = F32 if variant % 5 == 0 else dtype
-    vectors = draw(3, 4, dim, dtype=weight_dtype)
-    index = torch.randint(0, table, (batch, tokens), generator=torch.Generator().manual_seed(variant))
-    return {
-        "x": draw(4, batch, tokens, dim, dtype=dtype, mean=1.0),
-        "y": draw(5, batch, tokens, dim, dtype=F32 if variant % 7 == 0 else dtype),
-        "gate": None if variant % 8 == 0 else gate,
-        "scale": None if variant % 8 == 1 else scale,
-        "shift": None if variant % 4 == 2 else shift,
-        "index": (index if variant % 2 else index[0]).to(torch.int32),
-        "gate_activation": "tanh" if variant & 2 else None,
-        "post_norm": post,
-        "post_weight": vectors[0] if affine and post != "none" else None,
-        "post_bias": vectors[1] if affine and post == "layer" else None,
-        "norm": norm,
-        "weight": vectors[2] if affine and norm != "none" else None,
-        "bias": vectors[3] if affine and norm == "layer" else None,
-        "rounding": rounding,
-    }
-
-
-def part(kwargs: dict[str, Any], op: str) -> dict[str, Any]:
-    names = {"adaln_modulate": "x scale shift index norm weight bias rounding"}
-    names["gate_residual"] = "x y gate index gate_activation post_norm post_weight post_bias rounding"
-    return {n: kwargs[n] for n in names.get(op, " ".join(kwargs)).split()}
-
-
-def double(kwargs: dict[str, Any]) -> dict[str, Any]:
-    def wide(v: Any) -> Any:
-        if isinstance(v, tuple):
-            return tuple(t.double() for t in v)
-        return v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-
-    return {k: wide(v) for k, v in kwargs.items()} | {"rounding": "fast"}
-
-
-def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("dim", DIMS)
 def test_equals_the_reference(dim: int, dtype: torch.dtype, rounding: str) -> None:
-    for variant in range(24):
+    for variant in VARIANTS:
         rows = F32 if variant % 6 == 5 else dtype
         kwargs = arguments(dim, dtype, rows, rounding, variant)
-        for op in ("adaln_modulate", "gate_residual", "gate_residual_norm"):
+        for op in OPS:
             chosen = part(kwargs, op)
             if dim == 1 and chosen.get("norm") == "layer":
                 continue  # a variance of nothing: every difference is rounding
@@ -100,9 +38,9 @@ def test_equals_the_reference(dim: int, dtype: torch.dtype, rounding: str) -> No
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_eager_rounds_where_the_reference_does(dtype: torch.dtype) -> None:
     # One rounding that is missing or too many shows in a fifth of the results or more; sums differ in few.
-    for variant in range(24):
+    for variant in VARIANTS:
         kwargs = arguments(1152, dtype, dtype, "eager", variant)
-        for op in ("adaln_modulate", "gate_residual", "gate_residual_norm"):
+        for op in OPS:
             chosen = part(kwargs, op)
             got, want = (outputs(getattr(module, op)(**chosen)) for module in (ops, reference))
             for a, b in zip(got, want, strict=True):
@@ -110,7 +48,7 @@ def test_eager_rounds_where_the_reference_does(dtype: torch.dtype) -> None:
 
 
 def test_parts_agree_with_the_whole() -> None:
-    for variant in range(24):
+    for variant in VARIANTS:
         kwargs = arguments(264, BF16, BF16, "eager", variant)
         x_new, h = ops.gate_residual_norm(**kwargs)
         assert torch.equal(x_new, ops.gate_residual(**part(kwargs, "gate_residual")))
@@ -242,7 +180,7 @@ def raw(name: str, device: str = "cpu") -> list[Any]:
     }[name]
 
 
-@pytest.mark.parametrize("name", ["adaln_modulate", "gate_residual", "gate_residual_norm"])
+@pytest.mark.parametrize("name", OPS)
 def test_raw_operators(name: str) -> None:
     op = getattr(torch.ops.vdit_fast, name)
     torch.library.opcheck(op, tuple(raw(name)))
