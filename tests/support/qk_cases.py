@@ -1,4 +1,4 @@
-"""Cases of qk_norm_rope that cover its layouts, with the answer in fp64: for the CPU operator and the emulated kernel."""
+"""Cases of qk_norm_rope that cover its layouts, with answers in fp64: for the CPU operator and the emulated kernel."""
 
 from __future__ import annotations
 

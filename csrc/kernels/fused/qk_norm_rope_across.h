@@ -1,4 +1,5 @@
 // RMS over all heads of a token: one CTA per token and tensor, kChunks chunks of eight channels per thread.
+// With two chunks, 64 registers: several CTAs share an SM, and one's loads run under another's reduction.
 #pragma once
 #include "kernels/fused/qk_chunk.h"
 
@@ -12,8 +13,18 @@ struct AcrossBlocks {
   int32_t head_chunks;  // chunks of one head
 };
 
+struct Spot {
+  int chunk, head, column, channels;  // no channels: beyond the last head
+};
+VD_DEV Spot spot(const QkNormRopeParams& p, int head_chunks, int chunks, int j) {
+  const int chunk = threadIdx.x + j * blockDim.x, head = chunk / head_chunks;
+  const int column = (chunk - head * head_chunks) * kChunk;
+  const int left = p.dim - column < kChunk ? p.dim - column : kChunk;
+  return {chunk, head, column, chunk < chunks ? left : 0};
+}
+
 template <class E, bool Vector, int kChunks>
-VD_KERNEL(kMaxAcrossThreads, 1)
+VD_KERNEL(kMaxAcrossThreads, kChunks <= 2 ? 2 : 1)
 norm_across(const VD_GRID_CONST QkNormRopeParams p, const VD_GRID_CONST AcrossBlocks blocks) {
   constexpr int kBytes = Element<E>::kBytes;
   VD_SHARED(uint32_t, partial, kMaxAcrossThreads / 32);
@@ -25,24 +36,15 @@ norm_across(const VD_GRID_CONST QkNormRopeParams p, const VD_GRID_CONST AcrossBl
   const int chunks = s.heads * blocks.head_chunks;
   const char* x = static_cast<const char*>(s.x.data) + (b * s.x.batch_stride + n * s.x.row_stride) * kBytes;
 
-  // Everything that does not wait for the reduction is asked for before it, angles where registers allow.
-  constexpr bool kEarlyAngles = kChunks <= 2;
-  float v[kChunks][kChunk], w[kChunks][kChunk], bias[kChunks][kChunk];
-  Angles angles[kEarlyAngles ? kChunks : 1];
-  int64_t offset[kChunks];
+  // The weight does not wait for the reduction. The angles do: all heads of a token share them, mostly, so that they
+  // come from the L1 cache, and they would fill the registers of another CTA.
+  float v[kChunks][kChunk], w[kChunks][kChunk];
   float squares = 0.0f;
   VD_UNROLL for (int j = 0; j < kChunks; ++j) {
-    const int chunk = threadIdx.x + j * blockDim.x, head = chunk / blocks.head_chunks;
-    const int column = (chunk - head * blocks.head_chunks) * kChunk;
-    const int left = p.dim - column < kChunk ? p.dim - column : kChunk, channels = chunk < chunks ? left : 0;
-    load8<E, Vector>(x + (head * s.x.head_stride + column) * kBytes, channels, v[j]);
-    const int64_t at = int64_t(head) * p.dim + column;
-    if (s.weight != nullptr) load8<Vector>(s.weight, s.weight_dtype, at, channels, w[j]);
-    if (s.bias != nullptr) load8<Vector>(s.bias, s.weight_dtype, at, channels, bias[j]);
-    offset[j] = channels > 0 ? angle_offset(s.rope, b, head, n) : -1;
-    if constexpr (kEarlyAngles) {
-      if (offset[j] >= 0) load_angles<Vector>(p, s.rope, offset[j], column, angles[j]);
-    }
+    const Spot at = spot(p, blocks.head_chunks, chunks, j);
+    load8<E, Vector>(x + (at.head * s.x.head_stride + at.column) * kBytes, at.channels, v[j]);
+    if (s.weight != nullptr)
+      load8<Vector>(s.weight, s.weight_dtype, int64_t(at.head) * p.dim + at.column, at.channels, w[j]);
     VD_UNROLL for (int e = 0; e < kChunk; ++e) squares += v[j][e] * v[j][e];
   }
 
@@ -55,35 +57,40 @@ norm_across(const VD_GRID_CONST QkNormRopeParams p, const VD_GRID_CONST AcrossBl
     float sum = 0.0f;
     for (int warp = 0; warp < int(blockDim.x) / 32; ++warp) sum += arch::as_float(arch::lds32(sums + warp * 4));
     scale = 1.0f / sqrtf(sum / (float(s.heads) * float(p.dim)) + p.eps);
-    VD_UNROLL for (int j = 0; j < kChunks; ++j) finish<E>(p, s, 0.0f, scale, w[j], bias[j], v[j]);
+    VD_UNROLL for (int j = 0; j < kChunks; ++j) {
+      const Spot at = spot(p, blocks.head_chunks, chunks, j);
+      float bias[kChunk];
+      if (s.bias != nullptr)
+        load8<Vector>(s.bias, s.weight_dtype, int64_t(at.head) * p.dim + at.column, at.channels, bias);
+      finish<E>(p, s, 0.0f, scale, w[j], bias, v[j]);
+    }
   }
 
   const uint32_t row = arch::smem_u32(dynamic);
   const bool exchange = s.rope.cos != nullptr && p.axes != 0;
   if (exchange) {
     VD_UNROLL for (int j = 0; j < kChunks; ++j) {
-      const int chunk = threadIdx.x + j * blockDim.x;
-      if (chunk < chunks) put_chunk(row, chunks, chunk, v[j]);
+      const Spot at = spot(p, blocks.head_chunks, chunks, j);
+      if (at.channels > 0) put_chunk(row, chunks, at.chunk, v[j]);
     }
     arch::syncthreads();
   }
   VD_UNROLL for (int j = 0; j < kChunks; ++j) {
-    const int chunk = threadIdx.x + j * blockDim.x, head = chunk / blocks.head_chunks;
-    if (chunk >= chunks) continue;
-    const int column = (chunk - head * blocks.head_chunks) * kChunk;
-    const int channels = p.dim - column < kChunk ? p.dim - column : kChunk;
-    if (offset[j] >= 0) {
+    const Spot at = spot(p, blocks.head_chunks, chunks, j);
+    if (at.channels == 0) continue;
+    const int64_t offset = angle_offset(s.rope, b, at.head, n);
+    if (offset >= 0) {
+      Angles angles;
+      load_angles<Vector>(p, s.rope, offset, at.column, angles);
       float other[kChunk];
       if (exchange)
-        get_partners<Vector>(p, row, chunks, head * blocks.head_chunks, column, other);
+        get_partners<Vector>(p, row, chunks, at.head * blocks.head_chunks, at.column, other);
       else
         neighbours(v[j], other);
-      Angles& a = angles[kEarlyAngles ? j : 0];
-      if constexpr (!kEarlyAngles) load_angles<Vector>(p, s.rope, offset[j], column, a);
-      turn<E>(p, column, a, other, v[j]);
+      turn<E>(p, at.column, angles, other, v[j]);
     }
-    char* out = destination<E>(s, b, head, n);
-    if (out != nullptr) store8<E, Vector>(out + column * kBytes, channels, v[j]);
+    char* out = destination<E>(s, b, at.head, n);
+    if (out != nullptr) store8<E, Vector>(out + at.column * kBytes, at.channels, v[j]);
   }
 }
 
