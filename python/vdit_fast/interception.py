@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import Counter
@@ -50,11 +51,11 @@ def patch_sdpa(module: nn.Module, *, right_padded: bool = False) -> PatchedAtten
             f"module must be an nn.Module, got {type(module).__name__}; pass a pipeline's transformer or unet"
         )
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, _Enter):
+        if isinstance(hook, _Enter) and hook.handle.active:
             if hook.handle.right_padded != right_padded:
                 raise RuntimeError(
-                    f"this module is already patched with right_padded={hook.handle.right_padded}; call remove() on its "
-                    "handle first"
+                    f"this module is already patched with right_padded={hook.handle.right_padded}; call remove() on "
+                    "its handle first"
                 )
             return hook.handle
     handle = PatchedAttention(right_padded)
@@ -76,19 +77,18 @@ class PatchedAttention:
         """Served calls by operator."""
         self.passed: Counter[str] = Counter()
         """Calls left to torch, by reason."""
+        self.active = True
+        """False after ``remove``."""
         self._hooks: list[Any] = []
         self._open: dict[int, list[_Mode]] = {}  # by thread, innermost last
 
-    @property
-    def active(self) -> bool:
-        """False after ``remove``."""
-        return bool(self._hooks)
-
     def remove(self) -> None:
-        """The module as it was. Safe to call again, and inside the forward: it then acts from the next one on."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """The module as it was. Safe to call again, and inside the forward, which then ends with torch's attention."""
+        self.active = False
+        if not any(self._open.values()):  # else the last forward that runs takes the hooks off
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
 
     def stats(self) -> dict[str, Any]:
         """JSON-ready: ``served`` (operator -> calls), ``passed`` (reason -> calls), ``compiled``, ``active``."""
@@ -167,6 +167,8 @@ class _Leave(_Hook):
         opened = self.handle._open.get(threading.get_ident())
         if opened:  # none when a hook before _Enter raised
             opened.pop().__exit__(None, None, None)
+        if not self.handle.active:
+            self.handle.remove()
 
 
 class _Mode(TorchFunctionMode):
@@ -180,7 +182,7 @@ class _Mode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not _SDPA:
+        if func is not _SDPA or not self.handle.active:
             return func(*args, **kwargs)
         if torch.compiler.is_compiling():
             self.handle.compiled = True
@@ -191,10 +193,8 @@ class _Mode(TorchFunctionMode):
 def _attend(handle: PatchedAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     reason = "the arguments do not fit scaled_dot_product_attention"
     call = None
-    try:
+    with contextlib.suppress(TypeError):  # torch says what is wrong with them
         call = _Call(*args, **kwargs)
-    except TypeError:
-        pass  # torch says what is wrong with them
     if call is not None:
         reason = call.reason(handle.right_padded) or ""
     if call is None or reason:
@@ -236,9 +236,9 @@ class _Call:
             return f"the inputs have {q.ndim}, {k.ndim} and {v.ndim} dimensions"
         if k.shape != v.shape or k.shape[-1] != q.shape[-1] or k.shape[0] != q.shape[0]:
             return "shapes of q, k and v differ in batch, length or head dimension"
-        if q.ndim == 4 and k.shape[1] != q.shape[1]:
-            if not self.grouped or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-                return f"{q.shape[1]} query heads and {k.shape[1]} key heads without enable_gqa"
+        heads, kv_heads = (q.shape[1], k.shape[1]) if q.ndim == 4 else (1, 1)
+        if heads != kv_heads and not (self.grouped and kv_heads and heads % kv_heads == 0):
+            return f"{heads} query heads and {kv_heads} key heads without enable_gqa"
         if k.dtype != q.dtype or v.dtype != q.dtype or k.device != q.device or v.device != q.device:
             return "dtypes or devices of q, k and v differ"
         if self.dropout:

@@ -114,7 +114,7 @@ def test_the_older_processor(kind: str) -> None:
 
 
 def test_what_cannot_be_served_is_counted() -> None:
-    model, inputs = tiny.build("latte")
+    model, _ = tiny.build("latte")
     handle = accelerate(model)
     attn = model.temporal_transformer_blocks[0].attn1
     rows = torch.randn(3, 5, 24)

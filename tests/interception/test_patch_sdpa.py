@@ -251,6 +251,18 @@ def test_errors_leave_nothing_behind() -> None:
     assert handle.stats()["served"] == {"attention": 4}
 
 
+def test_removal_inside_the_forward() -> None:
+    model, x = Transformer(), torch.randn(1, 70, 32)
+    want = model(x)
+    handle = vdit_fast.patch_sdpa(model)
+    hook = model.blocks[1].register_forward_pre_hook(lambda *call: handle.remove())
+    close(model(x), want)
+    hook.remove()
+    assert handle.stats()["served"] == {"attention": 1} and torch._C._len_torch_function_stack() == 0
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert torch.equal(model(x), want)
+
+
 def test_threads_do_not_mix() -> None:
     model, x = Transformer(), torch.randn(1, 70, 32)
     want, results = model(x), {}
