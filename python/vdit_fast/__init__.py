@@ -10,6 +10,7 @@ _info = _load()
 from . import reference  # noqa: E402
 from .accelerate import accelerate  # noqa: E402
 from .config import Config  # noqa: E402
+from .interception import patch_sdpa  # noqa: E402
 from .ops import (  # noqa: E402
     adaln_modulate,
     attention,
@@ -36,6 +37,7 @@ __all__ = [
     "gate_residual",
     "gate_residual_norm",
     "merge",
+    "patch_sdpa",
     "qk_norm_rope",
     "reference",
     "short_attention",
