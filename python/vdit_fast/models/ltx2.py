@@ -149,13 +149,14 @@ class LTX2Adapter(ModelAdapter):
         return "audio tokens have no video grid" if name.rpartition(".")[2] == "audio_attn1" else None
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
-        sizes = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+        frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
         config = getattr(module, "config", None)
         patch, patch_t = getattr(config, "patch_size", None), getattr(config, "patch_size_t", None)
-        if not all(isinstance(size, int) for size in (*sizes, patch, patch_t)):
+        if not isinstance(frames, int) or not isinstance(height, int) or not isinstance(width, int):
             return None
-        frames, height, width = (-(-size // step) for size, step in zip(sizes, (patch_t, patch, patch), strict=True))
-        return Geometry((frames, height, width))
+        if not isinstance(patch, int) or not isinstance(patch_t, int):
+            return None
+        return Geometry((-(-frames // patch_t), -(-height // patch), -(-width // patch)))
 
 
 register(LTX2Adapter())

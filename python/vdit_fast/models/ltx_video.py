@@ -58,10 +58,9 @@ class LTXVideoAdapter(ModelAdapter):
         return super().skip_reason(name, module, processor)
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
-        sizes = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
-        if not all(isinstance(size, int) for size in sizes):
+        frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+        if not isinstance(frames, int) or not isinstance(height, int) or not isinstance(width, int):
             return None
-        frames, height, width = sizes
         return Geometry((frames, height, width))
 
 
