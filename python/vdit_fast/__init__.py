@@ -10,7 +10,15 @@ _info = _load()
 from . import reference  # noqa: E402
 from .accelerate import accelerate  # noqa: E402
 from .config import Config  # noqa: E402
-from .ops import attention, merge  # noqa: E402
+from .ops import (  # noqa: E402
+    adaln_modulate,
+    attention,
+    gate_residual,
+    gate_residual_norm,
+    merge,
+    qk_norm_rope,
+    short_attention,
+)
 from .plan import AttentionPlan  # noqa: E402
 from .planners import Draft, Window  # noqa: E402
 
@@ -22,8 +30,13 @@ __all__ = [
     "Draft",
     "Window",
     "accelerate",
+    "adaln_modulate",
     "attention",
     "build_info",
+    "gate_residual",
+    "gate_residual_norm",
     "merge",
+    "qk_norm_rope",
     "reference",
+    "short_attention",
 ]

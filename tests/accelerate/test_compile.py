@@ -38,7 +38,7 @@ def compile_blocks(model: Any, *names: str, **kw: Any) -> None:
         ("wan_t2v", {"layers": 10}, ["blocks"], 1),
         # The stock blocks need as many: the first block of a class gets a slice with strides of its own.
         ("hunyuan_video", {"layers": 1, "single": 10}, ["transformer_blocks", "single_transformer_blocks"], 3),
-        ("cogvideox_5b", {"layers": 10}, ["transformer_blocks"], 2),
+        ("cogvideox_5b", {"layers": 10}, ["transformer_blocks"], 1),
         ("mochi", {"layers": 10}, ["transformer_blocks"], 2),  # the last block ends the text stream
         *(
             pytest.param(kind, {"layers": 10}, ["transformer_blocks"], expected, marks=pytest.mark.slow)

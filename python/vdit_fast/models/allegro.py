@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, project_heads
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_heads
+from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -42,6 +43,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
+def _rotary(tables: _Tables, width: int) -> Rotary:
+    cos, sin = _token_tables(tables)
+    return Rotary(cos, sin, lambda x: _rotate(x, cos, sin), layout="half", axes=(width,) * 3)
+
+
 class AllegroProcessor(ServedProcessor):
     """No norm; RoPE by halves per axis. Heads of 96 channels."""
 
@@ -54,15 +60,14 @@ class AllegroProcessor(ServedProcessor):
         temb: Tensor | None = None,
         image_rotary_emb: _Tables | None = None,
     ) -> Tensor:
-        if encoder_hidden_states is not None or self.stands_aside(attention_mask, _MASKED):
+        if encoder_hidden_states is not None or self.stands_aside(attention_mask, why=_MASKED):
             stock: Tensor = self.stock(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, image_rotary_emb
             )
             return stock
-        query, key, value = project_heads(attn, hidden_states)
-        if image_rotary_emb is not None:
-            cos, sin = _token_tables(image_rotary_emb)
-            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        heads = split_heads(attn, hidden_states)
+        rotary = _rotary(image_rotary_emb, heads[0].shape[-1] // 3) if image_rotary_emb is not None else None
+        query, key, value = turned_heads(self, heads, (attn.norm_q, attn.norm_k), rotary)
         # The tables come from the pipeline: there is no tensor that tells forwards apart.
         out = served_attention(query, key, value, self.handle)
         out = out.flatten(2, 3).to(query.dtype)

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, project_heads
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_heads
+from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -23,6 +24,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x.float() * cos[None, :, None] + turned.float() * sin[None, :, None]).to(x.dtype)
+
+
+def _rotary(cos: Tensor, sin: Tensor) -> Rotary:
+    return Rotary(cos, sin, lambda x: _rotate(x, cos, sin), layout="half")
 
 
 class CosmosProcessor(ServedProcessor):
@@ -39,12 +44,12 @@ class CosmosProcessor(ServedProcessor):
         if encoder_hidden_states is not None or self.stands_aside(attention_mask):
             stock: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
             return stock
-        query, key, value = project_heads(attn, hidden_states)
-        anchor = None
+        anchor = rotary = None
         if image_rotary_emb is not None:
             anchor = image_rotary_emb[0]
-            cos, sin = (table.to(query.device) for table in image_rotary_emb)
-            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+            rotary = _rotary(*(table.to(hidden_states.device) for table in image_rotary_emb))
+        heads, norms = split_heads(attn, hidden_states), (attn.norm_q, attn.norm_k)
+        query, key, value = turned_heads(self, heads, norms, rotary)
         out = served_attention(query, key, value, self.handle, anchor=anchor)
         out = out.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, project_heads, rotate_pairs
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_added_heads, split_heads
+from vdit_fast.models.joint import join
+from vdit_fast.models.qk import joint_heads, pair_rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -35,29 +36,17 @@ class EasyAnimateProcessor(ServedProcessor):
             )
             return stock
         text = encoder_hidden_states.shape[1]
+        norms = (attn.norm_q, attn.norm_k)
         if attn.add_q_proj is None:
-            query, key, value = project_heads(attn, torch.cat((encoder_hidden_states, hidden_states), dim=1))
-            text_query, text_key, text_value = query[:, :text], key[:, :text], value[:, :text]
-            query, key, value = query[:, text:], key[:, text:], value[:, text:]
+            heads = split_heads(attn, join(encoder_hidden_states, hidden_states))
+            rotary = pair_rotary(image_rotary_emb, hidden_states, start=text)
+            query, key, value = turned_heads(self, heads, norms, rotary)
         else:
-            query, key, value = project_heads(attn, hidden_states)
-            text_query, text_key, text_value = (
-                project(encoder_hidden_states).unflatten(2, (attn.heads, -1))
-                for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            )
-            if attn.norm_added_q is not None:
-                text_query = attn.norm_added_q(text_query)
-            if attn.norm_added_k is not None:
-                text_key = attn.norm_added_k(text_key)
-        anchor = None
-        if image_rotary_emb is not None:
-            anchor = image_rotary_emb[0]
-            cos, sin = (table.to(query.device) for table in image_rotary_emb)  # made on the CPU
-            query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
-        query = torch.cat((text_query, query), dim=1)
-        key = torch.cat((text_key, key), dim=1)
-        value = torch.cat((text_value, value), dim=1)
-
+            heads, added = split_heads(attn, hidden_states), split_added_heads(attn, encoder_hidden_states)
+            added_norms = (attn.norm_added_q, attn.norm_added_k)
+            rotary = pair_rotary(image_rotary_emb, hidden_states)  # its tables are made on the CPU
+            query, key, value = joint_heads(self, heads, norms, added, added_norms, rotary, text_first=True)
+        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
         out = served_attention(query, key, value, self.handle, anchor=anchor).flatten(2, 3).to(query.dtype)
         text_out, out = out[:, :text], out[:, text:]
         if getattr(attn, "to_out", None) is not None:

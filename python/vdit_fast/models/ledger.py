@@ -85,6 +85,10 @@ class LayerLedger:
     """Calls that could not be served as configured, by reason."""
     _density: dict[int, list[Any]] = field(default_factory=dict)
 
+    def fresh(self) -> LayerLedger:
+        """An empty record of the same layer."""
+        return LayerLedger(self.name, self.layer, self.place, self.always_dense)
+
     def count(self, kind: Counter[str], reason: str) -> None:
         """Count a reason; beyond a bound on different ones the rest counts as one."""
         kind[reason if reason in kind or len(kind) < _MAX_REASONS else "other reasons"] += 1

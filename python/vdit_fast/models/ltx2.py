@@ -149,14 +149,15 @@ class LTX2Adapter(ModelAdapter):
         return "audio tokens have no video grid" if name.rpartition(".")[2] == "audio_attn1" else None
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
-        frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+        sizes: tuple[Any, ...] = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
         config = getattr(module, "config", None)
-        patch, patch_t = getattr(config, "patch_size", None), getattr(config, "patch_size_t", None)
-        if not isinstance(frames, int) or not isinstance(height, int) or not isinstance(width, int):
+        patch: tuple[Any, ...] = tuple(
+            getattr(config, name, None) for name in ("patch_size_t", "patch_size", "patch_size")
+        )
+        if not all(isinstance(size, int) for size in (*sizes, *patch)):
             return None
-        if not isinstance(patch, int) or not isinstance(patch_t, int):
-            return None
-        return Geometry((-(-frames // patch_t), -(-height // patch), -(-width // patch)))
+        frames, height, width = (-(-size // step) for size, step in zip(sizes, patch, strict=True))
+        return Geometry((frames, height, width))
 
 
 register(LTX2Adapter())

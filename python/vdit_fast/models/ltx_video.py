@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, split_heads
+from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -15,11 +16,16 @@ from vdit_fast.models.session import Geometry
 __all__ = ["LTXVideoAdapter", "LTXVideoProcessor"]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE over the whole width of x [B, N, C], before the head split; every value is repeated for its pair."""
-    even, odd = x.unflatten(2, (-1, 2)).unbind(-1)
-    turned = torch.stack((-odd, even), dim=-1).flatten(2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+def _rotary(cos: Tensor, sin: Tensor, heads: int) -> Rotary:
+    """The rotation by tables [B, N, H * D] over the whole width: neighbouring channels, every value repeated."""
+    cos, sin = (table.unflatten(2, (heads, -1)) for table in (cos, sin))
+
+    def rotate(x: Tensor) -> Tensor:
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+        return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+    return Rotary(cos, sin, rotate)
 
 
 class LTXVideoProcessor(ServedProcessor):
@@ -36,13 +42,12 @@ class LTXVideoProcessor(ServedProcessor):
         if encoder_hidden_states is not None or self.stands_aside(attention_mask):
             stock: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
             return stock
-        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
-        value = attn.to_v(hidden_states)
-        anchor = None
+        anchor = rotary = None
         if image_rotary_emb is not None:
             anchor = image_rotary_emb[0]
-            query, key = _rotate(query, *image_rotary_emb), _rotate(key, *image_rotary_emb)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+            rotary = _rotary(*image_rotary_emb, attn.heads)
+        heads, norms = split_heads(attn, hidden_states), (attn.norm_q, attn.norm_k)
+        query, key, value = turned_heads(self, heads, norms, rotary, across=True)
         out = served_attention(query, key, value, self.handle, anchor=anchor)
         out = out.flatten(2, 3).to(query.dtype)
         return attn.to_out[1](attn.to_out[0](out))
@@ -58,9 +63,10 @@ class LTXVideoAdapter(ModelAdapter):
         return super().skip_reason(name, module, processor)
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
-        frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
-        if not isinstance(frames, int) or not isinstance(height, int) or not isinstance(width, int):
+        sizes: tuple[Any, ...] = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+        if not all(isinstance(size, int) for size in sizes):
             return None
+        frames, height, width = sizes
         return Geometry((frames, height, width))
 
 

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, project_heads
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_added_heads, split_heads
+from vdit_fast.models.qk import Rotary, joint_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -25,6 +26,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Products in fp32, then x's dtype."""
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.stack(((even * cos - odd * sin).to(x.dtype), (even * sin + odd * cos).to(x.dtype)), dim=-1).flatten(-2)
+
+
+def _rotary(cos: Tensor, sin: Tensor) -> Rotary:
+    return Rotary(cos.unsqueeze(0), sin.unsqueeze(0), lambda x: _rotate(x, cos, sin))
 
 
 class MochiProcessor(ServedProcessor):
@@ -50,22 +55,13 @@ class MochiProcessor(ServedProcessor):
         length = (~padding).sum(1, dtype=torch.int32)
         video = hidden_states.shape[1]
 
-        query, key, value = project_heads(attn, hidden_states)
-        anchor = None
+        anchor = rotary = None
         if image_rotary_emb is not None:
             anchor = image_rotary_emb[0]
-            query, key = _rotate(query, *image_rotary_emb), _rotate(key, *image_rotary_emb)
-        text_query, text_key, text_value = (
-            project(text).unflatten(2, (attn.heads, -1))
-            for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        )
-        if attn.norm_added_q is not None:
-            text_query = attn.norm_added_q(text_query)
-        if attn.norm_added_k is not None:
-            text_key = attn.norm_added_k(text_key)
-        query = torch.cat((query, text_query), dim=1)
-        key = torch.cat((key, text_key), dim=1)
-        value = torch.cat((value, text_value), dim=1)
+            rotary = _rotary(*image_rotary_emb)
+        heads, added = split_heads(attn, hidden_states), split_added_heads(attn, text)
+        norms, added_norms = (attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k)
+        query, key, value = joint_heads(self, heads, norms, added, added_norms, rotary)
 
         out = served_attention(query, key, value, self.handle, kv_len=video + length, anchor=anchor).flatten(2, 3)
         out, text_out = out[:, :video], out[:, video:]
