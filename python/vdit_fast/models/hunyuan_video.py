@@ -19,7 +19,6 @@ from vdit_fast.models.base import (
     ServedProcessor,
     added_heads,
     is_prefix_mask,
-    parameter_names,
     patch_grid,
     project_heads,
     rotate_pairs,
@@ -112,7 +111,7 @@ class HunyuanVideoAdapter(ModelAdapter):
             return None
         batch, _, frames, height, width = latents.shape
         grid = patch_grid((frames, height, width), (patch_t, patch, patch))
-        if "image_embeds" not in parameter_names(type(module).forward):
+        if "indices_latents" not in arguments:  # Framepack always has them
             return Geometry(grid, text=text.shape[1])
         image = arguments.get("image_embeds")
         if not isinstance(image, Tensor):
