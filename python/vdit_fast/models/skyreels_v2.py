@@ -23,7 +23,7 @@ __all__ = ["SkyReelsV2Adapter", "SkyReelsV2Processor"]
 
 
 def _rotate(x: Tensor, table: tuple[Tensor, Tensor] | Tensor) -> Tensor:
-    """RoPE of x [B, N, H, D]: cos and sin as in Wan, or one complex table [1, 1, N, D / 2] (diffusers < 0.36)."""
+    """RoPE of x [B, N, H, D]: cos and sin as in Wan, or one complex table [1, 1, N, D / 2] (diffusers 0.35)."""
     if not isinstance(table, Tensor):
         return rotate(x, *table)
     turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * table.transpose(1, 2)
