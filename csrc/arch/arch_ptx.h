@@ -106,6 +106,14 @@ VD_DEV uint32_t shared_add(uint32_t a, uint32_t v) {
 // ---- global memory: plain accesses with the alignment rule of vectors made visible
 
 VD_DEV uint4 ldg128(const void* p) { return *static_cast<const uint4*>(p); }
+// Read once and by nobody else: past L1. Nothing may write there while the kernel runs.
+VD_DEV uint4 ldg128_stream(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(p)));
+  return v;
+}
 VD_DEV void stg32(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
 VD_DEV void stg128(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 VD_DEV uint32_t atomic_add(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
