@@ -36,6 +36,8 @@ constexpr KernelEntry kCatalogue[] = {
     {"merge", "cuda", "portable", "float32 float16 bfloat16"},
     {"permute_tokens", "cpu", "portable", "float32 float16 bfloat16 int32 int16"},
     {"permute_tokens", "cuda", "portable", "float32 float16 bfloat16 int32 int16"},
+    {"qk_norm_rope", "cpu", "portable", "float32 float16 bfloat16"},
+    {"qk_norm_rope", "cuda", "portable", "float32 float16 bfloat16"},
     {"score_lse", "cpu", "portable", "float32 float16 bfloat16"},
     {"score_lse", "cuda", "portable", "float16 bfloat16"},
     {"select_top_k", "cpu", "portable", "float32"},

@@ -34,6 +34,12 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
   m.def("kmeans_assign(Tensor x, Tensor centroids) -> Tensor");
   m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
   m.def("permute_tokens(Tensor x, Tensor order, bool inverse) -> Tensor");
+  m.def(
+      "qk_norm_rope(Tensor q, Tensor? k, Tensor? v, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? "
+      "k_bias, "
+      "Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, Tensor? k_sin, Tensor? q_positions, Tensor? k_positions, "
+      "Tensor? q_rows, Tensor? kv_rows, int norm, float eps, int rotary, int[] axes, int q_start, int k_start, "
+      "int rounding, bool round_products, bool relu, Tensor(a!) q_out, Tensor(b!)? k_out, Tensor(c!)? v_out) -> ()");
   m.def("score_lse(Tensor q, Tensor k, float scale, int fold, Tensor? kv_len) -> Tensor");
   m.def("select_top_k(Tensor scores, Tensor? k_rows, int k) -> Tensor");
   m.def("select_top_p(Tensor mass, float p, int min_keep) -> Tensor");

@@ -10,7 +10,7 @@ _info = _load()
 from . import reference  # noqa: E402
 from .accelerate import accelerate  # noqa: E402
 from .config import Config  # noqa: E402
-from .ops import adaln_modulate, attention, gate_residual, gate_residual_norm, merge  # noqa: E402
+from .ops import adaln_modulate, attention, gate_residual, gate_residual_norm, merge, qk_norm_rope  # noqa: E402
 from .plan import AttentionPlan  # noqa: E402
 from .planners import Draft, Window  # noqa: E402
 
@@ -28,5 +28,6 @@ __all__ = [
     "gate_residual",
     "gate_residual_norm",
     "merge",
+    "qk_norm_rope",
     "reference",
 ]

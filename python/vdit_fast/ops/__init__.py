@@ -9,6 +9,7 @@ from .compile_blocks import compile_blocks
 from .gated_attention import gated_attention
 from .merge import merge
 from .pooled_attention import pooled_attention
+from .qk_norm_rope import qk_norm_rope
 from .select import select_top_k, select_top_p
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "merge",
     "permute_tokens",
     "pooled_attention",
+    "qk_norm_rope",
     "score_lse",
     "select_top_k",
     "select_top_p",

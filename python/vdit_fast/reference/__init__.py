@@ -6,6 +6,7 @@ from .block_mass import block_mass, score_lse
 from .block_mean import block_mean
 from .clusters import counting_sort, kmeans_assign, permute_tokens
 from .merge import merge
+from .qk_norm_rope import qk_norm_rope
 from .select import select_top_k, select_top_p
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "kmeans_assign",
     "merge",
     "permute_tokens",
+    "qk_norm_rope",
     "score_lse",
     "select_top_k",
     "select_top_p",
