@@ -10,7 +10,15 @@ _info = _load()
 from . import reference  # noqa: E402
 from .accelerate import accelerate  # noqa: E402
 from .config import Config  # noqa: E402
-from .ops import adaln_modulate, attention, gate_residual, gate_residual_norm, merge, qk_norm_rope  # noqa: E402
+from .ops import (  # noqa: E402
+    adaln_modulate,
+    attention,
+    gate_residual,
+    gate_residual_norm,
+    merge,
+    qk_norm_rope,
+    short_attention,
+)
 from .plan import AttentionPlan  # noqa: E402
 from .planners import Draft, Window  # noqa: E402
 
@@ -30,4 +38,5 @@ __all__ = [
     "merge",
     "qk_norm_rope",
     "reference",
+    "short_attention",
 ]

@@ -23,6 +23,10 @@ def build(family: str, **kw: Any) -> Built:
     return BUILDERS[family](**kw)
 
 
+WITHOUT_GRID = frozenset({"animatediff", "latte", "svd"})
+"""Families whose attention runs over frames or places only: no planner is ever asked about them."""
+
+
 def regrid(inputs: dict[str, Any], grid: tuple[int, int, int]) -> dict[str, Any]:
     """The same kind of inputs for another grid of tokens (frames, height, width)."""
     frames, height, width = grid
@@ -45,7 +49,9 @@ def regrid(inputs: dict[str, Any], grid: tuple[int, int, int]) -> dict[str, Any]
 
 def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Floating inputs in ``dtype``; timesteps and RoPE tables stay as they are, like in the pipelines."""
-    keep = ("timestep", "image_rotary_emb")
+    keep = {"timestep", "image_rotary_emb"}
+    if "encoder_attention_mask_2" in inputs:  # HunyuanVideo-1.5 takes the timestep in the model's dtype
+        keep.remove("timestep")
     return {
         key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and key not in keep else value
         for key, value in inputs.items()
@@ -61,6 +67,14 @@ def at(inputs: dict[str, Any], value: float) -> dict[str, Any]:
 def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         return model(**copy.copy(inputs))[0]
+
+
+def double(model: nn.Module) -> nn.Module:
+    """A copy in double precision."""
+    new = copy.deepcopy(model).double()
+    if hasattr(new, "learnable_pos_embed") and new.learnable_pos_embed is not None:
+        new.learnable_pos_embed.float()  # Cosmos norms it in single precision and refuses more
+    return new
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -21,10 +21,12 @@ from vdit_fast.models.kernels import dense_attention, missing_kernel
 from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.ops.attention import attention
+from vdit_fast.ops.short_attention import MAX_SHORT_KEYS, short_attention
 from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
     from vdit_fast.models.rotary import PositionFn
+    from vdit_fast.models.text_kv import TextKV
 
 __all__ = ["Forward", "Geometry", "Session", "session_by_id"]
 
@@ -54,9 +56,19 @@ def _sample(q: Tensor) -> Tensor:
     return q.detach()[:, :: max(1, q.shape[1] // 16), :, 0].clone()
 
 
-def _execute(decision: Decision, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> Tensor:
-    """The attention call that a planner decided on."""
-    options: dict[str, Any] = {"row_scale": decision.row_scale, "kv_len": kv_len}
+def _execute(
+    decision: Decision,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float | None,
+    short: bool,
+) -> Tensor:
+    """The attention call that a planner decided on; ``short`` for a layer of short sequences that none sees."""
+    if short:
+        return short_attention(q, k, v, kv_len=kv_len, scale=scale)
+    options: dict[str, Any] = {"row_scale": decision.row_scale, "kv_len": kv_len, "scale": scale}
     if decision.observe is None:
         out = cast(Tensor, attention(q, k, v, decision.plan, **options))
     else:
@@ -89,14 +101,31 @@ class Geometry:
 
     grid: tuple[int, int, int]
     """(frames, height, width) in tokens."""
-    text: int = 0
-    """Text tokens in the joint sequence."""
+    text: int | None = 0
+    """Text tokens in the joint sequence; None: whatever the sequence holds beyond history and video."""
     text_first: bool = False
+    history: int = 0
+    """Tokens of earlier clips before the video (text last). Planners see them behind it, as further text tokens:
+    read by every query and reading every key."""
 
     @property
     def n_video(self) -> int:
         frames, height, width = self.grid
         return frames * height * width
+
+    def video_first(self, x: Tensor) -> Tensor:
+        """x [B, N, H, D] with the history behind the video; the text stays last."""
+        end = self.history + self.n_video
+        return torch.cat((x[:, self.history : end], x[:, : self.history], x[:, end:]), dim=1)
+
+    def in_model_order(self, x: Tensor) -> Tensor:
+        """Undoes ``video_first``."""
+        end = self.history + self.n_video
+        return torch.cat((x[:, self.n_video : end], x[:, : self.n_video], x[:, end:]), dim=1)
+
+
+Distinct = tuple[Tensor, Tensor, Tensor]
+"""int64 [K] and [K]: batch item and token that have a timestep first; int32 [B, N]: which of the K each token has."""
 
 
 @dataclass(eq=False)
@@ -105,12 +134,34 @@ class Forward:
 
     geometry: Geometry | None
     step: StepContext
+    timestep: Any = None
+    """The transformer's argument."""
     cached: bool = False
     """Whether the cache policy's wrapper has seen it: a wrapper acts once per forward."""
     decisions: dict[int, tuple[Decision, Tensor | None]] = field(default_factory=dict)
     """Decisions by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
     tables: dict[Any, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
     """Rotary tables that stand in for the model's, by the model's shape, dtype and device; None: the model's own."""
+    _distinct: Distinct | None = None
+
+    def distinct(self, batch: int, tokens: int) -> Distinct | None:
+        """The few different timesteps of ``batch`` x ``tokens`` tokens, None where there are many of them or where the
+        argument says less. A GPU is waited for once per forward."""
+        timestep = self.timestep
+        if not isinstance(timestep, Tensor) or timestep.ndim != 2 or timestep.shape[0] != batch or timestep.is_meta:
+            return None
+        if self._distinct is None:
+            if timestep.shape[1] == 0 or tokens % timestep.shape[1]:  # neither one per token nor one per frame
+                return None
+            per_token = timestep.repeat_interleave(tokens // timestep.shape[1], dim=1)
+            # per batch item: other conditions may enter the modulation too
+            values, index = torch.unique(per_token, return_inverse=True)
+            item = torch.arange(batch, device=index.device).view(-1, 1)
+            values, index = torch.unique(item * len(values) + index, return_inverse=True)
+            first = torch.full(values.shape, batch * tokens, device=index.device)
+            first.scatter_reduce_(0, index.flatten(), torch.arange(batch * tokens, device=index.device), "amin")
+            self._distinct = first // tokens, first % tokens, index.to(torch.int32)
+        return self._distinct if 4 * len(self._distinct[0]) <= batch * tokens else None
 
 
 class Session:
@@ -131,9 +182,12 @@ class Session:
         self.family = family
         self.active = True
         self.layers: list[LayerLedger] = []
+        self.fused: dict[str, str] = {}
+        self.unfused: Counter[str] = Counter()
         self.state: dict[Any, Any] = {}
         self.static: dict[Any, Any] = {}
         self.cache = OutputCache()
+        self.text: TextKV | None = None
         self.positions: PositionFn | None = None
         self.repositioned: Counter[int] = Counter()
         self.forward: Forward | None = None
@@ -144,9 +198,14 @@ class Session:
         self._told: set[str] = set()
         _sessions[self.id] = self
 
-    def add_layer(self, name: str) -> int:
-        """Register a layer by module path; returns its index."""
-        self.layers.append(LayerLedger(name=name, layer=len(self.layers)))
+    @property
+    def planned(self) -> int:
+        """Number of layers that planners see."""
+        return sum(ledger.always_dense is None for ledger in self.layers)
+
+    def add_layer(self, name: str, always_dense: str | None = None) -> int:
+        """Register a layer by module path, and why no planner may see it; returns its index."""
+        self.layers.append(LayerLedger(name, len(self.layers), self.planned, always_dense))
         return len(self.layers) - 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
@@ -155,7 +214,10 @@ class Session:
         new.active = self.active
         new.positions = self.positions
         for layer in self.layers:
-            new.add_layer(layer.name)
+            new.add_layer(layer.name, layer.always_dense)
+        new.fused = dict(self.fused)
+        if self.text is not None:
+            new.text = type(self.text)(self.text.inputs, self.text.embedders)
         memo[id(self)] = new
         return new
 
@@ -165,19 +227,22 @@ class Session:
         step = self.tracker.observe(timestep, self.expert)
         if step.generation != self._generation:
             self.state.clear()
+            if self.text is not None:
+                self.text.clear()
             self._generation = step.generation
             if len(self.static) > max(STATIC_ENTRIES, STATIC_PER_LAYER * len(self.layers)):
                 self.static.clear()
-        self.forward = Forward(geometry, step)
+        self.forward = Forward(geometry, step, timestep)
         self.forwards += 1
         self.steps.add((step.generation, step.step))
 
     def reconfigure(self, config: Config) -> None:
         """Use another configuration from the next call on; the records begin anew, as they would mix the two."""
         self.config = config
-        self.layers = [LayerLedger(name=old.name, layer=old.layer) for old in self.layers]
+        self.layers = [old.fresh() for old in self.layers]
         self.steps.clear()
         self.forwards = 0
+        self.unfused.clear()
         self.state.clear()
         self.static.clear()
         self.cache = OutputCache()
@@ -209,35 +274,63 @@ class Session:
 
     # ------------------------------------------------------------------ one attention call
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, anchor: Tensor | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | None,
+        anchor: Tensor | None,
+        scale: float | None = None,
     ) -> Tensor:
-        """Attention of one layer: q [B,Lq,H,D], k, v [B,Lk,H,D] -> [B,Lq,H,D]."""
-        ledger = self.layers[layer]
-        reason = missing_kernel(q)
+        """Attention of one layer: q [B,Lq,H,D], k, v [B,Lk,Hkv,D] -> [B,Lq,H,D]; scale None is D ** -0.5."""
+        short = self._is_short(layer, k)
+        reason = missing_kernel(q, short) if short else missing_kernel(q)
         if reason is not None:
             self.fall_back(layer, reason)
-            return dense_attention(q, k, v, kv_len)
-        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            return dense_attention(q, k, v, kv_len, scale)
         forward = self.forward
-        if grad:
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad) and anchor is not None:
             # Inside backward this is gradient checkpointing's second run: same plan as in the first one, whichever
             # forward has begun since. The anchor (a tensor made once per forward) says which forward it was.
             if torch._C._current_graph_task_id() != -1:
-                forward = self._anchors.get(anchor, forward) if anchor is not None else forward
-                if forward is not None and layer in forward.decisions:
-                    decision, seen = forward.decisions[layer]
-                    if seen is not None and not torch.equal(seen, _sample(q)):
-                        raise RuntimeError(
-                            "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
-                            "backward before the next forward, or train with dense attention (config 'exact')"
-                        )
-                    return _execute(decision, q, k, v, kv_len)
-            elif anchor is not None and forward is not None:
+                forward = self._anchors.get(anchor, forward)
+            elif forward is not None:
                 self._anchors[anchor] = forward
+        geometry = forward.geometry if forward is not None else None
+        if geometry is None or not geometry.history or self.config.attention is None:
+            return self._attend(self.layers[layer], forward, q, k, v, kv_len, scale)
+        q, k, v = geometry.video_first(q), geometry.video_first(k), geometry.video_first(v)
+        return geometry.in_model_order(self._attend(self.layers[layer], forward, q, k, v, kv_len, scale))
+
+    def _is_short(self, layer: int, k: Tensor) -> bool:
+        return self.layers[layer].always_dense is not None and k.shape[1] <= MAX_SHORT_KEYS
+
+    def _attend(
+        self,
+        ledger: LayerLedger,
+        forward: Forward | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        short = self._is_short(ledger.layer, k)
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        replay = grad and torch._C._current_graph_task_id() != -1
+        if replay and forward is not None and ledger.layer in forward.decisions:
+            decision, seen = forward.decisions[ledger.layer]
+            if seen is not None and not torch.equal(seen, _sample(q)):
+                raise RuntimeError(
+                    "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
+                    "backward before the next forward, or train with dense attention (config 'exact')"
+                )
+            return _execute(decision, q, k, v, kv_len, scale, short)
         begin = stamp(q.device)
-        decision = self._decide(ledger, forward, q, k, v, kv_len)
+        decision = self._decide(ledger, forward, q, k, v, kv_len, scale)
         middle = stamp(q.device)
-        out = _execute(decision, q, k, v, kv_len)
+        out = _execute(decision, q, k, v, kv_len, scale, short)
         end = stamp(q.device)
         ledger.calls += 1
         ledger.attention_time.add(middle, end)
@@ -252,21 +345,33 @@ class Session:
         if grad and forward is not None:
             # without `observe`, which acts once and may hold q, k and v that checkpointing is there to free
             kept = replace(decision, observe=None)
-            forward.decisions[layer] = kept, None if kept.plan is None else _sample(q)
+            forward.decisions[ledger.layer] = kept, None if kept.plan is None else _sample(q)
         return out
 
     def _decide(
-        self, ledger: LayerLedger, forward: Forward | None, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None
+        self,
+        ledger: LayerLedger,
+        forward: Forward | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | None,
+        scale: float | None,
     ) -> Decision:
         planner = self.config.attention
         if planner is None:
             return Decision()
+        if ledger.always_dense is not None:
+            ledger.count(ledger.dense, ledger.always_dense)
+            return Decision(reason=ledger.always_dense)
         context, problem = self._context(ledger, forward, q, kv_len)
         if context is None:
             self.fall_back(ledger.layer, problem, served_dense=True)
             return Decision(reason=problem)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # selection scores are fp32
-            decision = planner.decision(q.detach(), k.detach(), v.detach(), context)
+            # planners scale scores by D ** -0.5
+            seen = q.detach() if scale is None else q.detach() * (scale * q.shape[-1] ** 0.5)
+            decision = planner.decision(seen, k.detach(), v.detach(), context)
         if decision.plan is None:
             reason = decision.reason or "the planner keeps it dense"
             ledger.count(ledger.dense, reason)
@@ -282,16 +387,19 @@ class Session:
         geometry = forward.geometry
         if geometry is None:
             return None, "the transformer's input has no known video grid"
-        tokens = geometry.n_video + geometry.text
-        if q.shape[1] != tokens:
-            return None, f"{q.shape[1]:,} tokens are not the grid {geometry.grid} plus {geometry.text} text tokens"
+        rest = q.shape[1] - geometry.n_video - geometry.history
+        if rest < 0 or (geometry.text is not None and rest != geometry.text):
+            parts = f"the grid {geometry.grid} plus {geometry.text or 0} text tokens"
+            parts += f" plus {geometry.history} of history" if geometry.history else ""
+            return None, f"{q.shape[1]:,} tokens are not {parts}"
+        forward.geometry = replace(geometry, text=rest)
         context = LayerContext(
-            layer=ledger.layer,
-            num_layers=len(self.layers),
+            layer=ledger.place,
+            num_layers=self.planned,
             name=ledger.name,
             grid=geometry.grid,
             n_video=geometry.n_video,
-            text=geometry.text,
+            text=rest + geometry.history,
             text_first=geometry.text_first,
             kv_len=kv_len,
             step=forward.step,

@@ -8,9 +8,10 @@ from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .compile_blocks import compile_blocks
 from .gated_attention import gated_attention
 from .merge import merge
-from .pooled_attention import pooled_attention
 from .qk_norm_rope import qk_norm_rope
+from .pooled_attention import pooled_attention
 from .select import select_top_k, select_top_p
+from .short_attention import short_attention
 
 __all__ = [
     "adaln_modulate",
@@ -26,9 +27,10 @@ __all__ = [
     "kmeans_assign",
     "merge",
     "permute_tokens",
-    "pooled_attention",
     "qk_norm_rope",
+    "pooled_attention",
     "score_lse",
     "select_top_k",
     "select_top_p",
+    "short_attention",
 ]

@@ -8,6 +8,7 @@ from .clusters import counting_sort, kmeans_assign, permute_tokens
 from .merge import merge
 from .qk_norm_rope import qk_norm_rope
 from .select import select_top_k, select_top_p
+from .short_attention import short_attention
 
 __all__ = [
     "adaln_modulate",
@@ -24,4 +25,5 @@ __all__ = [
     "score_lse",
     "select_top_k",
     "select_top_p",
+    "short_attention",
 ]
