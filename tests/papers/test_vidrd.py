@@ -116,7 +116,7 @@ def test_a_clip_that_begins_where_the_last_one_ended_needs_to_be_told(told):
 
 @pytest.mark.parametrize("overlap", [1, 2])
 def test_latents_exchanged_between_the_steps(overlap):
-    """Shared frames are overwritten before every step: the answer is the stock model's, the steps are the schedule's."""
+    """Shared frames are overwritten before every step: the stock model's answer, the schedule's steps."""
     pipe, stock, noise, again = pipelines()
     clean = stock.denoise(noise)[-1]
     known = clean[:, :, -overlap:], again[:, :, :overlap]
