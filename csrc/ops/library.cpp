@@ -26,4 +26,5 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
   m.def("score_lse(Tensor q, Tensor k, float scale, int fold, Tensor? kv_len) -> Tensor");
   m.def("select_top_k(Tensor scores, Tensor? k_rows, int k) -> Tensor");
   m.def("select_top_p(Tensor mass, float p, int min_keep) -> Tensor");
+  m.def("short_attention(Tensor q, Tensor k, Tensor v, float scale, bool causal=False, Tensor? kv_len=None) -> Tensor");
 }

@@ -10,7 +10,7 @@ _info = _load()
 from . import reference  # noqa: E402
 from .accelerate import accelerate  # noqa: E402
 from .config import Config  # noqa: E402
-from .ops import attention, merge  # noqa: E402
+from .ops import attention, merge, short_attention  # noqa: E402
 from .plan import AttentionPlan  # noqa: E402
 from .planners import Draft, Window  # noqa: E402
 
@@ -26,4 +26,5 @@ __all__ = [
     "build_info",
     "merge",
     "reference",
+    "short_attention",
 ]

@@ -79,7 +79,7 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
                 root.hook()
             roots[id(item.root)] = root
         stock = item.module.processor
-        layer = root.session.add_layer(item.name)
+        layer = root.session.add_layer(item.name, item.adapter.dense_only(item.name, item.module))
         set_processor(item.module, item.adapter.make_processor(root.session, layer, stock, weakref.ref(item.root)))
     try:
         for root in roots.values():
@@ -159,7 +159,7 @@ def _root_of(component: nn.Module, path: str) -> tuple[nn.Module, str, bool]:
             module = getattr(module, part)
             walked = f"{walked}.{part}" if walked else part
         names = parameter_names(type(module).forward)
-        if "timestep" in names and "hidden_states" in names:
+        if "timestep" in names and ("hidden_states" in names or "sample" in names):
             return module, walked, True
     return component, "", False
 
@@ -182,7 +182,7 @@ def _search(components: Mapping[str, nn.Module], settings: Config) -> tuple[list
                 continue
             root, root_path, hooked = _root_of(whole, path)
             name = path[len(root_path) + 1 :] if root_path else path
-            reason = adapter.skip_reason(name, module, processor)
+            reason = adapter.root_reason(root, module, processor) or adapter.skip_reason(name, module, processor)
             if reason is None:
                 reason = _device_reason(module)
                 if reason is not None and settings.on_unsupported == "error":

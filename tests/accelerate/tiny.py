@@ -23,6 +23,10 @@ def build(family: str, **kw: Any) -> Built:
     return BUILDERS[family](**kw)
 
 
+WITHOUT_GRID = frozenset({"animatediff", "latte", "svd"})
+"""Families whose attention runs over frames or places only: no planner is ever asked about them."""
+
+
 def regrid(inputs: dict[str, Any], grid: tuple[int, int, int]) -> dict[str, Any]:
     """The same kind of inputs for another grid of tokens (frames, height, width)."""
     frames, height, width = grid

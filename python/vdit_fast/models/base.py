@@ -162,6 +162,19 @@ class ModelAdapter:
             return f"{type(processor).__name__} takes ({', '.join(stock[1:])}), expected ({', '.join(served[1:])})"
         return None
 
+    def root_reason(self, root: nn.Module, module: nn.Module, processor: Any) -> str | None:
+        """Why this model's attention must be left alone although the processor is known, or None.
+
+        For families whose processor class other models use as well. ``root`` is the transformer, or the target
+        itself where no forward with a timestep was found.
+        """
+        return None
+
+    def dense_only(self, name: str, module: nn.Module) -> str:
+        """Why no planner may be asked about a served module, '' when one may. Such layers run dense, with that reason;
+        those of at most 64 keys through ``short_attention``."""
+        return ""
+
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         """Token layout of a forward of the transformer with these arguments by name, None when it cannot be told."""
         raise NotImplementedError

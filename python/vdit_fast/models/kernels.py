@@ -25,13 +25,14 @@ def missing_device_kernel(device_type: str) -> str | None:
     return None if device_type in compiled else f"device {device_type!r} has no attention kernel in this build"
 
 
-def missing_kernel(q: Tensor) -> str | None:
-    """Why this call cannot be served, or None when it can."""
+def missing_kernel(q: Tensor, short: bool = False) -> str | None:
+    """Why this call cannot be served, or None when it can. ``short``: by ``short_attention``."""
     if q.dtype not in _DTYPES:
         return f"dtype {str(q.dtype).removeprefix('torch.')} has no kernel"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {q.shape[-1]} > {MAX_HEAD_DIM}"
-    return missing_device_kernel(q.device.type) or (cuda_limit(q.dtype, q.shape[-1]) if q.is_cuda else None)
+    limited = q.is_cuda and not short
+    return missing_device_kernel(q.device.type) or (cuda_limit(q.dtype, q.shape[-1]) if limited else None)
 
 
 def cuda_limit(dtype: torch.dtype, head_dim: int) -> str | None:

@@ -69,6 +69,8 @@ class LayerLedger:
     name: str
     """Module path inside the transformer."""
     layer: int
+    dense_only: str = ""
+    """Why no planner is asked about this layer, '' when one is."""
     calls: int = 0
     """Attention calls, recomputation under gradient checkpointing excluded."""
     sparse_calls: int = 0
@@ -79,6 +81,10 @@ class LayerLedger:
     fallbacks: Counter[str] = field(default_factory=Counter)
     """Calls that could not be served as configured, by reason."""
     _density: dict[int, list[Any]] = field(default_factory=dict)
+
+    def fresh(self) -> LayerLedger:
+        """An empty record of the same layer."""
+        return LayerLedger(name=self.name, layer=self.layer, dense_only=self.dense_only)
 
     def count(self, kind: Counter[str], reason: str) -> None:
         """Count a reason; beyond a bound on different ones the rest counts as one."""

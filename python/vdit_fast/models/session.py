@@ -20,6 +20,7 @@ from vdit_fast.models.kernels import dense_attention, missing_kernel
 from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.ops.attention import attention
+from vdit_fast.ops.short_attention import MAX_SHORT_KEYS, short_attention
 from vdit_fast.planners.base import Decision
 
 __all__ = ["Forward", "Geometry", "Session", "session_by_id"]
@@ -50,8 +51,10 @@ def _sample(q: Tensor) -> Tensor:
     return q.detach()[:, :: max(1, q.shape[1] // 16), :, 0].clone()
 
 
-def _execute(decision: Decision, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> Tensor:
+def _execute(decision: Decision, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, short: bool) -> Tensor:
     """The attention call that a planner decided on."""
+    if short:
+        return short_attention(q, k, v, kv_len=kv_len)
     options: dict[str, Any] = {"row_scale": decision.row_scale, "kv_len": kv_len}
     if decision.observe is None:
         out = cast(Tensor, attention(q, k, v, decision.plan, **options))
@@ -119,9 +122,9 @@ class Session:
         self._told: set[str] = set()
         _sessions[self.id] = self
 
-    def add_layer(self, name: str) -> int:
-        """Register a layer by module path; returns its index."""
-        self.layers.append(LayerLedger(name=name, layer=len(self.layers)))
+    def add_layer(self, name: str, dense_only: str = "") -> int:
+        """Register a layer by module path, and why no planner is asked about it; returns its index."""
+        self.layers.append(LayerLedger(name=name, layer=len(self.layers), dense_only=dense_only))
         return len(self.layers) - 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
@@ -129,7 +132,7 @@ class Session:
         new = Session(self.config, copy.deepcopy(self.tracker, memo), self.expert, self.family)
         new.active = self.active
         for layer in self.layers:
-            new.add_layer(layer.name)
+            new.add_layer(layer.name, layer.dense_only)
         memo[id(self)] = new
         return new
 
@@ -149,7 +152,7 @@ class Session:
     def reconfigure(self, config: Config) -> None:
         """Use another configuration from the next call on; the records begin anew, as they would mix the two."""
         self.config = config
-        self.layers = [LayerLedger(name=old.name, layer=old.layer) for old in self.layers]
+        self.layers = [old.fresh() for old in self.layers]
         self.steps.clear()
         self.forwards = 0
         self.state.clear()
@@ -163,7 +166,8 @@ class Session:
     ) -> Tensor:
         """Attention of one layer: q [B,Lq,H,D], k, v [B,Lk,H,D] -> [B,Lq,H,D]."""
         ledger = self.layers[layer]
-        reason = missing_kernel(q)
+        short = bool(ledger.dense_only) and k.shape[1] <= MAX_SHORT_KEYS
+        reason = missing_kernel(q, short) if short else missing_kernel(q)
         if reason is not None:
             self.fall_back(layer, reason)
             return dense_attention(q, k, v, kv_len)
@@ -181,13 +185,13 @@ class Session:
                             "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
                             "backward before the next forward, or train with dense attention (config 'exact')"
                         )
-                    return _execute(decision, q, k, v, kv_len)
+                    return _execute(decision, q, k, v, kv_len, short)
             elif anchor is not None and forward is not None:
                 self._anchors[anchor] = forward
         begin = stamp(q.device)
         decision = self._decide(ledger, forward, q, k, v, kv_len)
         middle = stamp(q.device)
-        out = _execute(decision, q, k, v, kv_len)
+        out = _execute(decision, q, k, v, kv_len, short)
         end = stamp(q.device)
         ledger.calls += 1
         ledger.attention_time.add(middle, end)
@@ -211,6 +215,9 @@ class Session:
         planner = self.config.attention
         if planner is None:
             return Decision()
+        if ledger.dense_only:
+            ledger.count(ledger.dense, ledger.dense_only)
+            return Decision(reason=ledger.dense_only)
         context, problem = self._context(ledger, forward, q, kv_len)
         if context is None:
             self.fall_back(ledger.layer, problem, served_dense=True)

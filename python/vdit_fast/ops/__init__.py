@@ -7,6 +7,7 @@ from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .compile_blocks import compile_blocks
 from .merge import merge
 from .select import select_top_k, select_top_p
+from .short_attention import short_attention
 
 __all__ = [
     "attention",
@@ -21,4 +22,5 @@ __all__ = [
     "score_lse",
     "select_top_k",
     "select_top_p",
+    "short_attention",
 ]

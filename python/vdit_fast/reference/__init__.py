@@ -6,6 +6,7 @@ from .block_mean import block_mean
 from .clusters import counting_sort, kmeans_assign, permute_tokens
 from .merge import merge
 from .select import select_top_k, select_top_p
+from .short_attention import short_attention
 
 __all__ = [
     "attention",
@@ -18,4 +19,5 @@ __all__ = [
     "score_lse",
     "select_top_k",
     "select_top_p",
+    "short_attention",
 ]
