@@ -10,6 +10,7 @@ _info = _load()
 from . import reference  # noqa: E402
 from .accelerate import NothingServed, accelerate  # noqa: E402
 from .config import Config  # noqa: E402
+from .interception import patch_sdpa  # noqa: E402
 from .ops import attention, merge, short_attention  # noqa: E402
 from .plan import AttentionPlan  # noqa: E402
 from .planners import Draft, Window  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "build_info",
     "merge",
+    "patch_sdpa",
     "reference",
     "short_attention",
 ]

@@ -228,7 +228,8 @@ def _nothing_served(components: Mapping[str, nn.Module], skipped: list[Skipped])
     known = ", ".join(sorted(name for adapter in adapters() for name in adapter.processors))
     return NothingServed(
         f"no attention module can be served in {looked}. Found: {listed or 'no attention modules with a processor'}. "
-        f"Known processors: {known}",
+        f"Known processors: {known}. vdit_fast.patch_sdpa(module) serves the scaled_dot_product_attention calls of any "
+        "module, densely",
         kinds,
         tuple(skipped),
     )

@@ -76,7 +76,6 @@ MUTANTS = [
         "as_exact or random",
         TILE,
     ),
-    _short("misaligned rows as 16 bytes", "reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && ", "", "strides", ENTRY),
     _short("strided columns as 16 bytes", "(x.stride[4] == 1 || p.dim == 1)", "true", "strides", ENTRY),
     # ---- hazards
     _short(
