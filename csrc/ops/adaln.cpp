@@ -142,7 +142,7 @@ class Call {
     const bool half_x = p.x.dtype != DType::f32, half_y = p.y.data != nullptr && p.y.dtype != DType::f32;
     const bool wide_rms = p.norm.kind == NormKind::rms && p.norm.weight != nullptr && p.norm.dtype == DType::f32;
     p.round_gated = p.gate.round && half_y;
-    p.round_post = eager_ && half_y && (p.post.kind == NormKind::layer || p.post.round);
+    p.round_post = (eager_ && half_y && p.post.kind == NormKind::layer) || p.post.round;
     p.round_new = eager_ && half_x;
     p.round_chain = (p.scale.data != nullptr ? p.scale.round : p.shift.round) && half_x && !wide_rms;
     if (p.half == DType::f32) p.half = DType::bf16;  // there is no 16-bit tensor

@@ -130,7 +130,9 @@ def test_operator_registration() -> None:
     q, k, v = (torch.randn(1, 48, 2, 16) for _ in range(3))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for kv_len in (None, torch.tensor([40], dtype=torch.int32)):
-        torch.library.opcheck(torch.ops.vdit_fast.served_attention, (q, k, v, kv_len, handle), test_utils=checks)
+        for scale in ((), (0.3,)):
+            arguments = (q, k, v, kv_len, handle, *scale)
+            torch.library.opcheck(torch.ops.vdit_fast.served_attention, arguments, test_utils=checks)
 
 
 @pytest.mark.slow

@@ -53,8 +53,11 @@ def test_all_layers_use_the_tables(kind: str) -> None:
     assert tiny.relative(tiny.run(model, inputs), stock) < 2e-6
     assert handle.stats()["positions"] is None and "rotary" not in handle.report()
     handle.positions(shuffled)
+    kept = next(iter(handle.roots[0].processors().values()))
     handle.remove()
     assert torch.equal(tiny.run(model, inputs), stock)
+    own = (torch.zeros(48, 16), torch.zeros(48, 16))
+    assert kept.tables(own, torch.zeros(1)) is own  # somebody may still hold the processor
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

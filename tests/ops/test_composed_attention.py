@@ -143,3 +143,24 @@ def test_pooling_names_a_wrong_grid():
     q, k, v, *_ = draw(48)
     with pytest.raises(ValueError, match="45 tokens of grid"):
         pooled_attention(q, k, v, (3, 3, 5), (1, 1, 1))
+
+
+def test_both_compile_to_one_graph():
+    q, k, v, k_text, v_text = draw(3 * 3 * 5)
+    gate = torch.randn(4)
+
+    def both(q, k, v):
+        return gated_attention(q, k, v, k_text, v_text, gate) + pooled_attention(q, k, v, (3, 3, 5), (1, 2, 2))
+
+    with torch.no_grad():
+        compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(q, k, v)
+        torch.testing.assert_close(compiled, both(q, k, v), atol=1e-6, rtol=1e-6)
+
+
+def test_no_text_and_no_queries():
+    q, k, v, k_text, v_text = draw(5)
+    empty = k_text[:, :0]
+    assert torch.equal(
+        gated_attention(q, k, v, empty, empty, torch.randn(4)), gated_attention(q, k, v, k_text, v_text, torch.zeros(4))
+    )
+    assert gated_attention(q[:, :0], k, v, k_text, v_text, torch.randn(4)).shape == (2, 0, 4, 24)

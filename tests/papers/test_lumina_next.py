@@ -66,6 +66,44 @@ def test_frequency_aware_meets_interpolation_at_the_trained_length():
     assert scaled[0] == 1 and (scaled[seen] > interpolated(64, 10000.0, 2.0)[seen]).all()
 
 
+def test_a_served_model_changes_its_frequencies_with_the_step():
+    """Wan's class on twice its grid: interpolated positions while there is much noise, NTK ones afterwards."""
+    pytest.importorskip("diffusers")
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(4)
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=48, num_layers=2, rope_max_seq_len=64,
+    ).eval()  # fmt: skip
+    inputs = {
+        "hidden_states": 3 * torch.randn(1, 4, 2, 8, 16),
+        "encoder_hidden_states": torch.randn(1, 5, 16),
+        "return_dict": False,
+    }
+
+    def scaled(t, grid):
+        axes = [frequencies(8), *(time_aware(8, 10000.0, 2.0, t, watershed=0.3) for _ in range(2))]
+        cos, sin = rope_tables(grid_ids(grid), axes)
+        return cos[None, :, None], sin[None, :, None]
+
+    def run(sigma):
+        with torch.no_grad():
+            return model(**inputs, timestep=torch.tensor([1000 * sigma]))[0]
+
+    sigmas, stock, want = (0.9, 0.75, 0.65, 0.1), [], []
+    for sigma in sigmas:
+        stock.append(run(sigma))
+        hook = model.rope.register_forward_hook(lambda *_, sigma=sigma: scaled(1 - sigma, (2, 4, 8)))
+        want.append(run(sigma))
+        hook.remove()
+    handle = vdit_fast.accelerate(model)
+    handle.positions(lambda step, geometry, tables: scaled(1 - step.sigma, geometry.grid))
+    for sigma, own, other in zip(sigmas, stock, want, strict=True):
+        assert (run(sigma) - other).norm() < 5e-6 * other.norm()
+        assert (own - other).norm() > 1e-4 * other.norm()
+
+
 def test_proportional_attention():
     q, k, v = torch.randn(3, 1, 64, 4, 16).unbind(0)
     text = torch.randn(2, 1, 5, 4, 16)

@@ -56,7 +56,7 @@ def pooled_attention(
     for group in groups:
         out, lse = attention(q, _pool(k, grid, group), _pool(v, grid, group), scale=scale, return_lse=True)
         outs.append(out)
-        lses.append(lse + math.log(math.prod(size for _, size in group)))
+        lses.append(lse + math.log(math.prod([size for _, size in group])))
     return merge(outs, lses)[0]
 
 
