@@ -36,6 +36,8 @@ constexpr KernelEntry kCatalogue[] = {
     {"select_top_k", "cuda", "portable", "float32"},
     {"select_top_p", "cpu", "portable", "float32"},
     {"select_top_p", "cuda", "portable", "float32"},
+    {"softmax_mass", "cpu", "portable", "float32 float16 bfloat16"},
+    {"softmax_mass", "cuda", "portable", "float16 bfloat16"},
 };
 
 }  // namespace vdit
