@@ -1,4 +1,4 @@
-"""The search passes over scores on a CPU: score_lse, block_mass and softmax_mass beside our dense attention and plain torch.
+"""The search passes over scores on a CPU: score_lse, block_mass, softmax_mass, our dense attention and plain torch.
 
     python benchmarks/block_mass.py --out benchmarks/results/cpu
 
