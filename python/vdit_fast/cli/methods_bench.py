@@ -335,6 +335,7 @@ class _Bench:
             "density": summary,
             "recall": replayed.recall,
             "best_recall": replayed.best,
+            "output_error": replayed.error,
             "corrected": replayed.corrected,
             "planned_calls": len(one.calls),
             "plan_seconds": planning,
