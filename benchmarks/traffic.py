@@ -250,7 +250,13 @@ def easyanimate(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]
     from diffusers import EasyAnimateTransformer3DModel
 
     model = EasyAnimateTransformer3DModel(
-        num_attention_heads=48, in_channels=16, out_channels=16, num_layers=1, mmdit_layers=1, text_embed_dim=64
+        num_attention_heads=48,
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        mmdit_layers=1,
+        text_embed_dim=64,
+        patch_size=2,
     )
     inputs = {
         "hidden_states": rand(1, 16, frames, 32, 32),
