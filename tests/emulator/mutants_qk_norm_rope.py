@@ -73,13 +73,6 @@ MUTANTS = [
         "{first ? channel + half : channel - half, start + ",
     ),
     _bug(
-        "channels beyond the rotated ones are turned",
-        CHUNK,
-        "column + e < p.rotary ? x + z : v[e]",
-        "x + z",
-        "cases and partial",
-    ),
-    _bug(
         "tokens beyond the table are turned",
         CHUNK,
         "if (row < 0 || row >= rope.rows) return -1;",

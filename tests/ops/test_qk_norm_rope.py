@@ -68,6 +68,7 @@ def test_any_shape(heads, half, odd, tokens, norm, rope, table, per, layout, pla
     call.check(call.run())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """Some of the same cases where the processor has the instructions."""

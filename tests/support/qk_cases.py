@@ -151,6 +151,7 @@ CASES = [
     Case("fp32 weight", affine="float32", dim=40, layout="heads first"),
     Case("layer with bias, text first", norm="layer", bias=True, tokens=7, rows=4, start=3),
     Case("layer, fp32 weights", norm="layer", bias=True, affine="float32", dim=80, rope="half"),
+    Case("text first, a table per batch item", tokens=6, rows=4, start=2, per="batch"),
     Case("text last", tokens=6, rows=4, start=0, table="half", place="joint"),
     Case("across heads", norm="rms_across", dim=128, heads=3, layout="fused"),
     Case("across heads, a table per head and batch", norm="rms_across", per="head", heads=4, batch=1),
