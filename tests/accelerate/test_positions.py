@@ -74,6 +74,19 @@ def test_the_models_own_tables_change_nothing(kind: str) -> None:
     assert torch.equal(tiny.run(model, inputs), before)
 
 
+@pytest.mark.parametrize("kind", ["cosmos", "easyanimate", "hunyuan_video15", "ltx_video", "lumina_next", "mochi"])
+def test_other_families_turn_by_the_tables_their_stock_processors_would(kind: str) -> None:
+    model, inputs = tiny.build(next(name for name in sorted(tiny.BUILDERS) if name.startswith(kind)))
+    stock = tiny.run(model, inputs)
+    handle = accelerate(model).positions(shuffled)
+    got = tiny.run(model, inputs)
+    assert sum(handle.stats()["positions"].values()) == 1
+    assert tiny.relative(got, stock) > 1e-3
+    for processor in handle.roots[0].processors().values():
+        processor.stands_aside = lambda *args, **kwargs: True  # type: ignore[method-assign]
+    assert tiny.relative(got, tiny.run(model, inputs)) < 5e-6
+
+
 def test_called_once_per_forward_with_the_step() -> None:
     model, inputs = tiny.wan(layers=3)
     handle = accelerate(model)

@@ -91,10 +91,13 @@ class ServedProcessor:
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def tables(self, stock: tuple[Tensor, Tensor] | None, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+    def tables(
+        self, stock: tuple[Tensor, Tensor] | None, tokens: Tensor, anchor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """The rotary tables to use: the model's, unless ``Handle.positions`` exchanges them.
 
-        Called before ``stands_aside``, so that the stock processor gets them too. ``tokens`` is the layer's input.
+        Called before ``stands_aside``, so that the stock processor gets them too. ``tokens`` is the layer's input,
+        ``anchor`` as in ``served_attention``: the stock cos unless the model hands its tables over in another form.
         Raises RuntimeError where the user's positions cannot be had: without them the answer would be another one.
         """
         if self.session.positions is None or not self.session.active:
@@ -106,7 +109,7 @@ class ServedProcessor:
                 "positions: context parallelism is enabled, every rank has the tables of its shard only; disable it, "
                 "or switch positions off by handle.positions(None)"
             )
-        return served_tables(stock, tokens, self.handle)
+        return served_tables(stock, tokens, self.handle, stock[0] if anchor is None else anchor)
 
     def stands_aside(
         self,

@@ -29,6 +29,8 @@ def _rotate(x: Tensor, table: Tensor) -> Tensor:
 class LuminaNextProcessor(ServedProcessor):
     """LayerNorm across heads, RoPE on both sides, fewer heads of keys and values than of queries."""
 
+    takes_positions = True
+
     def __call__(
         self,
         attn: Any,
@@ -39,6 +41,11 @@ class LuminaNextProcessor(ServedProcessor):
         key_rotary_emb: Tensor | None = None,
         base_sequence_length: int | None = None,
     ) -> Tensor:
+        anchor = key_rotary_emb
+        if self.session.positions is not None and key_rotary_emb is not None:
+            cos_sin = self.tables((key_rotary_emb.real, key_rotary_emb.imag), hidden_states, anchor)
+            assert cos_sin is not None
+            query_rotary_emb = key_rotary_emb = torch.complex(*cos_sin)
         tokens = hidden_states.shape[1]
         known = attention_mask is not None and attention_mask.shape[1:] == (tokens,) and is_prefix_mask(attention_mask)
         reason = None
@@ -74,7 +81,7 @@ class LuminaNextProcessor(ServedProcessor):
         if base_sequence_length is not None:
             scale = math.sqrt(math.log(tokens, base_sequence_length)) * scale
         kv_len = attention_mask.bool().sum(-1, dtype=torch.int32)
-        out = served_attention(query, key, value, self.handle, kv_len=kv_len, anchor=key_rotary_emb, scale=scale)
+        out = served_attention(query, key, value, self.handle, kv_len=kv_len, anchor=anchor, scale=scale)
         return out.to(query.dtype)
 
 
