@@ -30,6 +30,8 @@ VD_DEV uint32_t as_uint(float value) { return __float_as_uint(value); }
 VD_DEV int popc(uint32_t v) { return __popc(v); }
 VD_DEV int highest_bit(uint32_t v) { return 31 - __clz(int(v)); }  // -1 if there is none
 
+VD_DEV float mul_rn(float a, float b) { return __fmul_rn(a, b); }  // never part of a fused multiply-add
+
 VD_DEV float ex2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

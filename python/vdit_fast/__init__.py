@@ -8,8 +8,9 @@ _info = _load()
 
 # The operators must be loaded before the modules that register fakes and gradients for them.
 from . import reference  # noqa: E402
-from .accelerate import accelerate  # noqa: E402
+from .accelerate import NothingServed, accelerate  # noqa: E402
 from .config import Config  # noqa: E402
+from .interception import patch_sdpa  # noqa: E402
 from .ops import (  # noqa: E402
     adaln_modulate,
     attention,
@@ -28,6 +29,7 @@ __all__ = [
     "AttentionPlan",
     "Config",
     "Draft",
+    "NothingServed",
     "Window",
     "accelerate",
     "adaln_modulate",
@@ -36,6 +38,7 @@ __all__ = [
     "gate_residual",
     "gate_residual_norm",
     "merge",
+    "patch_sdpa",
     "qk_norm_rope",
     "reference",
     "short_attention",

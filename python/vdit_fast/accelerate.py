@@ -20,9 +20,26 @@ from vdit_fast.models.registry import adapter_for, adapters
 from vdit_fast.models.session import Session
 from vdit_fast.models.tracker import StepTracker
 
-__all__ = ["accelerate"]
+__all__ = ["NothingServed", "accelerate"]
 
 logger = logging.getLogger("vdit_fast")
+
+
+class NothingServed(RuntimeError):
+    """No attention module of the target can be served. The target is as it was.
+
+    Attributes:
+        components: what was looked into, name -> class name; the name of a lone module is empty.
+        skipped: the attention modules that were found, each with its path, processor class and reason.
+    """
+
+    def __init__(self, message: str, components: dict[str, str], skipped: tuple[Skipped, ...]) -> None:
+        super().__init__(message)
+        self.components = components
+        self.skipped = skipped
+
+    def __reduce__(self) -> tuple[Any, ...]:  # an exception of several arguments is not pickled by itself
+        return type(self), (str(self), self.components, self.skipped)
 
 
 @dataclass(frozen=True)
@@ -51,9 +68,9 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
         configuration returns the same handle.
 
     Raises:
-        RuntimeError: nothing can be served (the message lists what was found), the model is already accelerated
-            with another configuration (``handle.reconfigure`` or ``remove`` first), or ``on_unsupported="error"`` and a
-            module of a known family cannot be served.
+        NothingServed: nothing can be served, for example in a model of an unknown class; it lists what was found.
+        RuntimeError: the model is already accelerated with another configuration (``handle.reconfigure`` or
+            ``remove`` first), or ``on_unsupported="error"`` and a module of a known family cannot be served.
         TypeError, ValueError: a target or configuration of the wrong kind.
     """
     settings = Config.of(config)
@@ -63,7 +80,7 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
     if known:
         return _reuse(known, settings, found)
     if not found:
-        raise RuntimeError(_nothing_served(components, skipped))
+        raise _nothing_served(components, skipped)
 
     tracker = StepTracker(None if isinstance(target, nn.Module) else target)
     handle = Handle(settings, tracker)
@@ -208,12 +225,16 @@ def _device_reason(module: nn.Module) -> str | None:
     return missing_device_kernel(parameter.device.type)
 
 
-def _nothing_served(components: Mapping[str, nn.Module], skipped: list[Skipped]) -> str:
-    looked = ", ".join(f"{name or 'target'} ({type(module).__name__})" for name, module in components.items())
+def _nothing_served(components: Mapping[str, nn.Module], skipped: list[Skipped]) -> NothingServed:
+    kinds = {name: type(module).__name__ for name, module in components.items()}
+    looked = ", ".join(f"{name or 'target'} ({kind})" for name, kind in kinds.items())
     reasons = Counter((item.processor, item.reason) for item in skipped)
     listed = "; ".join(f"{number} x {kind}: {reason}" for (kind, reason), number in reasons.most_common())
     known = ", ".join(sorted(name for adapter in adapters() for name in adapter.processors))
-    return (
+    return NothingServed(
         f"no attention module can be served in {looked}. Found: {listed or 'no attention modules with a processor'}. "
-        f"Known processors: {known}"
+        f"Known processors: {known}. vdit_fast.patch_sdpa(module) serves the scaled_dot_product_attention calls of any "
+        "module, densely",
+        kinds,
+        tuple(skipped),
     )

@@ -39,12 +39,19 @@ def compile_blocks(model: Any, *names: str, **kw: Any) -> None:
         # The stock blocks need as many: the first block of a class gets a slice with strides of its own.
         ("hunyuan_video", {"layers": 1, "single": 10}, ["transformer_blocks", "single_transformer_blocks"], 3),
         ("cogvideox_5b", {"layers": 10}, ["transformer_blocks"], 1),
-        ("ltx_video", {"layers": 10}, ["transformer_blocks"], 1),
-        pytest.param("ltx2_3", {"layers": 10}, ["transformer_blocks"], 1, marks=pytest.mark.slow),
         ("mochi", {"layers": 10}, ["transformer_blocks"], 2),  # the last block ends the text stream
-        ("cosmos_1", {"layers": 10}, ["transformer_blocks"], 1),
-        ("allegro", {"layers": 10}, ["transformer_blocks"], 1),
-        ("easyanimate", {"layers": 10}, ["transformer_blocks"], 2),  # with and without projections for the text
+        *(
+            pytest.param(kind, {"layers": 10}, ["transformer_blocks"], expected, marks=pytest.mark.slow)
+            for kind, expected in {
+                "ltx_video": 1,
+                "ltx2": 1,
+                "ltx2_3": 1,
+                "cosmos_1": 1,
+                "cosmos_2": 1,
+                "allegro": 1,
+                "easyanimate": 2,  # with and without projections for the text
+            }.items()
+        ),
     ],
 )
 def test_ten_layers_share_one_graph(kind: str, sizes: dict[str, int], blocks: list[str], expected: int) -> None:
@@ -61,6 +68,16 @@ def test_ten_layers_share_one_graph(kind: str, sizes: dict[str, int], blocks: li
     layers = handle.stats()["layers"]
     assert all(layer["sparse_calls"] + sum(layer["dense"].values()) == 4 for layer in layers)
     assert sum(layer["sparse_calls"] == 4 for layer in layers) >= 10 and not any(layer["fallbacks"] for layer in layers)
+
+
+@pytest.mark.slow
+def test_perturbed_blocks_of_ltx2_have_no_graph_break() -> None:
+    model, inputs = tiny.build("ltx2_3", layers=2)
+    inputs |= {"spatio_temporal_guidance_blocks": [1]}
+    stock = tiny.run(model, inputs)
+    accelerate(model)
+    compile_blocks(model, "transformer_blocks", backend="eager")  # the stock block asks a tensor whether to attend
+    assert tiny.relative(tiny.run(model, inputs), stock) < 1e-5
 
 
 def test_compile_repeated_blocks() -> None:
@@ -113,7 +130,9 @@ def test_operator_registration() -> None:
     q, k, v = (torch.randn(1, 48, 2, 16) for _ in range(3))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for kv_len in (None, torch.tensor([40], dtype=torch.int32)):
-        torch.library.opcheck(torch.ops.vdit_fast.served_attention, (q, k, v, kv_len, handle), test_utils=checks)
+        for scale in ((), (0.3,)):
+            arguments = (q, k, v, kv_len, handle, *scale)
+            torch.library.opcheck(torch.ops.vdit_fast.served_attention, arguments, test_utils=checks)
 
 
 @pytest.mark.slow

@@ -91,10 +91,11 @@ def test_only_self_and_joint_attention_is_touched(family: str) -> None:
     assert changed == set(tiny.served(model)) and changed
     reasons = {name: reason for reason, names in handle.stats()["skipped"].items() for name in names}
     assert set(reasons) == set(before) - changed, "every module is served or left alone with a reason"
-    assert changed <= own, "served modules make queries and keys of the same tokens"
+    # SVD's cross-attention to one key is served too
+    assert changed <= own or family == "svd", "served modules make queries and keys of the same tokens"
     for name in own - changed:  # refiners of text or audio, which have another processor
         assert "refiner" in name or "connector" in name or "is not of a known family" in reasons[name], name
-    for name in set(before) - own:
+    for name in set(before) - own - changed:
         assert "cross-attention" in reasons[name], name
 
 

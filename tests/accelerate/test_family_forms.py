@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 
 from vdit_fast.accelerate import accelerate
 from vdit_fast.config import Config
+from vdit_fast.context import LayerContext
+from vdit_fast.plan import AttentionPlan
+from vdit_fast.planners.base import Planner
 
 SERVED: dict[str, Any] = {"on_unsupported": "error"}
 
@@ -150,6 +154,13 @@ def test_ltx2_serves_both_streams(newer: bool, change: Any) -> None:
     same_outputs(model, change(inputs))
 
 
+def test_ltx2_perturbed_layers_do_not_attend() -> None:
+    model, inputs = ltx2(newer=True)
+    handle = accelerate(model)
+    outputs(model, stg()(inputs))
+    assert [layer["calls"] for layer in handle.stats()["layers"]] == [1, 1, 0, 0]
+
+
 def test_ltx2_perturbation_off_the_cpu_is_not_read() -> None:
     from vdit_fast.models.ltx2 import _all_perturbed
 
@@ -193,6 +204,49 @@ def test_ltx2_text_connectors_are_left_alone() -> None:
     module = ltx2()[0].transformer_blocks[0].attn1
     name = "video_connector.transformer_blocks.0.attn1"
     assert "text" in str(LTX2Adapter().skip_reason(name, module, module.processor))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch(Planner):
+    """Notes the queries of the first layer, and what it is told about them."""
+
+    name: ClassVar[str] = "test_watch"
+
+    def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
+        if ctx.layer == 0:
+            ctx.state.setdefault("seen", []).append((q.clone(), ctx))
+        return AttentionPlan.from_mask(torch.ones(ctx.num_tokens, ctx.num_tokens, dtype=torch.bool), block=(8, 8))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["allegro", "cogvideox_5b", "cosmos_1", "easyanimate", "hunyuan_video", "ltx2", "ltx_video", "mochi", "wan_t2v"],
+)
+def test_geometry_says_where_every_token_is(kind: str) -> None:
+    """One latent patch changes one query of the first layer, the one that the grid puts there; text changes text."""
+    model, inputs = tiny.build(kind)
+    inputs = tiny.regrid(inputs, (3, 4, 6))
+    handle = accelerate(model, Config(attention=Watch(), on_unsupported="error"))
+    tiny.run(model, inputs)
+    ((before, ctx),) = handle.roots[0].session.state["seen"]
+    frames, height, width = ctx.grid
+    assert ctx.grid == (3, 4, 6)
+    index = 2 * height * width + 1 * width + 2
+    latents = inputs["hidden_states"].clone()
+    if latents.ndim == 3:
+        latents[:, index] += 1
+    else:
+        video = latents if latents.shape[2] == frames else latents.transpose(1, 2)
+        video[:, :, 2, 2:4, 4:6] += 1
+    tiny.run(model, {**inputs, "hidden_states": latents})
+    changed = (handle.roots[0].session.state["seen"][1][0] != before).any(-1).any(-1)
+    want = torch.zeros_like(changed)
+    want[:, ctx.video_slice.start + index] = True
+    assert torch.equal(changed, want)
+    if ctx.text:
+        tiny.run(model, {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"] + 1})
+        changed = (handle.roots[0].session.state["seen"][2][0] != before).any(-1).any(-1)
+        assert int(changed[:, ctx.text_slice].sum()) == inputs["encoder_hidden_states"].shape[:2].numel()
 
 
 @pytest.mark.parametrize("builder", [ltx_video, ltx2])

@@ -17,7 +17,7 @@ import torch
 from tiny import Band
 from torch import nn
 
-from vdit_fast.accelerate import accelerate
+from vdit_fast.accelerate import NothingServed, accelerate
 from vdit_fast.config import Config
 from vdit_fast.models import kernels
 
@@ -82,6 +82,20 @@ def test_nothing_to_serve_is_an_error_that_lists_what_was_found() -> None:
     with pytest.raises(TypeError, match="int"):
         accelerate(3)
     assert not any(hasattr(module, "_vdit_fast_root") for module in model.modules())
+
+
+def test_the_error_of_nothing_to_serve_can_be_read_by_programs() -> None:
+    model: Any = tiny.hunyuan()[0]
+    refiner = model.context_embedder
+    pipe = SimpleNamespace(refiner=refiner, vae=nn.Linear(2, 2))
+    with pytest.raises(NothingServed) as caught:
+        accelerate(pipe)
+    error = caught.value
+    assert error.components == {"refiner": type(refiner).__name__, "vae": "Linear"}
+    (found,) = error.skipped
+    assert found.name == "refiner.token_refiner.refiner_blocks.0.attn" and found.processor == "AttnProcessor2_0"
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.components, again.skipped) == (str(error), error.components, error.skipped)
 
 
 class ThirdParty:

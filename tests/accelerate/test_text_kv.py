@@ -165,11 +165,17 @@ def _replaced(model: Any) -> None:
     model.blocks[0].attn2.norm_k.weight = nn.Parameter(model.blocks[0].attn2.norm_k.weight * 2, requires_grad=False)
 
 
+def _same_place(model: Any) -> None:
+    model.blocks[0].attn2.to_v.weight = nn.Parameter(model.blocks[0].attn2.to_v.weight.data, requires_grad=False)
+
+
 def _loaded(model: Any) -> None:
     model.load_state_dict({name: value * 1.01 for name, value in model.state_dict().items()})
 
 
-@pytest.mark.parametrize(("change", "anew"), [(_weight, 1), (_embedder, 2), (_replaced, 1), (_loaded, 2)])
+@pytest.mark.parametrize(
+    ("change", "anew"), [(_weight, 1), (_embedder, 2), (_replaced, 1), (_same_place, 1), (_loaded, 2)]
+)
 def test_changed_weights_are_noticed(change: Any, anew: int) -> None:
     model, inputs = tiny.wan()
     handle = accelerate(model, ON)

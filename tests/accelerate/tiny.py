@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from families import BUILDERS
+from families.allegro import rope as allegro_rope
 from families.base import Built
 from families.cogvideox import cogvideox as cogvideox
 from families.hunyuan_video import hunyuan as hunyuan
@@ -32,12 +33,20 @@ def regrid(inputs: dict[str, Any], grid: tuple[int, int, int]) -> dict[str, Any]
     frames, height, width = grid
     latents, timestep = inputs["hidden_states"], inputs["timestep"]
     batch, size = latents.shape[0], (2 * height, 2 * width)
-    new = dict(inputs)
-    if "image_rotary_emb" in inputs:  # CogVideoX: frames before channels
+    new, rope = dict(inputs), inputs.get("image_rotary_emb")
+    if "num_frames" in inputs:  # LTX: tokens, and their grid in words
+        new["hidden_states"] = torch.randn(batch, frames * height * width, latents.shape[2])
+        new |= {"num_frames": frames, "height": height, "width": width}
+    elif rope is not None and isinstance(rope[0], tuple):  # Allegro: tables per axis
+        new["hidden_states"] = torch.randn(batch, latents.shape[1], frames, *size)
+        new["image_rotary_emb"] = allegro_rope(grid, 24)
+        if inputs.get("attention_mask") is not None:
+            new["attention_mask"] = torch.ones(batch, frames, *size)
+    elif "image_rotary_emb" in inputs:  # CogVideoX: frames before channels
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
         new["hidden_states"] = torch.randn(batch, frames, latents.shape[2], *size)
-        if inputs["image_rotary_emb"] is not None:
+        if rope is not None:
             new["image_rotary_emb"] = get_3d_rotary_pos_embed(16, ((0, 0), (height, width)), (height, width), frames)
     else:
         new["hidden_states"] = torch.randn(batch, latents.shape[1], frames, *size)

@@ -76,16 +76,8 @@ MUTANTS = [
         "as_exact or random",
         TILE,
     ),
-    _short("misaligned rows as 16 bytes", "reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && ", "", "strides", ENTRY),
     _short("strided columns as 16 bytes", "(x.stride[4] == 1 || p.dim == 1)", "true", "strides", ENTRY),
     # ---- hazards
-    _short(
-        "queries overwritten while they are read",
-        "arch::syncwarp();  // the values have landed, and no lane reads the queries any more\n",
-        "",
-        "schedule",
-        MATRIX,
-    ),
     _short(
         "values read before they landed",
         "  arch::cp_async_wait<0>();\n  arch::syncwarp();  // the values",

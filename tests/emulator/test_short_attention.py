@@ -73,7 +73,6 @@ LAYOUTS = {
     "of a fused projection": lambda b, n, s, h, d: torch.randn(b, n, s, 3, h, d)[:, :, :, 1],
     "every second column": lambda b, n, s, h, d: torch.randn(b, n, s, h, 2 * d)[..., ::2],
     "columns outside": lambda b, n, s, h, d: torch.randn(d, b, n, s, h).permute(1, 2, 3, 4, 0),
-    "one element off": lambda b, n, s, h, d: torch.randn(b * n * s * h * d + 1)[1:].view(b, n, s, h, d),
     "odd dim": lambda b, n, s, h, d: torch.randn(b, n, s, h, d + 1),
     "one sequence for all": lambda b, n, s, h, d: torch.randn(1, n, 1, h, d).expand(b, n, s, h, d),
 }
@@ -89,8 +88,6 @@ def test_strides(layout: str, dtype: torch.dtype) -> None:
         return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x) if 0 not in x.stride() else x.to(dtype)
 
     q, k, v = view(9), view(19), view(19)
-    if layout == "one element off":
-        q, k, v = (torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in (q, k, v))
     got = short_attention(q, k, v, causal=True)
     want = reference(q.double(), k.double(), v.double(), causal=True)
     assert error(got, want) <= 2 * error(on_cpu(q, k, v, causal=True), want)

@@ -18,7 +18,6 @@ from vdit_fast.models.base import (
     ModelAdapter,
     ServedProcessor,
     is_prefix_mask,
-    parameter_names,
     patch_grid,
     split_added_heads,
     split_heads,
@@ -111,7 +110,7 @@ class HunyuanVideoAdapter(ModelAdapter):
             return None
         batch, _, frames, height, width = latents.shape
         grid = patch_grid((frames, height, width), (patch_t, patch, patch))
-        if "image_embeds" not in parameter_names(type(module).forward):
+        if "indices_latents" not in arguments:  # Framepack always has them
             return Geometry(grid, text=text.shape[1])
         image = arguments.get("image_embeds")
         if not isinstance(image, Tensor):

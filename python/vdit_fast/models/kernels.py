@@ -74,9 +74,11 @@ def under_autocast(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float | None = None) -> Tensor:
-    """Dense attention by torch in the stock models' form: q [B,L,H,D], k, v [B,L,Hkv,D], kv_len int [B] or None."""
-    mask = None
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Dense attention by torch in the stock models' form: q [B,L,H,D], k, v [B,L,Hkv,D], and either kv_len int [B] or
+    a mask that broadcasts to [B,H,L,L], or none."""
     if kv_len is not None:
         mask = (torch.arange(k.shape[1], device=k.device) < kv_len.view(-1, 1)).view(-1, 1, 1, k.shape[1])
     query, key, value = (tensor.transpose(1, 2) for tensor in (q, k, v))

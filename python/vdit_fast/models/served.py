@@ -19,14 +19,20 @@ __all__ = ["begin_forward", "served_attention"]
 
 @torch.library.custom_op("vdit_fast::served_attention", mutates_args=())
 def _served_op(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, handle: Tensor, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    handle: Tensor,
+    scale: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    out = _run(q, k, v, kv_len, handle, None, scale)
+    out = _run(q, k, v, kv_len, handle, None, scale, mask)
     return out.contiguous()
 
 
 @_served_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, handle: Tensor, scale: float | None = None) -> Tensor:
+def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -38,9 +44,10 @@ def _run(
     handle: Tensor,
     anchor: Tensor | None,
     scale: float | None,
+    mask: Tensor | None,
 ) -> Tensor:
     session, layer = handle.tolist()
-    return session_by_id(session).attend(layer, q, k, v, kv_len, anchor, scale)
+    return session_by_id(session).attend(layer, q, k, v, kv_len, anchor, scale, mask)
 
 
 # Autograd must see the calls inside, so a compiled training graph is cut here.
@@ -56,6 +63,7 @@ def served_attention(
     kv_len: Tensor | None = None,
     anchor: Tensor | None = None,
     scale: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of one served layer.
 
@@ -67,6 +75,7 @@ def served_attention(
         anchor: a tensor that the transformer makes anew in every forward and hands to every block; it tells
             forwards apart when gradient checkpointing runs a block again.
         scale: multiplies the scores; None is D ** -0.5.
+        mask: bool [1, 1, L, L] of a transformer whose geometry has a ``frame_block``.
 
     Returns:
         [B, L, H, D] in q's dtype (the autocast dtype under autocast, as torch's own attention does).
@@ -76,9 +85,9 @@ def served_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if torch.compiler.is_compiling():
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return _run_uncompiled(q, k, v, kv_len, handle, anchor, scale)
-        return torch.ops.vdit_fast.served_attention(q, k, v, kv_len, handle, scale)
-    return _run(q, k, v, kv_len, handle, anchor, scale)
+            return _run_uncompiled(q, k, v, kv_len, handle, anchor, scale, mask)
+        return torch.ops.vdit_fast.served_attention(q, k, v, kv_len, handle, scale, mask)
+    return _run(q, k, v, kv_len, handle, anchor, scale, mask)
 
 
 @torch.library.custom_op("vdit_fast::begin_forward", mutates_args=())
@@ -97,14 +106,14 @@ def _layout(geometry: Geometry | None) -> list[int]:
     if geometry is None:
         return []
     text = -1 if geometry.text is None else geometry.text
-    return [*geometry.grid, text, int(geometry.text_first), geometry.history]
+    return [*geometry.grid, text, int(geometry.text_first), geometry.history, geometry.frame_block]
 
 
 def _geometry(layout: list[int]) -> Geometry | None:
     if not layout:
         return None
-    frames, height, width, text, text_first, history = layout
-    return Geometry((frames, height, width), None if text < 0 else text, bool(text_first), history)
+    frames, height, width, text, text_first, history, frame_block = layout
+    return Geometry((frames, height, width), None if text < 0 else text, bool(text_first), history, frame_block)
 
 
 def begin_forward(session: Any, timestep: Any, geometry: Geometry | None) -> Any:

@@ -17,6 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from vdit_fast.caching.engine import OutputCache
 from vdit_fast.config import Config
 from vdit_fast.context import LayerContext, StepContext
+from vdit_fast.models.block_causal import block_causal_plan, is_block_causal
+from vdit_fast.models.geometry import Geometry
 from vdit_fast.models.kernels import dense_attention, missing_kernel
 from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.tracker import StepTracker
@@ -95,35 +97,6 @@ def _checked_tables(new: Any, stock: tuple[Tensor, Tensor]) -> tuple[Tensor, Ten
     return out[0], out[1]
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Token layout of one forward."""
-
-    grid: tuple[int, int, int]
-    """(frames, height, width) in tokens."""
-    text: int | None = 0
-    """Text tokens in the joint sequence; None: whatever the sequence holds beyond history and video."""
-    text_first: bool = False
-    history: int = 0
-    """Tokens of earlier clips before the video (text last). Planners see them behind it, as further text tokens:
-    read by every query and reading every key."""
-
-    @property
-    def n_video(self) -> int:
-        frames, height, width = self.grid
-        return frames * height * width
-
-    def video_first(self, x: Tensor) -> Tensor:
-        """x [B, N, H, D] with the history behind the video; the text stays last."""
-        end = self.history + self.n_video
-        return torch.cat((x[:, self.history : end], x[:, : self.history], x[:, end:]), dim=1)
-
-    def in_model_order(self, x: Tensor) -> Tensor:
-        """Undoes ``video_first``."""
-        end = self.history + self.n_video
-        return torch.cat((x[:, self.n_video : end], x[:, : self.n_video], x[:, end:]), dim=1)
-
-
 Distinct = tuple[Tensor, Tensor, Tensor]
 """int64 [K] and [K]: batch item and token that have a timestep first; int32 [B, N]: which of the K each token has."""
 
@@ -136,6 +109,8 @@ class Forward:
     step: StepContext
     timestep: Any = None
     """The transformer's argument."""
+    mask: weakref.ref[Tensor] | None = None
+    """The attention mask that was found to say what the geometry says."""
     cached: bool = False
     """Whether the cache policy's wrapper has seen it: a wrapper acts once per forward."""
     decisions: dict[int, tuple[Decision, Tensor | None]] = field(default_factory=dict)
@@ -282,13 +257,17 @@ class Session:
         kv_len: Tensor | None,
         anchor: Tensor | None,
         scale: float | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one layer: q [B,Lq,H,D], k, v [B,Lk,Hkv,D] -> [B,Lq,H,D]; scale None is D ** -0.5."""
+        """Attention of one layer: q [B,Lq,H,D], k, v [B,Lk,Hkv,D] -> [B,Lq,H,D]; scale None is D ** -0.5.
+
+        ``mask`` is the bool [1,1,N,N] of a transformer whose geometry has a frame block.
+        """
         short = self._is_short(layer, k)
         reason = missing_kernel(q, short) if short else missing_kernel(q)
         if reason is not None:
             self.fall_back(layer, reason)
-            return dense_attention(q, k, v, kv_len, scale)
+            return dense_attention(q, k, v, kv_len, scale, mask)
         forward = self.forward
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad) and anchor is not None:
             # Inside backward this is gradient checkpointing's second run: same plan as in the first one, whichever
@@ -298,6 +277,11 @@ class Session:
             elif forward is not None:
                 self._anchors[anchor] = forward
         geometry = forward.geometry if forward is not None else None
+        if mask is not None:
+            if forward is None or geometry is None or not self._understands(forward, geometry, mask):
+                self.fall_back(layer, "an attention mask of this form is not understood")
+                return dense_attention(q, k, v, kv_len, scale, mask)
+            return self._attend(self.layers[layer], forward, q, k, v, kv_len, scale, geometry)
         if geometry is None or not geometry.history or self.config.attention is None:
             return self._attend(self.layers[layer], forward, q, k, v, kv_len, scale)
         q, k, v = geometry.video_first(q), geometry.video_first(k), geometry.video_first(v)
@@ -305,6 +289,14 @@ class Session:
 
     def _is_short(self, layer: int, k: Tensor) -> bool:
         return self.layers[layer].always_dense is not None and k.shape[1] <= MAX_SHORT_KEYS
+
+    def _understands(self, forward: Forward, geometry: Geometry, mask: Tensor) -> bool:
+        """Whether the geometry says what the mask says; looked at once per forward."""
+        if forward.mask is None or forward.mask() is not mask:
+            if not is_block_causal(mask, geometry):
+                return False
+            forward.mask = weakref.ref(mask)
+        return True
 
     def _attend(
         self,
@@ -315,6 +307,7 @@ class Session:
         v: Tensor,
         kv_len: Tensor | None,
         scale: float | None,
+        causal: Geometry | None = None,
     ) -> Tensor:
         short = self._is_short(ledger.layer, k)
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -328,7 +321,10 @@ class Session:
                 )
             return _execute(decision, q, k, v, kv_len, scale, short)
         begin = stamp(q.device)
-        decision = self._decide(ledger, forward, q, k, v, kv_len, scale)
+        if causal is None:
+            decision = self._decide(ledger, forward, q, k, v, kv_len, scale)
+        else:
+            decision = self._block_causal(ledger, causal, q.device)
         middle = stamp(q.device)
         out = _execute(decision, q, k, v, kv_len, scale, short)
         end = stamp(q.device)
@@ -347,6 +343,14 @@ class Session:
             kept = replace(decision, observe=None)
             forward.decisions[ledger.layer] = kept, None if kept.plan is None else _sample(q)
         return out
+
+    def _block_causal(self, ledger: LayerLedger, geometry: Geometry, device: torch.device) -> Decision:
+        if self.config.attention is not None:
+            ledger.count(ledger.dense, "block-causal frames: planners know full attention only")
+        key = "block-causal", geometry, device
+        if key not in self.static:
+            self.static[key] = block_causal_plan(geometry, device)
+        return Decision(self.static[key])
 
     def _decide(
         self,

@@ -1,27 +1,30 @@
 """SkyReels-V2: T2V, I2V and diffusion forcing. Wan's blocks; text and image enter by cross-attention.
 
 Diffusion forcing gives every frame its own timestep, which attention does not see. The autoregressive variant
-(``num_frame_per_block`` > 1) makes a block-causal mask of N x N: the stock processor runs there.
+(``num_frame_per_block`` > 1) makes a block-causal mask of N x N, of which the configuration says what is in it: a plan
+reads the allowed keys only and the mask not at all.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vdit_fast.models.base import ServedProcessor
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
+from vdit_fast.models.session import Geometry
 from vdit_fast.models.wan import WanAdapter, wan_rotary
 
 __all__ = ["SkyReelsV2Adapter", "SkyReelsV2Processor"]
 
 
 def _rotary(table: tuple[Tensor, Tensor] | Tensor) -> Rotary:
-    """cos and sin as in Wan, or one complex table [1, 1, N, D / 2] (diffusers < 0.36)."""
+    """cos and sin as in Wan, or one complex table [1, 1, N, D / 2] (diffusers 0.35)."""
     if not isinstance(table, Tensor):
         return wan_rotary(*table)
     turn = table.transpose(1, 2)
@@ -44,7 +47,8 @@ class SkyReelsV2Processor(ServedProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | Tensor | None = None,
     ) -> Tensor:
-        if encoder_hidden_states is not None or self.stands_aside(attention_mask):
+        known = attention_mask is None or attention_mask.shape == (1, 1, *[hidden_states.shape[1]] * 2)
+        if encoder_hidden_states is not None or self.stands_aside(None if known else attention_mask):
             stock: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return stock
         if getattr(attn, "fused_projections", False):
@@ -57,7 +61,7 @@ class SkyReelsV2Processor(ServedProcessor):
             anchor = rotary_emb if isinstance(rotary_emb, Tensor) else rotary_emb[0]
             rotary = _rotary(rotary_emb)
         query, key, value = turned_heads(self, heads, (attn.norm_q, attn.norm_k), rotary, across=True)
-        out = served_attention(query, key, value, self.handle, anchor=anchor)
+        out = served_attention(query, key, value, self.handle, anchor=anchor, mask=attention_mask)
         out = out.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 
@@ -69,6 +73,11 @@ class SkyReelsV2Adapter(WanAdapter):
         "SkyReelsV2AttnProcessor2_0": SkyReelsV2Processor,
     }
     left_alone: ClassVar[dict[str, str]] = {}
+
+    def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
+        geometry = super().geometry(module, arguments)
+        frames = getattr(getattr(module, "config", None), "num_frame_per_block", None) or 1
+        return geometry if geometry is None or frames == 1 else replace(geometry, frame_block=frames)
 
 
 register(SkyReelsV2Adapter())

@@ -32,7 +32,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def wan_rotary(cos: Tensor, sin: Tensor) -> Rotary:
     """Wan's rotation; a model that is wholly in 16 bits has tables in 16 bits, and multiplies in them."""
-    return Rotary(cos, sin, lambda x: rotate(x, cos, sin), round_products=cos.dtype.itemsize == 2)
+    pair_cos, pair_sin = cos, sin
+    if cos.shape[-1] // 3 % 2:
+        # ChronoEdit cuts heads in thirds, and odd ones part the two channels of a pair: of their two values in the
+        # tables the model reads the first cosine and the second sine.
+        pair_cos, pair_sin = cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous()
+    return Rotary(pair_cos, pair_sin, lambda x: rotate(x, cos, sin), round_products=cos.dtype.itemsize == 2)
 
 
 class WanProcessor(ServedProcessor):

@@ -61,30 +61,30 @@ def qk_norm_rope(
         q_weight, k_weight, q_bias, k_bias: ``[D]``, or ``[H * D]`` for ``"rms_across"``; float32 or 16 bits.
         eps: added to the mean square.
         relu: negative results of the norm become 0, before RoPE (linear attention of Sana-Video).
-        cos, sin: the table of angles, ``[rows, W]``, ``[1|B, rows, W]`` or ``[1|B, rows, 1|H, W]``, any floating dtype of
-            the kernel. W is ``rotary_dim`` (a value per channel) or its half (a value per pair). None: no rotation.
+        cos, sin: the table of angles, ``[rows, W]``, ``[1|B, rows, W]`` or ``[1|B, rows, 1|H, W]``, of any dtype that q
+            may have. W is ``rotary_dim`` (a value per channel) or its half (a value per pair). None: no rotation.
         k_cos, k_sin: k's table; that of q by default.
         rope: which channels make a pair: ``"interleaved"``: 2i and 2i + 1; ``"half"``: i and i + width / 2 within each
             of ``axes``.
         rotary_dim: the first channels of a head rotate, the others do not; the sum of ``axes``, or D, by default.
         axes: widths of up to four axes for ``"half"``; one axis of ``rotary_dim`` by default.
         positions, k_positions: int32 ``[N]``, ``[1|B, N]`` or ``[1|B, 1|H, N]``, the row of the table for every token;
-            -1: not rotated. A CPU refuses other entries outside the table, a GPU does not rotate them. Those of q serve
-            k as well.
-        rope_start, k_rope_start: without positions, token ``rope_start + r`` takes row r and tokens beyond the table are
-            not rotated. By default the table must have a row for every token.
-        q_rows, kv_rows: int32, shapes as of ``positions``: the row of the destination that a token goes to, each at most
-            once (the inverse of a permutation ``order``: ``out[order_inverse[n]] = f(x[n])``). A CPU refuses entries
+            -1: not rotated. A CPU refuses other entries outside the table, a GPU does not rotate them.
+        rope_start, k_rope_start: without positions, token ``rope_start + r`` takes row r, and tokens beyond the table
+            are not rotated. By default the table must have a row for every token. Positions or start of q serve k too
+            where k has neither.
+        q_rows, kv_rows: int32, shapes as of ``positions``: the row of the destination that a token goes to, each at
+            most once (the inverse of a permutation ``order``: ``out[inverse[n]] = f(x[n])``). A CPU refuses entries
             outside the destination, a GPU leaves such tokens out.
-        q_out, k_out, v_out: destinations ``[B, N, H, D]`` of q's dtype, any strides with a contiguous last dimension, for
-            instance slices of a joint buffer; with rows any number of tokens. They may be the inputs themselves, but
-            must not overlap them or each other otherwise. New contiguous tensors by default, where rows that no token
-            goes to are 0.
+        q_out, k_out, v_out: destinations ``[B, N, H, D]`` of q's dtype, any strides with a contiguous last dimension,
+            for instance slices of a joint buffer; with rows any number of tokens. They may be the inputs themselves
+            (without rows), but must not overlap them or each other otherwise. New contiguous tensors by default, where
+            rows that no token goes to are 0.
         rounding: ``"fast"``: one rounding at the end; ``"eager"``: also where the models round: after the norm.
         round_before_weight: with ``"eager"``: as ``diffusers.models.normalization.RMSNorm``, which rounds before the
             weight and after it, and with float32 weights not at all. Otherwise as torch's norms: once, at their end.
-        round_products: with ``"eager"``: RoPE's two products are rounded before they are added, as in models that rotate
-            in the dtype of a 16-bit table.
+        round_products: with ``"eager"``: RoPE's two products are rounded before they are added, as in models that
+            rotate in the dtype of a 16-bit table.
 
     Returns:
         q, k and v as written (the destinations where they are given); None for what is left out.
