@@ -74,7 +74,9 @@ def test_the_models_own_tables_change_nothing(kind: str) -> None:
     assert torch.equal(tiny.run(model, inputs), before)
 
 
-@pytest.mark.parametrize("kind", ["cosmos", "easyanimate", "hunyuan_video15", "ltx_video", "lumina_next", "mochi"])
+@pytest.mark.parametrize(
+    "kind", ["cosmos", "easyanimate", "hunyuan_video15", "ltx_video", "lumina_next", "mochi", "skyreels"]
+)
 def test_other_families_turn_by_the_tables_their_stock_processors_would(kind: str) -> None:
     model, inputs = tiny.build(next(name for name in sorted(tiny.BUILDERS) if name.startswith(kind)))
     stock = tiny.run(model, inputs)

@@ -42,10 +42,10 @@ class LuminaNextProcessor(ServedProcessor):
         base_sequence_length: int | None = None,
     ) -> Tensor:
         anchor = key_rotary_emb
-        if self.session.positions is not None and key_rotary_emb is not None:
-            cos_sin = self.tables((key_rotary_emb.real, key_rotary_emb.imag), hidden_states, anchor)
-            assert cos_sin is not None
-            query_rotary_emb = key_rotary_emb = torch.complex(*cos_sin)
+        if (
+            key_rotary_emb is not None and query_rotary_emb is key_rotary_emb
+        ):  # not cross-attention, whose keys have no positions
+            query_rotary_emb = key_rotary_emb = self.tables(key_rotary_emb, hidden_states)
         tokens = hidden_states.shape[1]
         known = attention_mask is not None and attention_mask.shape[1:] == (tokens,) and is_prefix_mask(attention_mask)
         reason = None
