@@ -33,7 +33,7 @@ def _rotary(table: tuple[Tensor, Tensor] | Tensor) -> Rotary:
         turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn
         return torch.view_as_real(turned).flatten(-2).type_as(x)
 
-    return Rotary(turn.real.float(), turn.imag.float(), rotate)
+    return Rotary(turn.real.float().contiguous(), turn.imag.float().contiguous(), rotate)
 
 
 class SkyReelsV2Processor(ServedProcessor):
