@@ -118,11 +118,11 @@ def cosmos(q: Tensor, k: Tensor, v: Tensor, w: Tensor, cos: Tensor, sin: Tensor)
 RMS = {"norm": "rms", "round_before_weight": True}
 FAMILIES = [
     Family("Wan 14B", 40, 128, 2048, wan, {"norm": "rms_across"}),
-    Family("HunyuanVideo", 24, 128, 4096, hunyuan, {**RMS, "rope_start": 0}, text=256, joint=True),
-    Family("CogVideoX 5B", 48, 64, 4096, cogvideox, {"norm": "layer", "rope_start": 226}, text=226),
-    Family("LTX 0.9", 32, 64, 6930, ltx, {"norm": "rms_across"}, head_tables=True),
-    Family("Mochi", 24, 128, 4096, mochi, {"norm": "rms"}, head_tables=True, half_table=True),
-    Family("Cosmos 7B", 32, 128, 4096, cosmos, {**RMS, "rope": "half"}),
+    Family("HunyuanVideo", 24, 128, 2048, hunyuan, {**RMS, "rope_start": 0}, text=256, joint=True),
+    Family("CogVideoX 5B", 48, 64, 2048, cogvideox, {"norm": "layer", "rope_start": 226}, text=226),
+    Family("LTX 0.9", 32, 64, 2310, ltx, {"norm": "rms_across"}, head_tables=True),
+    Family("Mochi", 24, 128, 2048, mochi, {"norm": "rms"}, head_tables=True, half_table=True),
+    Family("Cosmos 7B", 32, 128, 2048, cosmos, {**RMS, "rope": "half"}),
 ]
 
 

@@ -165,13 +165,120 @@ def cogvideox(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
     return keep_fp32(model), inputs, model.transformer_blocks[0], 3072
 
 
+def hunyuan15(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    model = HunyuanVideo15Transformer3DModel(
+        num_layers=1, num_refiner_layers=1, text_embed_dim=64, text_embed_2_dim=64, image_embed_dim=64
+    )
+    tokens, table = frames * 256, rand(frames * 256, 128, dtype=torch.float32)
+    # The block alone: the whole forward looks at values.
+    inputs = {
+        "hidden_states": rand(1, tokens, 2048),
+        "encoder_hidden_states": rand(1, 1985, 2048),
+        "temb": rand(1, 2048),
+        "attention_mask": torch.ones(1, 1985, dtype=torch.bool),
+        "freqs_cis": (table, table),
+    }
+    return keep_fp32(model), inputs, model.transformer_blocks[0], 2048
+
+
+def ltx_video(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
+    from diffusers import LTXVideoTransformer3DModel
+
+    model = LTXVideoTransformer3DModel(num_layers=1, caption_channels=64)
+    inputs = {
+        "hidden_states": rand(1, frames * 256, 128),
+        "timestep": rand(1),
+        "encoder_hidden_states": rand(1, 128, 64),
+        "encoder_attention_mask": torch.ones(1, 128),
+        "num_frames": frames,
+        "height": 16,
+        "width": 16,
+    }
+    return keep_fp32(model), inputs, model.transformer_blocks[0], 2048
+
+
+def mochi(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
+    from diffusers import MochiTransformer3DModel
+
+    model = MochiTransformer3DModel(num_layers=2, text_embed_dim=64)  # the last block ends the text stream
+    table = rand(frames * 256, 24, 64, dtype=torch.float32)
+    # The block alone, and a mask with values: the stock attention looks for the valid tokens.
+    inputs = {
+        "hidden_states": rand(1, frames * 256, 3072),
+        "encoder_hidden_states": rand(1, 256, 1536),
+        "temb": rand(1, 3072),
+        "encoder_attention_mask": torch.ones(1, 256, dtype=torch.bool, device="cpu"),
+        "image_rotary_emb": (table, table),
+    }
+    return keep_fp32(model), inputs, model.transformer_blocks[0], 3072
+
+
+def cosmos(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
+    from diffusers import CosmosTransformer3DModel
+
+    model = CosmosTransformer3DModel(num_layers=1)
+    table = rand(frames * 256, 128, dtype=torch.float32)
+    inputs = {  # of the block alone
+        "hidden_states": rand(1, frames * 256, 4096),
+        "encoder_hidden_states": rand(1, 512, 1024),
+        "embedded_timestep": rand(1, 4096),
+        "temb": rand(1, 3 * 4096),
+        "image_rotary_emb": (table, table),
+    }
+    return keep_fp32(model), inputs, model.transformer_blocks[0], 4096
+
+
+def allegro(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
+    from diffusers import AllegroTransformer3DModel
+
+    model = AllegroTransformer3DModel(num_layers=1, caption_channels=64)
+    axis = (rand(4096, 32, dtype=torch.float32), rand(4096, 32, dtype=torch.float32))
+    position = torch.zeros(1, frames * 256, dtype=torch.long)
+    inputs = {
+        "hidden_states": rand(1, 4, frames, 32, 32),
+        "timestep": rand(1),
+        "encoder_hidden_states": rand(1, 512, 64),
+        "encoder_attention_mask": torch.ones(1, 512),
+        "image_rotary_emb": ((axis, axis, axis), (position, position, position)),
+    }
+    return keep_fp32(model), inputs, model.transformer_blocks[0], 2304
+
+
+def easyanimate(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
+    from diffusers import EasyAnimateTransformer3DModel
+
+    model = EasyAnimateTransformer3DModel(
+        num_attention_heads=48,
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        mmdit_layers=1,
+        text_embed_dim=64,
+        patch_size=2,
+    )
+    inputs = {
+        "hidden_states": rand(1, 16, frames, 32, 32),
+        "timestep": rand(1),
+        "encoder_hidden_states": rand(1, 256, 64),
+    }
+    return keep_fp32(model), inputs, model.transformer_blocks[0], 3072
+
+
 CASES: dict[str, Case] = {
     "Wan 2.1/2.2 14B": wan(40, 13824),
     "Wan 2.1 1.3B": wan(12, 8960),
     "Wan 2.2 TI2V-5B (timestep per token)": wan(24, 14336, per_token=True),
     "HunyuanVideo, dual block": hunyuan(single=False),
     "HunyuanVideo, single block": hunyuan(single=True),
+    "HunyuanVideo-1.5": hunyuan15,
     "CogVideoX-5B": cogvideox,
+    "LTX-Video 0.9": ltx_video,
+    "Mochi": mochi,
+    "Cosmos 1 7B": cosmos,
+    "Allegro": allegro,
+    "EasyAnimate 5.1": easyanimate,
 }
 
 
@@ -181,9 +288,11 @@ def measure(case: Case, frames: int, fuse: str | None) -> tuple[int, int, int]:
         model, inputs, block, width = case(frames)
         model.eval()
         handle = vdit_fast.accelerate(model, {"fuse": fuse}) if fuse else None
+        if fuse:
+            inputs = {name: item.to("meta") if isinstance(item, Tensor) else item for name, item in inputs.items()}
         block.register_forward_pre_hook(lambda *_: setattr(counter, "on", True))
         block.register_forward_hook(lambda *_: setattr(counter, "on", False))
-        model(**inputs)
+        (block if "temb" in inputs else model)(**inputs)
         if handle is not None:
             handle.remove()
     return counter.bytes, counter.kernels, width

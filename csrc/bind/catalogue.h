@@ -46,6 +46,8 @@ constexpr KernelEntry kCatalogue[] = {
     {"select_top_p", "cuda", "portable", "float32"},
     {"short_attention", "cpu", "portable", "float32 float16 bfloat16"},
     {"short_attention", "cuda", "portable", "float32 float16 bfloat16"},
+    {"softmax_mass", "cpu", "portable", "float32 float16 bfloat16"},
+    {"softmax_mass", "cuda", "portable", "float16 bfloat16"},
 };
 
 }  // namespace vdit

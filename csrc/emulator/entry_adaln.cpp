@@ -52,8 +52,8 @@ VDIT_EMU_EXPORT int vdit_emu_adaln(const AdaLNParams* params, int processors, co
     in.norm(p.norm);
     in.norm(p.post);
     if (p.index != nullptr)
-      p.index = static_cast<const int32_t*>(h.input_strided("index", p.index, 4, {p.batch, p.tokens, 1},
-                                                            {p.index_batch_stride, p.index_stride, 1}, 4));
+      p.index = static_cast<const int32_t*>(
+          h.input_strided("index", p.index, 4, {p.batch, p.tokens, 1}, {p.index_batch_stride, p.index_stride, 1}, 4));
     const size_t bytes = size_t(p.batch * p.tokens * p.dim) * bytes_of(p.x.dtype);
     p.x_new = h.output_bytes("x_new", p.x_new, bytes);
     p.h = h.output_bytes("h", p.h, bytes);

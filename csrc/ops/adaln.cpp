@@ -86,8 +86,8 @@ class Call {
     if (base) {
       t.base = vector(*base, base_name);
       const DType base_type = dtype(*base, base_name);
-      VDIT_CHECK(!any_base_ || base_type == p.base_dtype, op_, ": ", base_name, " is ",
-                 dtype_text(base->scalar_type()), " but another base is not; convert the bases to one dtype");
+      VDIT_CHECK(!any_base_ || base_type == p.base_dtype, op_, ": ", base_name, " is ", dtype_text(base->scalar_type()),
+                 " but another base is not; convert the bases to one dtype");
       p.base_dtype = base_type;
       any_base_ = true;
     }
@@ -291,9 +291,9 @@ template <class Device>
 Tensor adaln_modulate(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& scale_base,
                       const Optional& shift_base, const Optional& index, int64_t norm, double eps,
                       const Optional& weight, const Optional& bias, bool eager) {
-  return Device::run("adaln_modulate", x, [&] {
-           return modulate(x, scale, shift, scale_base, shift_base, index, norm, eps, weight, bias, eager);
-         })
+  return Device::run(
+             "adaln_modulate", x,
+             [&] { return modulate(x, scale, shift, scale_base, shift_base, index, norm, eps, weight, bias, eager); })
       .h();
 }
 
@@ -301,9 +301,11 @@ template <class Device>
 Tensor gate_residual(const Tensor& x, const Tensor& y, const Optional& gate, const Optional& gate_base,
                      const Optional& index, bool tanh_gate, int64_t post_norm, double post_eps,
                      const Optional& post_weight, const Optional& post_bias, bool eager) {
-  return Device::run("gate_residual", x, [&] {
-           return residual(x, y, gate, gate_base, index, tanh_gate, post_norm, post_eps, post_weight, post_bias, eager);
-         })
+  return Device::run("gate_residual", x,
+                     [&] {
+                       return residual(x, y, gate, gate_base, index, tanh_gate, post_norm, post_eps, post_weight,
+                                       post_bias, eager);
+                     })
       .x_new();
 }
 

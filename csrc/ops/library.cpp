@@ -44,4 +44,7 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
   m.def("select_top_k(Tensor scores, Tensor? k_rows, int k) -> Tensor");
   m.def("select_top_p(Tensor mass, float p, int min_keep) -> Tensor");
   m.def("short_attention(Tensor q, Tensor k, Tensor v, float scale, bool causal=False, Tensor? kv_len=None) -> Tensor");
+  m.def(
+      "softmax_mass(Tensor q, Tensor k, int q_block, int kv_block, float scale, int fold, Tensor? q_len, "
+      "Tensor? kv_len) -> Tensor");
 }

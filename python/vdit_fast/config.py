@@ -60,6 +60,14 @@ def _policy(value: Mapping[str, Any] | str) -> CachePolicy:
     return from_dict(data)
 
 
+def _section_of(method: Any) -> str | None:
+    """The key of a configuration that takes this method: "attention", "cache" or, for no method, None."""
+    from vdit_fast import caching, planners
+
+    sections: dict[str, Mapping[str, Any]] = {"attention": planners.REGISTRY, "cache": caching.REGISTRY}
+    return next((key for key, known in sections.items() if isinstance(method, str) and method in known), None)
+
+
 def _yaml() -> Any:
     try:
         import yaml
@@ -139,6 +147,11 @@ class Config:
         if not isinstance(data, Mapping):
             raise TypeError(f"a configuration must be a mapping, got {type(data).__name__}: {data!r}")
         known = {f.name for f in dataclasses.fields(cls)}
+        if section := _section_of(data.get("method")):
+            raise ValueError(
+                f"this describes the method {data['method']!r}, not a configuration; "
+                f"pass {{{section!r}: {dict(data)!r}}}"
+            )
         for key in data:
             if key not in known:
                 raise ValueError(f"configuration key {key!r} is unknown; {_nearest(str(key), known)}")
@@ -187,6 +200,11 @@ class Config:
             file = Path(value)
             if file.suffix.lower() in (".json", ".yaml", ".yml") or file.exists():
                 return cls.from_file(file)
+            if section := _section_of(value):
+                raise ValueError(
+                    f"config {str(value)!r} is the name of a method, not of a preset; "
+                    f"pass {{{section!r}: {str(value)!r}}}"
+                )
             raise ValueError(
                 f"config {str(value)!r} is neither a preset nor a .json/.yaml file; {_nearest(str(value), PRESETS)}"
             )

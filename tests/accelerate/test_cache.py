@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,11 +43,6 @@ def test_forecast_outputs(family: str) -> None:
     model, inputs = tiny.build(family)
     with torch.no_grad():
         outputs = model(**inputs)
-    if len(outputs) > 1:  # video and audio: no policy says how the two go together
-        accelerate(model, Config(cache=POLICY))
-        with pytest.raises(RuntimeError, match="one output tensor"):
-            tiny.run(model, inputs)
-        return
     stock = generate(model, inputs, branches=2)
     with accelerate(model, Config(cache=POLICY)) as handle:
         for _ in range(2):  # a second generation starts from nothing and gives the same
@@ -56,7 +52,7 @@ def test_forecast_outputs(family: str) -> None:
                 assert tiny.relative(mine, want) < 1e-5
         stats = handle.stats()["cache"]
         assert stats["forecast"] == {2: 4, 4: 4} and sum(stats["full"].values()) == 12
-        assert stats["nbytes"] == 2 * 2 * stock[0].numel() * 4
+        assert stats["nbytes"] == 2 * 2 * sum(output.numel() for output in outputs) * 4
         assert handle.stats()["layers"][0]["calls"] == 12
         assert "8 of 20 forwards forecast" in handle.report()
         json.dumps(handle.stats())
@@ -139,12 +135,39 @@ def test_unknown_step_is_computed() -> None:
     assert len(calls) == 3 and cache.nbytes == 0
 
 
-def test_a_transformer_with_several_outputs_is_refused() -> None:
+def test_what_is_no_tensor_is_refused() -> None:
     from vdit_fast.caching.engine import OutputCache
     from vdit_fast.context import StepContext
 
-    with torch.no_grad(), pytest.raises(RuntimeError, match="one output tensor"):
-        OutputCache().run(POLICY, StepContext(step=0), lambda: (torch.ones(2), torch.ones(2)), {})
+    for output in ((torch.ones(2), "text"), (), [torch.ones(2)], (torch.ones(2), torch.ones(2, device="meta"))):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="returns tensors of one device"):
+            OutputCache().run(POLICY, StepContext(step=0), lambda output=output: output, {})
+
+
+@pytest.mark.parametrize("kind", ["tuple", "output class"])
+def test_all_of_several_outputs_are_forecast(kind: str) -> None:
+    from diffusers.utils import BaseOutput
+
+    from vdit_fast.caching.engine import OutputCache
+    from vdit_fast.context import StepContext
+
+    @dataclass
+    class Both(BaseOutput):
+        sample: Tensor
+        audio: Tensor
+
+    cache = OutputCache()
+    computed = [(torch.randn(2, 3, 4), torch.randn(2, 5).to(torch.bfloat16)) for _ in range(2)]
+    wrap = tuple if kind == "tuple" else lambda pair: Both(*pair)
+    with torch.no_grad():
+        for step, pair in enumerate(computed):
+            cache.run(POLICY, StepContext(step=step), lambda pair=pair: wrap(pair), {})
+        got = cache.run(POLICY, StepContext(step=2), lambda: pytest.fail("it should be forecast"), {})
+    assert type(got) is type(wrap(computed[0])) and len(got) == 2
+    for at, (first, second) in enumerate(zip(*computed, strict=True)):
+        assert got[at].shape == first.shape and got[at].dtype == first.dtype
+        eps = torch.finfo(first.dtype).eps
+        assert tiny.relative(got[at], 2 * second.double() - first.double()) < 2 * eps
 
 
 def test_copies_and_pickles() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -195,6 +196,18 @@ def test_ltx2_planners_see_the_video_layers_only() -> None:
     handle.reconfigure(Config(attention=Band(width=2)))
     tiny.run(model, inputs)
     assert [layer["sparse_calls"] for layer in handle.stats()["layers"]] == [1, 0] * 3
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced", "fast"])
+def test_ltx2_takes_the_presets(preset: str) -> None:
+    model, inputs = ltx2()
+    times = torch.linspace(1000, 100, 9)
+    handle = accelerate(SimpleNamespace(transformer=model, scheduler=SimpleNamespace(timesteps=times)), preset)
+    for t in times:
+        video, audio = outputs(model, tiny.at(inputs, float(t)))
+        assert video.shape == inputs["hidden_states"].shape and audio.shape == inputs["audio_hidden_states"].shape
+    forecast = (handle.stats()["cache"] or {"forecast": {}})["forecast"]
+    assert bool(forecast) == (preset != "exact")
 
 
 def test_ltx2_text_connectors_are_left_alone() -> None:

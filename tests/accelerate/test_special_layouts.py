@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from families.hunyuan_video import framepack
+from families.hunyuan_video import framepack, hunyuan
 from families.hunyuan_video15 import hunyuan15
 from families.lumina_next import lumina_next
 from families.skyreels_v2 import skyreels
+from families.wan import chronoedit
 from planner_settings import PLANNERS, config, plugged
 from tiny import Band
 from torch import Tensor, nn
@@ -171,6 +172,28 @@ def test_without_history() -> None:
     geometry = session.adapter.geometry(model, inputs)
     assert geometry is not None and geometry.history == 32 and geometry.text == 12
     assert session.adapter.geometry(model, {**inputs, "image_embeds": None}) is None
+
+
+# ---------------------------------------------------------------------- variants of families tested elsewhere
+VARIANTS = {
+    "chronoedit": (chronoedit, (2, 4, 4)),
+    "hunyuan_latent_concat": (lambda: hunyuan(image_condition_type="latent_concat"), (3, 4, 4)),
+    "skyreels_i2v": (lambda: skyreels(image=True), (4, 4, 4)),
+    "skyreels_t2v": (skyreels, (4, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_variants_are_exact_and_their_grids_known(kind: str) -> None:
+    builder, grid = VARIANTS[kind]
+    model, inputs = builder()
+    truth = tiny.run(copy.deepcopy(model).double(), tiny.cast(inputs, torch.float64))
+    eager = tiny.run(model, inputs)
+    handle = accelerate(model, {"on_unsupported": "error"})
+    tiny.exact_enough(tiny.run(model, inputs), eager, truth)
+    assert [layer["calls"] for layer in handle.stats()["layers"]] == [1, 1]
+    handle.remove()
+    assert {ctx.grid for ctx, _, _ in contexts(model, inputs)} == {grid}
 
 
 # ---------------------------------------------------------------------- SkyReels-V2

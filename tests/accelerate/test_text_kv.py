@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from families.skyreels_v2 import skyreels
+from families.wan import animate, chronoedit, vace
 from torch import Tensor, nn
 
 from vdit_fast.accelerate import accelerate
@@ -18,7 +20,14 @@ from vdit_fast.config import Config
 from vdit_fast.handle import Handle
 from vdit_fast.models.text_kv import MAX_PROMPTS, TextKVProcessor
 
-KINDS = ["skyreels_i2v", "wan_animate", "wan_i2v", "wan_t2v", "wan_vace"]
+KINDS = {
+    "chronoedit": chronoedit,
+    "skyreels_i2v": lambda: skyreels(image=True),
+    "wan_animate": animate,
+    "wan_i2v": lambda: tiny.wan(image=True),
+    "wan_t2v": tiny.wan,
+    "wan_vace": vace,
+}
 LAYERS = 2
 ON = Config(text_kv=True)
 TIMES = (900.0, 600.0, 300.0)
@@ -44,7 +53,7 @@ def same(got: list[Tensor], want: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_bits_and_computed_once_per_prompt(kind: str) -> None:
-    model, inputs = tiny.build(kind)
+    model, inputs = KINDS[kind]()
     before, weights = tiny.processors(model), list(model.state_dict())
     branches = inputs, other(inputs)
     plain = accelerate(model)

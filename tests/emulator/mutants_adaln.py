@@ -12,16 +12,18 @@ def _bug(name: str, old: str, new: str, select: str, file: str = "adaln_kernel.h
 MUTANTS = [
     # ---- hazards
     _bug("sums share one row of shared memory", "turn ^= 1;", "turn ^= 0;", "mixtures or neighbouring or widths"),
-    _bug("sums are read before they are written", "slot[warp] = v;\n  arch::syncthreads();", "slot[warp] = v;", "mixtures"),
-    _bug("a warp hands over twice its sum", "if (lane == 0) slot[warp] = v;", "if (lane == 7) slot[warp] = v * 2;", "mix"),
+    _bug("sums are read before they are written",
+         "slot[warp] = v;\n  arch::syncthreads();", "slot[warp] = v;", "mixtures"),
+    _bug("a warp hands over twice its sum",
+         "if (lane == 0) slot[warp] = v;", "if (lane == 7) slot[warp] = v * 2;", "mixtures"),
     _bug("a warp adds up half of itself", "int step = 16; step > 0", "int step = 8; step > 0", "mixtures"),
     # ---- who holds what
     _bug("rows of the tables are never loaded again", "at == first || new_scale != scale_row || new_shift != shift_row",
          "at == first", "neighbouring"),
     _bug("a block forgets its last row", "first + a.rows_per_cta < all ? first + a.rows_per_cta : all",
          "first + a.rows_per_cta < all ? first + a.rows_per_cta : all - 1", "mixtures"),
-    _bug("pieces of a thread are neighbours", "int(threadIdx.x) + k * int(blockDim.x)", "int(threadIdx.x) * kPieces + k",
-         "mixtures"),
+    _bug("pieces of a thread are neighbours",
+         "int(threadIdx.x) + k * int(blockDim.x)", "int(threadIdx.x) * kPieces + k", "mixtures"),
     _bug("pieces beyond the row are loaded", "r[k] = has(k) ? load<true>", "r[k] = true ? load<true>", "mixtures"),
     _bug("batch items share the first one's rows", "b * t.batch_stride + row", "0 * t.batch_stride + row", "mixtures"),
     _bug("batch items share the first one's index", "b * p.index_batch_stride + n", "0 * p.index_batch_stride + n",
@@ -32,7 +34,8 @@ MUTANTS = [
     _bug("alignment of weights is forgotten", "aligned(n.weight, n.dtype)", "true", "misaligned", "adaln.cu"),
     _bug("alignment of y is forgotten", "&& aligned(p, p.y)", "", "misaligned", "adaln.cu"),
     _bug("width decides nothing about alignment", "p.dim % kPiece == 0 &&", "", "mixtures or widths", "adaln.cu"),
-    _bug("16-bit stores take the wrong half", "e % 2 * 16));\n  }\n}", "(e + 1) % 2 * 16));\n  }\n}", "mixtures and 13"),
+    _bug("16-bit stores take the wrong half",
+         "e % 2 * 16));\n  }\n}", "(e + 1) % 2 * 16));\n  }\n}", "mixtures and 13"),
     # ---- arithmetic
     _bug("variance counts the padding", "piece(k) * kPiece + e < a.p.dim ? v[k][e] - mean : 0.f", "v[k][e] - mean",
          "mixtures and 13"),

@@ -86,11 +86,4 @@ MUTANTS = [
         MATRIX,
     ),
     _short("output read before it is written", "  arch::syncwarp();\n  char* out", "  char* out", "schedule", MATRIX),
-    _short(
-        "next queries land on the last rows",
-        "      arch::syncwarp();  // the last rows have left\n",
-        "",
-        "schedule",
-        ENTRY,
-    ),
 ]

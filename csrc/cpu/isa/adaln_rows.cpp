@@ -94,9 +94,6 @@ Moments moments(const AdaLNNorm& norm, const float* row, int dim, float total) {
   return m;
 }
 
-// What a row adds to `total`.
-vf contribution(NormKind kind, vf v) { return kind == NormKind::rms ? v * v : v; }
-
 struct Scratch {
   float *x, *y, *gate, *scale, *shift, *weight, *bias, *post_weight, *post_bias;
 };
@@ -112,8 +109,7 @@ struct Rows {
   Rows(const AdaLNParams& params, float* scratch)
       : p(params), dim(params.dim), chain(params.round_chain || params.norm.round) {
     const int64_t ld = (int64_t(dim) + 15) / 16 * 16;
-    float** const all[] = {&s.x,      &s.y,    &s.gate,        &s.scale,    &s.shift,
-                           &s.weight, &s.bias, &s.post_weight, &s.post_bias};
+    float** const all[] = {&s.x, &s.y, &s.gate, &s.scale, &s.shift, &s.weight, &s.bias, &s.post_weight, &s.post_bias};
     for (float** row : all) {
       *row = scratch;
       scratch += ld;
@@ -152,9 +148,8 @@ struct Rows {
     convert<H>(row, p.row_dtype, dim, dst);
     if (t.base != nullptr)
       typed<H>(t.base, p.base_dtype, [&](auto* base) {
-        each(dim, [&](int i, auto part, int) {
-          store(dst + i, rounded(t.round, load(dst + i) + get(base + i, part)));
-        });
+        each(dim,
+             [&](int i, auto part, int) { store(dst + i, rounded(t.round, load(dst + i) + get(base + i, part))); });
       });
     each(dim, [&](int i, auto, int) { store(dst + i, finish(load(dst + i))); });
   }
@@ -195,31 +190,54 @@ struct Rows {
     }
   }
 
-  // s.x = x, or x + gate * y, which is also stored. Returns the sum that the norm needs.
-  template <class Y>
-  float residual(const X* x, const Y* y, X* out) const {
+  // s.x = x, for the norm. Returns the sum that it needs.
+  float copy(const X* x) const {
+    const bool square = p.norm.kind == NormKind::rms;
+    float* const to = s.x;
     vf sum[4]{};
     each(dim, [&](int i, auto part, int k) {
-      vf v = get(x + i, part);
-      if (y != nullptr) {
-        v += rounded(p.round_gated, load(s.gate + i) * get(y + i, part));
-        put(out + i, v, part);
-        if (p.round_new) v = round_lanes<X>(v);
-      }
-      store(s.x + i, v);
-      sum[k] += contribution(p.norm.kind, v);
+      const vf v = get(x + i, part);
+      store(to + i, v);
+      sum[k] += square ? v * v : v;
     });
     return reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 
+  // out = x + gate * y; with kNorm also s.x, and the sum that the norm needs.
+  template <bool kRound, bool kNorm, class Y>
+  float residual(const X* x, const Y* y, X* out) const {
+    const bool square = p.norm.kind == NormKind::rms, round_new = p.round_new;
+    const float* const gate = s.gate;
+    float* const to = s.x;
+    vf sum[4]{};
+    each(dim, [&](int i, auto part, int k) {
+      vf gated = load(gate + i) * get(y + i, part);
+      if (kRound) gated = round_lanes<H>(gated);
+      vf v = get(x + i, part) + gated;
+      put(out + i, v, part);
+      if (!kNorm) return;
+      if (round_new) v = round_lanes<X>(v);
+      store(to + i, v);
+      sum[k] += square ? v * v : v;
+    });
+    return reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+
+  template <class Y>
+  float residual(const X* x, const Y* y, X* out) const {
+    if (p.h == nullptr) return p.round_gated ? residual<true, false>(x, y, out) : residual<false, false>(x, y, out);
+    return p.round_gated ? residual<true, true>(x, y, out) : residual<false, true>(x, y, out);
+  }
+
   // s.y = post(y)
   void post(const void* y) const {
+    const bool square = p.post.kind == NormKind::rms;
     vf sum[4]{};
     typed<H>(y, p.y.dtype, [&](auto* from) {
       each(dim, [&](int i, auto part, int k) {
         const vf v = get(from + i, part);
         store(s.y + i, v);
-        sum[k] += contribution(p.post.kind, v);
+        sum[k] += square ? v * v : v;
       });
     });
     if (p.post.kind == NormKind::none) return;
@@ -232,15 +250,20 @@ struct Rows {
   }
 
   void norm(X* h, const Moments& m) const {
+    const float *const x = s.x, *const scale = s.scale, *const shift = s.shift, *const weight = s.weight,
+                       *const bias = s.bias;
+    const vf mean = splat(m.mean), factor = splat(m.scale);
     if (!chain)
       return each(dim, [&](int i, auto part, int) {
-        put(h + i, (load(s.x + i) - m.mean) * m.scale * load(s.scale + i) + load(s.shift + i), part);
+        put(h + i, (load(x + i) - mean) * factor * load(scale + i) + load(shift + i), part);
       });
-    const bool round = p.round_chain;
+    const bool affine = p.norm.weight != nullptr || p.norm.bias != nullptr;
+    const bool round = p.round_chain, round_weight = p.norm.round;
     each(dim, [&](int i, auto part, int) {
-      vf v = rounded(p.norm.round, (load(s.x + i) - m.mean) * m.scale);
-      v = rounded(round || p.norm.round, v * load(s.weight + i) + load(s.bias + i));
-      put(h + i, rounded(round, v * load(s.scale + i)) + load(s.shift + i), part);
+      vf v = (load(x + i) - mean) * factor;
+      if (affine) v = rounded(round_weight, v) * load(weight + i) + load(bias + i);
+      v = rounded(round || round_weight, v);
+      put(h + i, rounded(round, v * load(scale + i)) + load(shift + i), part);
     });
   }
 
@@ -250,7 +273,7 @@ struct Rows {
     const int64_t at = (b * p.tokens + n) * dim;
     float total;
     if (p.y.data == nullptr) {
-      total = residual<X>(x, nullptr, nullptr);
+      total = copy(x);
     } else {
       X* out = static_cast<X*>(p.x_new) + at;
       const int64_t from = b * p.y.batch_stride + n * p.y.token_stride;

@@ -13,12 +13,16 @@ typedef uint16_t vh_u __attribute__((vector_size(VL * 2), aligned(2), may_alias)
 constexpr __mmask16 kEvery = 0xffff;  // zero-masked conversions: GCC 12 warns of its own header otherwise
 #endif
 
-// The upper half of every lane is its bf16, round to nearest even; NaN stays NaN.
+// The upper half of every lane is its bf16, round to nearest even. A NaN stays one if it is quiet, as every NaN is that
+// arithmetic makes or passes on.
 static inline vu bf16_bits(vf v) {
   const vu u = (vu)v;
-  const vu rounded = u + 0x7fffu + ((u >> 16) & 1u);
-  const vu number = (vu)(v == v);
-  return (number & rounded) | (~number & (u | 0x400000u));
+  const vu rounded = u + (0x7fffu + ((u >> 16) & 1u));
+#if VDIT_VL == 8 && defined(__AVX2__)
+  return (vu)_mm256_blendv_ps((__m256)rounded, (__m256)v, _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q));
+#else
+  return v == v ? rounded : u;
+#endif
 }
 
 static inline vf load_lanes(const float* p) { return load(p); }
@@ -40,11 +44,18 @@ static inline vf load_lanes(const f16* p) {
 
 static inline void store_lanes(float* p, vf v) { store(p, v); }
 static inline void store_lanes(bf16* p, vf v) {
-  *reinterpret_cast<vh_u*>(p) = __builtin_convertvector(bf16_bits(v) >> 16, vh);
+  const vu bits = bf16_bits(v) >> 16;
+#if VDIT_VL == 8 && defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)bits), high = _mm256_extracti128_si256((__m256i)bits, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+#else
+  *reinterpret_cast<vh_u*>(p) = __builtin_convertvector(bits, vh);
+#endif
 }
 static inline void store_lanes(f16* p, vf v) {
 #if VDIT_VL == 16 && defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kEvery, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(kEvery, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif VDIT_VL == 8 && defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else

@@ -14,8 +14,8 @@ constexpr int kCtasPerProcessor = 8;
 
 bool aligned(const void* data, DType dtype, int64_t stride_a = 0, int64_t stride_b = 0) {
   const int64_t elements = dtype == DType::f32 ? 4 : 8;
-  return data == nullptr || (reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-                             (stride_a % elements | stride_b % elements) == 0);
+  return data == nullptr ||
+         (reinterpret_cast<uintptr_t>(data) % 16 == 0 && (stride_a % elements | stride_b % elements) == 0);
 }
 
 bool aligned(const AdaLNParams& p, const AdaLNRows& x) {
@@ -27,9 +27,7 @@ bool aligned(const AdaLNParams& p, const AdaLNTable& t) {
          aligned(t.base, p.base_dtype);
 }
 
-bool aligned(const AdaLNNorm& n) {
-  return aligned(n.weight, n.dtype) && aligned(n.bias, n.dtype);
-}
+bool aligned(const AdaLNNorm& n) { return aligned(n.weight, n.dtype) && aligned(n.bias, n.dtype); }
 
 bool aligned(const AdaLNParams& p) {
   return p.dim % kPiece == 0 && aligned(p, p.x) && aligned(p, p.y) && aligned(p, p.gate) && aligned(p, p.scale) &&

@@ -4,7 +4,8 @@
 // which mostly have the same rows of the tables.
 //
 //   adaln_modulate:        issue x  ->  issue scale, shift where they change  ->  0-2 sums  ->  h
-//   with a residual:       issue x, y, gate  ->  post(y): 0-2 sums  ->  x_new  ->  issue scale, shift  ->  0-2 sums  ->  h
+//   with a residual:       issue x, y, gate  ->  post(y): 0-2 sums  ->  x_new  ->  issue scale, shift  ->  0-2 sums  ->
+//   h
 #pragma once
 #include "arch/arch.h"
 #include "kernels/fused/adaln.h"
@@ -141,8 +142,7 @@ struct Row {
     const auto dim = float(a.p.dim);
     float mean = 0.f, sum = 0.f;
     if (norm.kind == NormKind::layer) {
-      VD_UNROLL for (int k = 0; k < kPieces; ++k)
-        VD_UNROLL for (int e = 0; e < kPiece; ++e) sum += v[k][e];
+      VD_UNROLL for (int k = 0; k < kPieces; ++k) VD_UNROLL for (int e = 0; e < kPiece; ++e) sum += v[k][e];
       mean = block_sum(sum, totals, turn) / dim;
       sum = 0.f;
     }
@@ -154,8 +154,7 @@ struct Row {
       }
     }
     const float scale = 1.f / sqrtf(block_sum(sum, totals, turn) / dim + norm.eps);
-    VD_UNROLL for (int k = 0; k < kPieces; ++k)
-      VD_UNROLL for (int e = 0; e < kPiece; ++e) v[k][e] *= scale;
+    VD_UNROLL for (int k = 0; k < kPieces; ++k) VD_UNROLL for (int e = 0; e < kPiece; ++e) v[k][e] *= scale;
   }
 
   // v = v * weight + bias

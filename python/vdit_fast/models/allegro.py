@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from vdit_fast.models.allegro_block import ALLEGRO_BLOCKS
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_heads
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
@@ -77,6 +78,7 @@ class AllegroProcessor(ServedProcessor):
 class AllegroAdapter(ModelAdapter):
     family = "allegro"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"AllegroAttnProcessor2_0": AllegroProcessor}
+    blocks = ALLEGRO_BLOCKS
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False):

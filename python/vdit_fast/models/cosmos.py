@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_heads
+from vdit_fast.models.cosmos_block import COSMOS_BLOCKS
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
@@ -65,6 +66,7 @@ class CosmosAdapter(ModelAdapter):
         "CosmosAttnProcessor2_0": CosmosProcessor,
         "CosmosAttnProcessor2_5": CosmosProcessor,  # found only where skip_reason says no
     }
+    blocks = COSMOS_BLOCKS
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if hasattr(module, "q_img"):

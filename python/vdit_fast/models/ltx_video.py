@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, split_heads
+from vdit_fast.models.ltx_video_block import LTX_BLOCKS
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
@@ -60,6 +61,7 @@ class LTXVideoProcessor(ServedProcessor):
 class LTXVideoAdapter(ModelAdapter):
     family = "ltx_video"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"LTXVideoAttnProcessor": LTXVideoProcessor}
+    blocks = LTX_BLOCKS
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if name.rpartition(".")[2] == "attn2":

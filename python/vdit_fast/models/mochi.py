@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_added_heads, split_heads
+from vdit_fast.models.mochi_block import MOCHI_BLOCKS
 from vdit_fast.models.qk import Rotary, joint_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
@@ -79,6 +80,7 @@ class MochiProcessor(ServedProcessor):
 class MochiAdapter(ModelAdapter):
     family = "mochi"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"MochiAttnProcessor2_0": MochiProcessor}
+    blocks = MOCHI_BLOCKS
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")

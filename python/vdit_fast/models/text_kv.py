@@ -221,13 +221,16 @@ class _Remembering:
                 answer = self._answers[to_value if name == to_value else last]
                 return lambda _: answer
             if name == fused:
-                return lambda text: self._both(real(text), to_value)
+                return lambda text: self._both(real(text), to_key if last == to_key else None, to_value)
             if name in (last, to_value):
                 return lambda text: self._new.setdefault(name, real(text))
         return real
 
-    def _both(self, projected: Tensor, to_value: str) -> Tensor:
-        self._new[to_value] = projected.chunk(2, dim=-1)[1].clone()
+    def _both(self, projected: Tensor, to_key: str | None, to_value: str) -> Tensor:
+        key, value = projected.chunk(2, dim=-1)
+        self._new[to_value] = value.clone()  # not a view that holds both
+        if to_key is not None:
+            self._new[to_key] = key.clone()
         return projected
 
 

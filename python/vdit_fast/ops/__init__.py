@@ -2,7 +2,7 @@
 
 from .adaln import adaln_modulate, gate_residual, gate_residual_norm
 from .attention import attention
-from .block_mass import block_mass, score_lse
+from .block_mass import block_mass, score_lse, softmax_mass
 from .block_mean import block_mean
 from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .compile_blocks import compile_blocks
@@ -33,4 +33,5 @@ __all__ = [
     "select_top_k",
     "select_top_p",
     "short_attention",
+    "softmax_mass",
 ]

@@ -38,9 +38,9 @@ def adaln_modulate(
     Args:
         x: ``[B, N, D]`` with D from 1 to 16384, any strides with a contiguous last dimension; float32, or one 16-bit
             dtype that all 16-bit tensors of the call share.
-        scale, shift: rows that modulate, float32 or 16-bit, or None. ``[D]`` or ``[1 or B, D]``: one row for all tokens
-            of a batch item. ``[1 or B, R, D]``: a table, any strides with a contiguous last dimension. A pair
-            ``(base, table)`` stands for the table with ``base`` (D values) added to each row, as in Wan, LTX and Cosmos.
+        scale, shift: rows that modulate, float32 or 16-bit, or None. ``[D]`` or ``[1 or B, D]``: one row for all
+            tokens of a batch item. ``[1 or B, R, D]``: a table, any strides with a contiguous last dimension. A pair
+            ``(base, table)`` stands for the table with ``base`` (D values) added to each row, as in Wan and LTX.
             All tables have one dtype, and so have all bases.
         index: int32 ``[N]`` or ``[B, N]``: the row of every token in tables with more than one row; None if there is
             one row or one per token. A CPU refuses indices outside the table; a GPU reads nothing back and takes the
@@ -58,8 +58,9 @@ def adaln_modulate(
         RuntimeError: shapes, dtypes, devices or indices do not fit.
     """
     if _needs_gradient(x, scale, shift, weight, bias):
-        modulation = {"index": index, "norm": norm, "eps": eps, "weight": weight, "bias": bias}
-        return reference.adaln_modulate(x, scale, shift, **modulation, rounding=rounding)
+        return reference.adaln_modulate(
+            x, scale, shift, index=index, norm=norm, eps=eps, weight=weight, bias=bias, rounding=rounding
+        )
     (scale_base, scale_rows), (shift_base, shift_rows) = _table("scale", scale), _table("shift", shift)
     return torch.ops.vdit_fast.adaln_modulate(
         x, scale_rows, shift_rows, scale_base, shift_base, index, _norm("norm", norm), eps, weight, bias,
@@ -102,10 +103,10 @@ def gate_residual(
         ValueError, RuntimeError: as ``adaln_modulate``.
     """
     if _needs_gradient(x, y, gate, post_weight, post_bias):
-        post = {"post_norm": post_norm, "post_eps": post_eps, "post_weight": post_weight, "post_bias": post_bias}
         return reference.gate_residual(
-            x, y, gate, index=index, gate_activation=gate_activation, **post, rounding=rounding
-        )
+            x, y, gate, index=index, gate_activation=gate_activation, post_norm=post_norm, post_eps=post_eps,
+            post_weight=post_weight, post_bias=post_bias, rounding=rounding,
+        )  # fmt: skip
     gate_base, gate_rows = _table("gate", gate)
     return torch.ops.vdit_fast.gate_residual(
         x, y, gate_rows, gate_base, index, _tanh(gate_activation), _norm("post_norm", post_norm), post_eps,

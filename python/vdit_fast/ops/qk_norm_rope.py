@@ -116,7 +116,7 @@ def qk_norm_rope(
 
     tensors = (q, k, v, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, q_out, k_out, v_out)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        common = {
+        common: dict[str, Any] = {
             "norm": norm, "eps": eps, "relu": relu, "rotary": rotary, "axes": widths, "rounding": rounding,
             "round_before_weight": round_before_weight, "round_products": round_products,
         }  # fmt: skip

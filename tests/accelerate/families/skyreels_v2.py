@@ -34,7 +34,4 @@ def skyreels(*, layers: int = 2, forcing: bool = False, frame_block: int = 1, im
     return sharpen(model), inputs
 
 
-BUILDERS: dict[str, Builder] = {
-    "skyreels_df": lambda **kw: skyreels(forcing=True, **kw),
-    "skyreels_i2v": lambda **kw: skyreels(image=True, **kw),
-}
+BUILDERS: dict[str, Builder] = {"skyreels_df": lambda **kw: skyreels(forcing=True, **kw)}

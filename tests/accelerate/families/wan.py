@@ -92,7 +92,6 @@ def chronoedit(*, layers: int = 2) -> Built:
 
 
 BUILDERS: dict[str, Builder] = {
-    "chronoedit": chronoedit,
     "wan_animate": animate,
     "wan_t2v": wan,
     "wan_i2v": lambda **kw: wan(image=True, **kw),
