@@ -29,8 +29,6 @@ def _rotate(x: Tensor, table: Tensor) -> Tensor:
 class LuminaNextProcessor(ServedProcessor):
     """LayerNorm across heads, RoPE on both sides, fewer heads of keys and values than of queries."""
 
-    takes_positions = True
-
     def __call__(
         self,
         attn: Any,
@@ -41,11 +39,6 @@ class LuminaNextProcessor(ServedProcessor):
         key_rotary_emb: Tensor | None = None,
         base_sequence_length: int | None = None,
     ) -> Tensor:
-        anchor = key_rotary_emb
-        if (
-            key_rotary_emb is not None and query_rotary_emb is key_rotary_emb
-        ):  # not cross-attention, whose keys have no positions
-            query_rotary_emb = key_rotary_emb = self.tables(key_rotary_emb, hidden_states)
         tokens = hidden_states.shape[1]
         known = attention_mask is not None and attention_mask.shape[1:] == (tokens,) and is_prefix_mask(attention_mask)
         reason = None
@@ -81,7 +74,7 @@ class LuminaNextProcessor(ServedProcessor):
         if base_sequence_length is not None:
             scale = math.sqrt(math.log(tokens, base_sequence_length)) * scale
         kv_len = attention_mask.bool().sum(-1, dtype=torch.int32)
-        out = served_attention(query, key, value, self.handle, kv_len=kv_len, anchor=anchor, scale=scale)
+        out = served_attention(query, key, value, self.handle, kv_len=kv_len, anchor=key_rotary_emb, scale=scale)
         return out.to(query.dtype)
 
 
