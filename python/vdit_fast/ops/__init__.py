@@ -8,8 +8,8 @@ from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .compile_blocks import compile_blocks
 from .gated_attention import gated_attention
 from .merge import merge
-from .qk_norm_rope import qk_norm_rope
 from .pooled_attention import pooled_attention
+from .qk_norm_rope import qk_norm_rope
 from .select import select_top_k, select_top_p
 from .short_attention import short_attention
 
@@ -27,8 +27,8 @@ __all__ = [
     "kmeans_assign",
     "merge",
     "permute_tokens",
-    "qk_norm_rope",
     "pooled_attention",
+    "qk_norm_rope",
     "score_lse",
     "select_top_k",
     "select_top_p",
