@@ -7,7 +7,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ def set_processor(module: nn.Module, processor: Any) -> None:
         setter(processor)
     else:
         module.processor = processor
+
+
+Rotated = TypeVar("Rotated", bound=tuple[Tensor, Tensor] | Tensor | None)
+"""A model's rotary tables in its own form."""
 
 
 def _same(stock: Any) -> Any:
@@ -91,11 +95,15 @@ class ServedProcessor:
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def tables(self, stock: tuple[Tensor, Tensor] | None, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+    def tables(self, stock: Rotated, tokens: Tensor) -> Rotated:
         """The rotary tables to use: the model's, unless ``Handle.positions`` exchanges them.
 
-        Called before ``stands_aside``, so that the stock processor gets them too. ``tokens`` is the layer's input.
-        Raises RuntimeError where the user's positions cannot be had: without them the answer would be another one.
+        Called before ``stands_aside``, so that the stock processor gets them too. Raises RuntimeError where the user's
+        positions cannot be had: without them the answer would be another one.
+
+        Args:
+            stock: (cos, sin), or one complex tensor cos + i sin, as the transformer hands it to every layer.
+            tokens: the layer's input.
         """
         if self.session.positions is None or not self.session.active:
             return stock
@@ -106,7 +114,10 @@ class ServedProcessor:
                 "positions: context parallelism is enabled, every rank has the tables of its shard only; disable it, "
                 "or switch positions off by handle.positions(None)"
             )
-        return served_tables(stock, tokens, self.handle)
+        if isinstance(stock, Tensor):
+            cos, sin = served_tables((stock.real, stock.imag), tokens, self.handle, stock)
+            return cast(Rotated, torch.complex(cos, sin))
+        return cast(Rotated, served_tables(stock, tokens, self.handle, stock[0]))
 
     def stands_aside(
         self,

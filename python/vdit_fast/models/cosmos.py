@@ -34,6 +34,8 @@ def _rotary(cos: Tensor, sin: Tensor) -> Rotary:
 class CosmosProcessor(ServedProcessor):
     """RMSNorm per head, then rotate-half RoPE. Queries and keys have as many heads, so nothing is repeated."""
 
+    takes_positions = True
+
     def __call__(
         self,
         attn: Any,
@@ -42,12 +44,14 @@ class CosmosProcessor(ServedProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
+        if encoder_hidden_states is None:
+            image_rotary_emb = self.tables(image_rotary_emb, hidden_states)
         if encoder_hidden_states is not None or self.stands_aside(attention_mask):
             stock: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
             return stock
-        anchor = rotary = None
+        rotary = None
         if image_rotary_emb is not None:
-            anchor = image_rotary_emb[0]
             rotary = _rotary(*(table.to(hidden_states.device) for table in image_rotary_emb))
         heads, norms = split_heads(attn, hidden_states), (attn.norm_q, attn.norm_k)
         query, key, value = turned_heads(self, heads, norms, rotary)

@@ -23,6 +23,8 @@ __all__ = ["EasyAnimateAdapter", "EasyAnimateProcessor"]
 class EasyAnimateProcessor(ServedProcessor):
     """Joint attention over [text, video]: LayerNorm per head, RoPE on the video tokens."""
 
+    takes_positions = True
+
     def __call__(
         self,
         attn: Any,
@@ -31,6 +33,8 @@ class EasyAnimateProcessor(ServedProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
+        image_rotary_emb = self.tables(image_rotary_emb, hidden_states)
         if self.stands_aside(attention_mask):
             stock: tuple[Tensor, Tensor] = self.stock(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
@@ -47,7 +51,6 @@ class EasyAnimateProcessor(ServedProcessor):
             added_norms = (attn.norm_added_q, attn.norm_added_k)
             rotary = pair_rotary(image_rotary_emb, hidden_states)  # its tables are made on the CPU
             query, key, value = joint_heads(self, heads, norms, added, added_norms, rotary, text_first=True)
-        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
         out = served_attention(query, key, value, self.handle, anchor=anchor).flatten(2, 3).to(query.dtype)
         text_out, out = out[:, :text], out[:, text:]
         if getattr(attn, "to_out", None) is not None:

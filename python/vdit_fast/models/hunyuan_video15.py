@@ -32,6 +32,8 @@ __all__ = ["HunyuanVideo15Adapter", "HunyuanVideo15Processor"]
 class HunyuanVideo15Processor(ServedProcessor):
     """Joint attention over [video, text]: RMSNorm per head, RoPE on the video tokens."""
 
+    takes_positions = True
+
     def __call__(
         self,
         attn: Any,
@@ -40,6 +42,8 @@ class HunyuanVideo15Processor(ServedProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
+        image_rotary_emb = self.tables(image_rotary_emb, hidden_states)
         text = encoder_hidden_states.shape[1] if encoder_hidden_states is not None else 0
         known = attention_mask is not None and attention_mask.shape[1:] == (text,) and is_prefix_mask(attention_mask)
         reason = None
@@ -51,7 +55,6 @@ class HunyuanVideo15Processor(ServedProcessor):
             )
             return stock
         assert encoder_hidden_states is not None and attention_mask is not None
-        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
         heads, added = split_heads(attn, hidden_states), split_added_heads(attn, encoder_hidden_states)
         norms, added_norms = (attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k)
         rotary = pair_rotary(image_rotary_emb, hidden_states)

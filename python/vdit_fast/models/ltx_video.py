@@ -32,6 +32,8 @@ def _rotary(cos: Tensor, sin: Tensor, heads: int) -> Rotary:
 class LTXVideoProcessor(ServedProcessor):
     """RMSNorm across heads and RoPE before the head split."""
 
+    takes_positions = True
+
     def __call__(
         self,
         attn: Any,
@@ -40,12 +42,14 @@ class LTXVideoProcessor(ServedProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
+        if encoder_hidden_states is None:
+            image_rotary_emb = self.tables(image_rotary_emb, hidden_states)
         if encoder_hidden_states is not None or self.stands_aside(attention_mask):
             stock: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
             return stock
-        anchor = rotary = None
+        rotary = None
         if image_rotary_emb is not None:
-            anchor = image_rotary_emb[0]
             rotary = _rotary(*image_rotary_emb, attn.heads)
         heads, norms = split_heads(attn, hidden_states), (attn.norm_q, attn.norm_k)
         query, key, value = turned_heads(self, heads, norms, rotary, across=True)

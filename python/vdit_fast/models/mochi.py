@@ -36,6 +36,8 @@ def _rotary(cos: Tensor, sin: Tensor) -> Rotary:
 class MochiProcessor(ServedProcessor):
     """Joint attention: RMSNorm per head, RoPE on the video tokens, then [video, valid text, padding]."""
 
+    takes_positions = True
+
     def __call__(
         self,
         attn: Any,
@@ -44,6 +46,8 @@ class MochiProcessor(ServedProcessor):
         attention_mask: Tensor,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
+        image_rotary_emb = self.tables(image_rotary_emb, hidden_states)
         known_mask = attention_mask.shape == encoder_hidden_states.shape[:2]
         if self.stands_aside(None if known_mask else attention_mask):
             stock: tuple[Tensor, Tensor] = self.stock(
@@ -56,9 +60,8 @@ class MochiProcessor(ServedProcessor):
         length = (~padding).sum(1, dtype=torch.int32)
         video = hidden_states.shape[1]
 
-        anchor = rotary = None
+        rotary = None
         if image_rotary_emb is not None:
-            anchor = image_rotary_emb[0]
             rotary = _rotary(*image_rotary_emb)
         heads, added = split_heads(attn, hidden_states), split_added_heads(attn, text)
         norms, added_norms = (attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k)

@@ -19,14 +19,14 @@ PositionFn = Callable[[StepContext, Geometry, Tables], Tables | None]
 """What ``Handle.positions`` takes."""
 
 
-def _exchange(cos: Tensor, sin: Tensor, handle: Tensor) -> Tables:
+def _exchange(cos: Tensor, sin: Tensor, handle: Tensor, anchor: Tensor) -> Tables:
     session, layer = handle.tolist()
-    return session_by_id(session).exchange_tables(layer, (cos, sin))
+    return session_by_id(session).exchange_tables(layer, (cos, sin), anchor)
 
 
 @torch.library.custom_op("vdit_fast::served_tables", mutates_args=())
 def _served_op(cos: Tensor, sin: Tensor, tokens: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
-    new_cos, new_sin = _exchange(cos, sin, handle)
+    new_cos, new_sin = _exchange(cos, sin, handle, cos)
     return new_cos.clone(), new_sin.clone()  # a compiled graph may write over what an operator returns
 
 
@@ -35,7 +35,7 @@ def _(cos: Tensor, sin: Tensor, tokens: Tensor, handle: Tensor) -> tuple[Tensor,
     return torch.empty_like(cos), torch.empty_like(sin)
 
 
-def served_tables(stock: Tables, tokens: Tensor, handle: Tensor) -> Tables:
+def served_tables(stock: Tables, tokens: Tensor, handle: Tensor, anchor: Tensor) -> Tables:
     """The tables a served layer must use instead of the model's.
 
     Args:
@@ -43,8 +43,9 @@ def served_tables(stock: Tables, tokens: Tensor, handle: Tensor) -> Tables:
         tokens: the layer's input. When the whole transformer is compiled it is what orders this call after the note
             that a forward begins.
         handle: int64 CPU tensor (session id, layer index).
+        anchor: as in ``served_attention``.
     """
     if torch.compiler.is_compiling():
         new: Any = torch.ops.vdit_fast.served_tables(*stock, tokens, handle)
         return new[0], new[1]
-    return _exchange(*stock, handle)
+    return _exchange(*stock, handle, anchor)

@@ -225,14 +225,14 @@ class Session:
         self._told.clear()
 
     # ------------------------------------------------------------------ positions
-    def exchange_tables(self, layer: int, stock: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def exchange_tables(self, layer: int, stock: tuple[Tensor, Tensor], anchor: Tensor) -> tuple[Tensor, Tensor]:
         """The rotary tables of this forward: what the user's function makes of the model's, once per forward."""
         positions = self.positions
         if positions is None:
             return stock
         forward = self.forward
         if torch._C._current_graph_task_id() != -1:  # gradient checkpointing's second run of an earlier forward
-            forward = self._anchors.get(stock[0], forward)
+            forward = self._anchors.get(anchor, forward)
         if forward is None or forward.geometry is None:
             problem = "called outside a forward of its transformer" if forward is None else "the video grid is unknown"
             raise RuntimeError(

@@ -33,11 +33,13 @@ def _rotary(table: tuple[Tensor, Tensor] | Tensor) -> Rotary:
         turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn
         return torch.view_as_real(turned).flatten(-2).type_as(x)
 
-    return Rotary(turn.real.float(), turn.imag.float(), rotate)
+    return Rotary(turn.real.float().contiguous(), turn.imag.float().contiguous(), rotate)
 
 
 class SkyReelsV2Processor(ServedProcessor):
     """Self-attention: RMSNorm across heads before the head split, then interleaved RoPE."""
+
+    takes_positions = True
 
     def __call__(
         self,
@@ -47,6 +49,9 @@ class SkyReelsV2Processor(ServedProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | Tensor | None = None,
     ) -> Tensor:
+        anchor = rotary_emb[0] if isinstance(rotary_emb, tuple) else rotary_emb
+        if encoder_hidden_states is None:
+            rotary_emb = self.tables(rotary_emb, hidden_states)
         known = attention_mask is None or attention_mask.shape == (1, 1, *[hidden_states.shape[1]] * 2)
         if encoder_hidden_states is not None or self.stands_aside(None if known else attention_mask):
             stock: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
@@ -56,10 +61,7 @@ class SkyReelsV2Processor(ServedProcessor):
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         heads = tuple(tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        anchor = rotary = None
-        if rotary_emb is not None:
-            anchor = rotary_emb if isinstance(rotary_emb, Tensor) else rotary_emb[0]
-            rotary = _rotary(rotary_emb)
+        rotary = _rotary(rotary_emb) if rotary_emb is not None else None
         query, key, value = turned_heads(self, heads, (attn.norm_q, attn.norm_k), rotary, across=True)
         out = served_attention(query, key, value, self.handle, anchor=anchor, mask=attention_mask)
         out = out.flatten(2, 3).type_as(query)

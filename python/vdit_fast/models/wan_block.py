@@ -29,13 +29,13 @@ def _block(
     temb, index = distinct_rows(block, temb, rows_dim)
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _tables(block, temb.unbind(rows_dim))
     h = adaln_modulate(x, scale, shift, index=index, eps=block.norm1.eps, rounding=rounding)
-    y = block.attn1(h, None, mask, rotary)
+    y = block.attn1(h, None, mask, rotary_emb=rotary)  # by name: diffusers 0.35 has no fourth parameter in SkyReels-V2
     if hasattr(block.norm2, "eps"):
         norm = {"eps": block.norm2.eps, "weight": block.norm2.weight, "bias": block.norm2.bias}
         x, h = gate_residual_norm(x, y, gate, index=index, **norm, rounding=rounding)
     else:  # no norm before cross-attention
         x = h = gate_residual(x, y, gate, index=index, rounding=rounding)
-    y = block.attn2(h, text, None, None)
+    y = block.attn2(h, text, None)
     x, h = gate_residual_norm(x, y, None, mlp_scale, mlp_shift, index=index, eps=block.norm3.eps, rounding=rounding)
     return gate_residual(x, block.ffn(h), mlp_gate, index=index, rounding=rounding)
 
