@@ -1,4 +1,4 @@
-"""The search passes over scores on a CPU: score_lse and block_mass beside our dense attention and plain torch.
+"""The search passes over scores on a CPU: score_lse, block_mass, softmax_mass, our dense attention and plain torch.
 
     python benchmarks/block_mass.py --out benchmarks/results/cpu
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 import vdit_fast
 from vdit_fast import report
-from vdit_fast.ops import block_mass, score_lse
+from vdit_fast.ops import block_mass, score_lse, softmax_mass
 
 SHAPES = ((1, 2, 6144, 64), (1, 1, 4096, 128))  # batch, heads, tokens, head dim
 FOLD = 8
@@ -45,11 +45,16 @@ def contenders(q: Tensor, k: Tensor, v: Tensor) -> dict[str, tuple[float, Callab
         "score_lse": (product, lambda: score_lse(q, k)),
         "block_mass 64": (product, lambda: block_mass(q, k, lse, 64, 64)),
         "block_mass 128": (product, lambda: block_mass(q, k, lse, 128, 128)),
+        "softmax_mass 128": (product, lambda: softmax_mass(q, k, 128, 128)),
         "torch, 128": (product, lambda: torch_mass(q, k, lse, 128)),
         f"score_lse, fold {FOLD}": (product / FOLD, lambda: score_lse(q, k, fold=FOLD)),
         f"block_mass 128, fold {FOLD}": (
             product / FOLD,
             lambda: block_mass(q, k, folded, 128 // FOLD, 128 // FOLD, fold=FOLD),
+        ),
+        f"softmax_mass 128, fold {FOLD}": (
+            product / FOLD,
+            lambda: softmax_mass(q, k, 128 // FOLD, 128 // FOLD, fold=FOLD),
         ),
     }
 

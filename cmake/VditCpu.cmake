@@ -13,6 +13,9 @@ set(VDIT_X86)
 file(GLOB cpu_src CONFIGURE_DEPENDS csrc/cpu/*.cpp)
 file(GLOB isa_src CONFIGURE_DEPENDS csrc/cpu/isa/*.cpp)
 
+# Eager's rounding of every product must not be lost in a fused multiply-add.
+set_source_files_properties(csrc/cpu/isa/qk_norm_rope.cpp PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
+
 function(vdit_isa name lanes)
   add_library(vdit_isa_${name} OBJECT ${isa_src})
   target_include_directories(vdit_isa_${name} PRIVATE csrc)

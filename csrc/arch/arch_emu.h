@@ -49,6 +49,10 @@ VD_DEV uint32_t as_uint(float value) {
 VD_DEV int popc(uint32_t v) { return __builtin_popcount(v); }
 VD_DEV int highest_bit(uint32_t v) { return v == 0 ? -1 : 31 - __builtin_clz(v); }
 // .ftz: subnormal inputs and results are 0.
+VD_DEV float mul_rn(float a, float b) {
+  const volatile float product = a * b;  // never part of a fused multiply-add
+  return product;
+}
 VD_DEV float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.f, x) : x; }
 VD_DEV float ex2(float x) { return flush(exp2f(flush(x))); }
 VD_DEV float lg2(float x) { return log2f(flush(x)); }
@@ -99,6 +103,7 @@ VD_DEV uint4 ldg128(const void* p) {
   memcpy(&v, emu::global_at(p, 16, "ld.global.v4"), 16);
   return v;
 }
+VD_DEV uint4 ldg128_stream(const void* p) { return ldg128(p); }
 VD_DEV void stg32(void* p, uint32_t v) { memcpy(const_cast<void*>(emu::global_at(p, 4, "st.global")), &v, 4); }
 VD_DEV void stg128(void* p, uint4 v) { memcpy(const_cast<void*>(emu::global_at(p, 16, "st.global.v4")), &v, 16); }
 VD_DEV uint32_t atomic_add(uint32_t* p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }

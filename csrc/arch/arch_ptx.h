@@ -30,6 +30,8 @@ VD_DEV uint32_t as_uint(float value) { return __float_as_uint(value); }
 VD_DEV int popc(uint32_t v) { return __popc(v); }
 VD_DEV int highest_bit(uint32_t v) { return 31 - __clz(int(v)); }  // -1 if there is none
 
+VD_DEV float mul_rn(float a, float b) { return __fmul_rn(a, b); }  // never part of a fused multiply-add
+
 VD_DEV float ex2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -106,6 +108,14 @@ VD_DEV uint32_t shared_add(uint32_t a, uint32_t v) {
 // ---- global memory: plain accesses with the alignment rule of vectors made visible
 
 VD_DEV uint4 ldg128(const void* p) { return *static_cast<const uint4*>(p); }
+// Read once and by nobody else: past L1. Nothing may write there while the kernel runs.
+VD_DEV uint4 ldg128_stream(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(p)));
+  return v;
+}
 VD_DEV void stg32(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
 VD_DEV void stg128(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 VD_DEV uint32_t atomic_add(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }

@@ -11,6 +11,8 @@ struct KernelEntry {
 };
 
 constexpr KernelEntry kCatalogue[] = {
+    {"adaln_modulate", "cpu", "portable", "float32 float16 bfloat16"},
+    {"adaln_modulate", "cuda", "portable", "float32 float16 bfloat16"},
     {"attention", "cpu", "portable", "float32 float16 bfloat16"},
     {"attention", "cuda", "portable", "float16 bfloat16"},
     {"attention", "cuda", "sm_90a", "float16 bfloat16"},
@@ -24,12 +26,18 @@ constexpr KernelEntry kCatalogue[] = {
     {"compile_blocks", "cuda", "portable", "bool"},
     {"counting_sort", "cpu", "portable", "int32"},
     {"counting_sort", "cuda", "portable", "int32"},
+    {"gate_residual", "cpu", "portable", "float32 float16 bfloat16"},
+    {"gate_residual", "cuda", "portable", "float32 float16 bfloat16"},
+    {"gate_residual_norm", "cpu", "portable", "float32 float16 bfloat16"},
+    {"gate_residual_norm", "cuda", "portable", "float32 float16 bfloat16"},
     {"kmeans_assign", "cpu", "portable", "float32 float16 bfloat16"},
     {"kmeans_assign", "cuda", "portable", "float16 bfloat16"},
     {"merge", "cpu", "portable", "float32 float16 bfloat16"},
     {"merge", "cuda", "portable", "float32 float16 bfloat16"},
     {"permute_tokens", "cpu", "portable", "float32 float16 bfloat16 int32 int16"},
     {"permute_tokens", "cuda", "portable", "float32 float16 bfloat16 int32 int16"},
+    {"qk_norm_rope", "cpu", "portable", "float32 float16 bfloat16"},
+    {"qk_norm_rope", "cuda", "portable", "float32 float16 bfloat16"},
     {"score_lse", "cpu", "portable", "float32 float16 bfloat16"},
     {"score_lse", "cuda", "portable", "float16 bfloat16"},
     {"select_top_k", "cpu", "portable", "float32"},
@@ -38,6 +46,8 @@ constexpr KernelEntry kCatalogue[] = {
     {"select_top_p", "cuda", "portable", "float32"},
     {"short_attention", "cpu", "portable", "float32 float16 bfloat16"},
     {"short_attention", "cuda", "portable", "float32 float16 bfloat16"},
+    {"softmax_mass", "cpu", "portable", "float32 float16 bfloat16"},
+    {"softmax_mass", "cuda", "portable", "float16 bfloat16"},
 };
 
 }  // namespace vdit

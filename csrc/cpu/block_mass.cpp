@@ -100,7 +100,7 @@ void for_each_item(const ScoreParams& p, int64_t items, const ParallelFor& paral
 struct Scratch {
   static constexpr size_t kKeptBytes = size_t{4} << 20;
 
-  std::vector<float> q, scores;
+  std::vector<float> q, scores, parts;
   std::vector<double> sums;
   std::vector<RowGroup> groups;
   std::vector<int64_t> live;
@@ -108,6 +108,7 @@ struct Scratch {
 
   void release() {
     if (q.capacity() * sizeof(float) > kKeptBytes) std::vector<float>().swap(q);
+    if (parts.capacity() * sizeof(float) > kKeptBytes) std::vector<float>().swap(parts);
     if (sums.capacity() * sizeof(double) > kKeptBytes) std::vector<double>().swap(sums);
     if (live.capacity() * sizeof(int64_t) > kKeptBytes) std::vector<int64_t>().swap(live);
   }
@@ -119,11 +120,12 @@ FoldedTile load_queries(const ScoreParams& p, const KeyHead& h, int64_t head, co
   const int dim = static_cast<int>(p.q.size[3]);
   s->q.resize(static_cast<size_t>(p.fold) * kTileRows * dim);
   s->scores.resize(kForwardScratch);
+  const int64_t end = p.q_len == nullptr ? p.q.size[1] : p.q_len[h.batch];
   for (int64_t r = 0; r < p.fold; ++r) {
     for (int i = 0; i < n; ++i) {
       float* to = s->q.data() + (r * kTileRows + i) * dim;
       const int64_t token = rows[i] * p.fold + p.fold - 1 - r;
-      if (token < p.q.size[1])
+      if (token < end)
         kernels.load_row(row_of(p.q, h.batch, token, head), p.q.dtype, p.q.stride[3], dim,
                          static_cast<float>(p.scale * kLog2e), to);
       else
@@ -158,44 +160,74 @@ void score_lse_cpu(const ScoreParams& p, float* lse, const ParallelFor& parallel
   });
 }
 
-void block_mass_cpu(const BlockMassParams& p, float* mass, const ParallelFor& parallel) {
+namespace {
+
+// mass of whole blocks of queries per work item. live(batch, head, i): whether folded query i has a weight;
+// run(key head, head, tile, rows, scratch) adds the weights of a tile of such queries to the sums of scratch.groups.
+template <class Live, class Run>
+void sum_over_blocks(const BlockMassParams& p, float* mass, const ParallelFor& parallel, const Live& live,
+                     const Run& run) {
   const ScoreParams& scores = p.scores;
   const int64_t queries = scores.queries(), q_blocks = (queries + p.q_block - 1) / p.q_block;
   const int64_t kv_blocks = (scores.keys() + p.kv_block - 1) / p.kv_block;
-  const int64_t per_item = std::max<int64_t>(1, kTileRows / p.q_block);  // whole blocks of queries
+  const int64_t per_item = std::max<int64_t>(1, kTileRows / p.q_block);
   const int64_t items = (q_blocks + per_item - 1) / per_item;
   for_each_item(scores, items, parallel, [&](const KeyHead& h, int64_t head, int64_t item) {
     static thread_local Scratch s;
-    const int64_t row_of_heads = h.batch * scores.q.size[2] + head;
-    const float* lse = p.lse + row_of_heads * queries;
     const int64_t first_block = item * per_item, end_block = std::min(q_blocks, first_block + per_item);
     s.sums.assign(static_cast<size_t>((end_block - first_block) * kv_blocks), 0.0);
     s.live.clear();  // rows of weight 0 are not computed
     for (int64_t i = first_block * p.q_block; i < std::min(queries, end_block * p.q_block); ++i)
-      if (lse[i] != -kInf) s.live.push_back(i);
+      if (live(h.batch, head, i)) s.live.push_back(i);
     // Even parts: a last part of a few rows would leave most of a micro-kernel idle.
-    const auto live = static_cast<int64_t>(s.live.size()), parts = (live + kTileRows - 1) / kTileRows;
+    const auto count = static_cast<int64_t>(s.live.size()), parts = (count + kTileRows - 1) / kTileRows;
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = live * part / parts;
+      const int64_t begin = count * part / parts;
       const int64_t* rows = s.live.data() + begin;
-      const int n = static_cast<int>(live * (part + 1) / parts - begin);
+      const int n = static_cast<int>(count * (part + 1) / parts - begin);
       s.groups.clear();
       for (int i = 0; i < n; ++i) {
-        s.m[i] = static_cast<float>(lse[rows[i]] * kLog2e);
         const int64_t block = rows[i] / p.q_block;
         if (i > 0 && rows[i - 1] / p.q_block == block)
           ++s.groups.back().last;
         else
           s.groups.push_back({i, i + 1, s.sums.data() + (block - first_block) * kv_blocks});
       }
-      const FoldedTile tile = load_queries(scores, h, head, rows, n, &s);
-      tile_kernels().block_mass(tile, s.m, s.groups.data(), static_cast<int>(s.groups.size()), p.kv_block,
-                                s.scores.data());
+      run(h, head, load_queries(scores, h, head, rows, n, &s), rows, &s);
     }
-    float* to = mass + (row_of_heads * q_blocks + first_block) * kv_blocks;
+    float* to = mass + ((h.batch * scores.q.size[2] + head) * q_blocks + first_block) * kv_blocks;
     for (size_t i = 0; i < s.sums.size(); ++i) to[i] = static_cast<float>(s.sums[i]);
     s.release();
   });
+}
+
+}  // namespace
+
+void block_mass_cpu(const BlockMassParams& p, float* mass, const ParallelFor& parallel) {
+  const int64_t heads = p.scores.q.size[2], queries = p.scores.queries();
+  const auto row_lse = [&](int64_t batch, int64_t head) { return p.lse + (batch * heads + head) * queries; };
+  const auto live = [&](int64_t batch, int64_t head, int64_t i) { return row_lse(batch, head)[i] != -kInf; };
+  sum_over_blocks(p, mass, parallel, live,
+                  [&](const KeyHead& h, int64_t head, const FoldedTile& tile, const int64_t* rows, Scratch* s) {
+                    const float* lse = row_lse(h.batch, head);
+                    for (int i = 0; i < tile.rows; ++i) s->m[i] = static_cast<float>(lse[rows[i]] * kLog2e);
+                    tile_kernels().block_mass(tile, s->m, s->groups.data(), static_cast<int>(s->groups.size()),
+                                              p.kv_block, s->scores.data());
+                  });
+}
+
+void softmax_mass_cpu(const BlockMassParams& p, float* mass, const ParallelFor& parallel) {
+  const ScoreParams& scores = p.scores;
+  const auto live = [&](int64_t batch, int64_t, int64_t i) {
+    return scores.q_len == nullptr || i * scores.fold < scores.q_len[batch];
+  };
+  sum_over_blocks(p, mass, parallel, live,
+                  [&](const KeyHead& h, int64_t, const FoldedTile& tile, const int64_t*, Scratch* s) {
+                    const int64_t blocks = (h.keys + p.kv_block - 1) / p.kv_block;
+                    s->parts.resize(static_cast<size_t>(2 * tile.rows * mass_row(blocks)));
+                    tile_kernels().softmax_mass(tile, s->groups.data(), static_cast<int>(s->groups.size()), p.kv_block,
+                                                s->scores.data(), s->parts.data());
+                  });
 }
 
 }  // namespace vdit

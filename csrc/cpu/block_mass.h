@@ -15,6 +15,7 @@ struct ScoreParams {
   float scale = 1.f;
   int64_t fold = 1;
   const int64_t* kv_len = nullptr;  // [B] or null
+  const int64_t* q_len = nullptr;   // [B] or null
 
   int64_t queries() const { return (q.size[1] + fold - 1) / fold; }
   int64_t keys() const { return (k.size[1] + fold - 1) / fold; }
@@ -31,5 +32,9 @@ struct BlockMassParams {
 
 // mass: [B, H, ceil(queries / q_block), ceil(keys / kv_block)].
 void block_mass_cpu(const BlockMassParams& p, float* mass, const ParallelFor& parallel);
+
+// The same with the log-sum-exps of these keys, in one pass; p.lse is not read. Queries without a row below q_len have
+// weight 0.
+void softmax_mass_cpu(const BlockMassParams& p, float* mass, const ParallelFor& parallel);
 
 }  // namespace vdit

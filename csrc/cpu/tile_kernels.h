@@ -68,7 +68,13 @@ struct TileKernels {
   // Adds 2^(score - lse2[row]) to the groups' sums.
   void (*block_mass)(const FoldedTile& tile, const float* lse2, const RowGroup* groups, int num_groups,
                      int64_t kv_block, float* scratch);
+  // Adds the softmax weights of the groups' rows to their sums. parts: 2 * rows * mass_row(key blocks) floats.
+  void (*softmax_mass)(const FoldedTile& tile, const RowGroup* groups, int num_groups, int64_t kv_block, float* scratch,
+                       float* parts);
 };
+
+// Sums of a row's key blocks, as many as make whole vectors.
+constexpr int64_t mass_row(int64_t kv_blocks) { return (kv_blocks + kSumLanes - 1) / kSumLanes * kSumLanes; }
 
 constexpr int kForwardScratch = kTileRows * kStageKeys;
 constexpr int kBackwardScratch = 2 * kTileRows * kStageKeys;

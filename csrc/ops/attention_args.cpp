@@ -69,11 +69,11 @@ void check_order(const Tensor& t, const char* name, const Tensor& q) {
              device_text(q), ", got ", dtype_text(t.scalar_type()), " ", shape_text(t), " on ", device_text(t));
 }
 
-bool check_kv_len(const Tensor& t, const Tensor& q, const char* op) {
+bool check_kv_len(const Tensor& t, const Tensor& q, const char* op, const char* name) {
   const bool wide = t.scalar_type() == ScalarType::Long;
   VDIT_CHECK((wide || t.scalar_type() == ScalarType::Int) && t.dim() == 1 && t.size(0) == q.size(0) &&
                  t.is_contiguous() && same_device(t, q),
-             op, ": kv_len is ", dtype_text(t.scalar_type()), " ", shape_text(t), " on ", device_text(t),
+             op, ": ", name, " is ", dtype_text(t.scalar_type()), " ", shape_text(t), " on ", device_text(t),
              "; expected contiguous int32 or int64 [", q.size(0), "] on ", device_text(q));
   return wide;
 }

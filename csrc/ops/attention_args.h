@@ -33,7 +33,7 @@ bool check_plan_lists(const Tensor& q, const Optional& tiles, const Optional& ru
 void check_order(const Tensor& t, const char* name, const Tensor& q);
 
 // Lengths [batch]; returns whether the entries are int64.
-bool check_kv_len(const Tensor& t, const Tensor& q, const char* op = "attention");
+bool check_kv_len(const Tensor& t, const Tensor& q, const char* op = "attention", const char* name = "kv_len");
 
 void check_segments(const Tensors& segment_k, const Tensors& segment_v, const Tensor& q, const Tensor& k);
 

@@ -1,4 +1,4 @@
-// score_lse and block_mass: checks, parameters, dispatch.
+// score_lse, block_mass and softmax_mass: checks, parameters, dispatch.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -45,6 +45,11 @@ void check_scores(const char* op, const Tensor& q, const Tensor& k, int64_t fold
   if (kv_len) check_kv_len(*kv_len, q, op);
 }
 
+void check_blocks(const char* op, int64_t q_block, int64_t kv_block) {
+  for (auto [block, name] : {std::pair{q_block, "q_block"}, {kv_block, "kv_block"}})
+    VDIT_CHECK(block >= 1, op, ": ", name, " is ", block, "; expected at least 1");
+}
+
 void check_mass(const Tensor& q, const Tensor& lse, int64_t q_block, int64_t kv_block, int64_t fold) {
   const int64_t queries = ceil_div(q.size(1), fold);
   VDIT_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && same_device(lse, q) && lse.dim() == 3 &&
@@ -52,8 +57,7 @@ void check_mass(const Tensor& q, const Tensor& lse, int64_t q_block, int64_t kv_
              "block_mass: lse is ", dtype_text(lse.scalar_type()), " ", shape_text(lse), " on ", device_text(lse),
              "; expected contiguous float32 [batch, heads, ceil(queries / fold)] = [", q.size(0), ", ", q.size(2), ", ",
              queries, "] on ", device_text(q));
-  for (auto [block, name] : {std::pair{q_block, "q_block"}, {kv_block, "kv_block"}})
-    VDIT_CHECK(block >= 1, "block_mass: ", name, " is ", block, "; expected at least 1");
+  check_blocks("block_mass", q_block, kv_block);
 }
 
 ScoreParams cpu_scores(const char* op, const Tensor& q, const Tensor& k, double scale, int64_t fold,
@@ -105,7 +109,34 @@ Tensor block_mass_cpu_op(const Tensor& q, const Tensor& k, const Tensor& lse, in
   return mass;
 }
 
+void check_softmax_mass(const Tensor& q, const Tensor& k, int64_t q_block, int64_t kv_block, int64_t fold,
+                        const Optional& q_len, const Optional& kv_len) {
+  check_scores("softmax_mass", q, k, fold, kv_len);
+  check_blocks("softmax_mass", q_block, kv_block);
+  if (q_len) check_kv_len(*q_len, q, "softmax_mass", "q_len");
+}
+
+Tensor softmax_mass_cpu_op(const Tensor& q, const Tensor& k, int64_t q_block, int64_t kv_block, double scale,
+                           int64_t fold, const Optional& q_len, const Optional& kv_len) {
+  check_softmax_mass(q, k, q_block, kv_block, fold, q_len, kv_len);
+  q_block = fitting(q_block, q, fold);
+  kv_block = fitting(kv_block, k, fold);
+  std::vector<int64_t> q_lengths, lengths;
+  BlockMassParams p{cpu_scores("softmax_mass", q, k, scale, fold, kv_len, &lengths), nullptr, q_block, kv_block};
+  if (q_len) {
+    q_lengths = lengths_of(*q_len, q.size(1), "softmax_mass", "q_len");
+    p.scores.q_len = q_lengths.data();
+  }
+  Tensor mass = new_mass(q, k, q_block, kv_block, fold);
+  softmax_mass_cpu(p, mass.mutable_data_ptr<float>(), parallel_for_each);
+  return mass;
+}
+
 #ifdef VDIT_CUDA
+
+gpu::Lengths lengths_on_device(const Tensor& t) {
+  return {t.const_data_ptr(), t.scalar_type() == ScalarType::Long ? 8 : 4};
+}
 
 gpu::ScoreParams cuda_scores(const char* op, const Tensor& q, const Tensor& k, double scale, int64_t fold,
                              const Optional& kv_len) {
@@ -129,10 +160,7 @@ gpu::ScoreParams cuda_scores(const char* op, const Tensor& q, const Tensor& k, d
   p.fold = int32_t(fold);
   p.dtype = kernel_dtype(q, std::string(op) + ": q");
   p.scale = checked_scale(scale, op);
-  if (kv_len) {
-    p.kv_len = kv_len->const_data_ptr();
-    p.kv_len_bytes = kv_len->scalar_type() == ScalarType::Long ? 8 : 4;
-  }
+  if (kv_len) p.kv_len = lengths_on_device(*kv_len);
   return p;
 }
 
@@ -164,6 +192,23 @@ Tensor block_mass_cuda(const Tensor& q, const Tensor& k, const Tensor& lse, int6
   return mass;
 }
 
+Tensor softmax_mass_cuda(const Tensor& q, const Tensor& k, int64_t q_block, int64_t kv_block, double scale,
+                         int64_t fold, const Optional& q_len, const Optional& kv_len) {
+  check_softmax_mass(q, k, q_block, kv_block, fold, q_len, kv_len);
+  q_block = fitting(q_block, q, fold);
+  kv_block = fitting(kv_block, k, fold);
+  gpu::ScoreParams p = cuda_scores("softmax_mass", q, k, scale, fold, kv_len);
+  if (q_len) p.q_len = lengths_on_device(*q_len);
+  const int32_t device = q.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  options_for(device, "softmax_mass");
+  Tensor lse = new_lse(q, fold), mass = new_mass(q, k, q_block, kv_block, fold);
+  check_cuda(gpu::softmax_mass(p, q_block, kv_block, lse.mutable_data_ptr<float>(), mass.mutable_data_ptr<float>(),
+                               current_cuda_stream(device)),
+             "softmax_mass");
+  return mass;
+}
+
 #else
 
 Tensor score_lse_cuda(const Tensor&, const Tensor&, double, int64_t, const Optional&) {
@@ -175,6 +220,11 @@ Tensor block_mass_cuda(const Tensor&, const Tensor&, const Tensor&, int64_t, int
   fail_without_cuda("block_mass");
 }
 
+Tensor softmax_mass_cuda(const Tensor&, const Tensor&, int64_t, int64_t, double, int64_t, const Optional&,
+                         const Optional&) {
+  fail_without_cuda("softmax_mass");
+}
+
 #endif
 
 }  // namespace
@@ -183,9 +233,11 @@ Tensor block_mass_cuda(const Tensor&, const Tensor&, const Tensor&, int64_t, int
 STABLE_TORCH_LIBRARY_IMPL(vdit_fast, CPU, m) {
   m.impl("block_mass", TORCH_BOX(&vdit::block_mass_cpu_op));
   m.impl("score_lse", TORCH_BOX(&vdit::score_lse_cpu_op));
+  m.impl("softmax_mass", TORCH_BOX(&vdit::softmax_mass_cpu_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vdit_fast, CUDA, m) {
   m.impl("block_mass", TORCH_BOX(&vdit::block_mass_cuda));
   m.impl("score_lse", TORCH_BOX(&vdit::score_lse_cuda));
+  m.impl("softmax_mass", TORCH_BOX(&vdit::softmax_mass_cuda));
 }

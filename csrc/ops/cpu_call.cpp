@@ -20,12 +20,12 @@ View4 view_of(const Tensor& t, const std::string& what) {
   return v;
 }
 
-std::vector<int64_t> lengths_of(const Tensor& kv_len, int64_t most, const char* op) {
+std::vector<int64_t> lengths_of(const Tensor& kv_len, int64_t most, const char* op, const char* name) {
   const bool wide = kv_len.scalar_type() == ScalarType::Long;
   std::vector<int64_t> lengths;
   for (int64_t b = 0; b < kv_len.size(0); ++b) {
     const int64_t n = wide ? kv_len.const_data_ptr<int64_t>()[b] : kv_len.const_data_ptr<int32_t>()[b];
-    VDIT_CHECK(n >= 0 && n <= most, op, ": kv_len[", b, "] is ", n, "; expected 0 to ", most);
+    VDIT_CHECK(n >= 0 && n <= most, op, ": ", name, "[", b, "] is ", n, "; expected 0 to ", most);
     lengths.push_back(n);
   }
   return lengths;

@@ -3,6 +3,9 @@
 
 STABLE_TORCH_LIBRARY(vdit_fast, m) {
   m.def(
+      "adaln_modulate(Tensor x, Tensor? scale, Tensor? shift, Tensor? scale_base, Tensor? shift_base, Tensor? index, "
+      "int norm, float eps, Tensor? weight, Tensor? bias, bool eager) -> Tensor");
+  m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? tiles, Tensor? run_ptr, Tensor? runs, "
       "Tensor? mask_bits, Tensor? q_order, Tensor? kv_order, int plan_batch, int plan_heads, float scale, "
       "Tensor? row_scale, Tensor? kv_len, Tensor[] segment_k, Tensor[] segment_v) -> (Tensor, Tensor)");
@@ -20,11 +23,28 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
       "compile_blocks(Tensor keep, Tensor q_len, Tensor kv_len, int lq, int? q_tile=None) -> "
       "(Tensor, Tensor, Tensor)");
   m.def("counting_sort(Tensor labels, int classes) -> (Tensor, Tensor)");
+  m.def(
+      "gate_residual(Tensor x, Tensor y, Tensor? gate, Tensor? gate_base, Tensor? index, bool tanh_gate, "
+      "int post_norm, float post_eps, Tensor? post_weight, Tensor? post_bias, bool eager) -> Tensor");
+  m.def(
+      "gate_residual_norm(Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? gate_base, "
+      "Tensor? scale_base, Tensor? shift_base, Tensor? index, bool tanh_gate, int post_norm, float post_eps, "
+      "Tensor? post_weight, Tensor? post_bias, int norm, float eps, Tensor? weight, Tensor? bias, bool eager) -> "
+      "(Tensor, Tensor)");
   m.def("kmeans_assign(Tensor x, Tensor centroids) -> Tensor");
   m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
   m.def("permute_tokens(Tensor x, Tensor order, bool inverse) -> Tensor");
+  m.def(
+      "qk_norm_rope(Tensor q, Tensor? k, Tensor? v, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? "
+      "k_bias, "
+      "Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, Tensor? k_sin, Tensor? q_positions, Tensor? k_positions, "
+      "Tensor? q_rows, Tensor? kv_rows, int norm, float eps, int rotary, int[] axes, int q_start, int k_start, "
+      "int rounding, bool round_products, bool relu, Tensor(a!) q_out, Tensor(b!)? k_out, Tensor(c!)? v_out) -> ()");
   m.def("score_lse(Tensor q, Tensor k, float scale, int fold, Tensor? kv_len) -> Tensor");
   m.def("select_top_k(Tensor scores, Tensor? k_rows, int k) -> Tensor");
   m.def("select_top_p(Tensor mass, float p, int min_keep) -> Tensor");
   m.def("short_attention(Tensor q, Tensor k, Tensor v, float scale, bool causal=False, Tensor? kv_len=None) -> Tensor");
+  m.def(
+      "softmax_mass(Tensor q, Tensor k, int q_block, int kv_block, float scale, int fold, Tensor? q_len, "
+      "Tensor? kv_len) -> Tensor");
 }

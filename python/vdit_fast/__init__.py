@@ -11,7 +11,15 @@ from . import reference  # noqa: E402
 from .accelerate import NothingServed, accelerate  # noqa: E402
 from .config import Config  # noqa: E402
 from .interception import patch_sdpa  # noqa: E402
-from .ops import attention, merge, short_attention  # noqa: E402
+from .ops import (  # noqa: E402
+    adaln_modulate,
+    attention,
+    gate_residual,
+    gate_residual_norm,
+    merge,
+    qk_norm_rope,
+    short_attention,
+)
 from .plan import AttentionPlan  # noqa: E402
 from .planners import Draft, Window  # noqa: E402
 
@@ -24,10 +32,14 @@ __all__ = [
     "NothingServed",
     "Window",
     "accelerate",
+    "adaln_modulate",
     "attention",
     "build_info",
+    "gate_residual",
+    "gate_residual_norm",
     "merge",
     "patch_sdpa",
+    "qk_norm_rope",
     "reference",
     "short_attention",
 ]

@@ -96,11 +96,12 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
                 root.hook()
             roots[id(item.root)] = root
         stock = item.module.processor
-        layer = root.session.add_layer(item.name, item.adapter.dense_only(item.name, item.module))
+        layer = root.session.add_layer(item.name, item.adapter.dense_reason(item.name, item.module))
         set_processor(item.module, item.adapter.make_processor(root.session, layer, stock, weakref.ref(item.root)))
     try:
         for root in roots.values():
             root.check_cache(settings)
+            root.fuse()
             root.wrap()
     except RuntimeError:
         handle.remove()
@@ -199,7 +200,11 @@ def _search(components: Mapping[str, nn.Module], settings: Config) -> tuple[list
                 continue
             root, root_path, hooked = _root_of(whole, path)
             name = path[len(root_path) + 1 :] if root_path else path
-            reason = adapter.root_reason(root, module, processor) or adapter.skip_reason(name, module, processor)
+            reason = (
+                adapter.left_alone.get(kind)
+                or adapter.root_reason(root, module, processor)
+                or adapter.skip_reason(name, module, processor)
+            )
             if reason is None:
                 reason = _device_reason(module)
                 if reason is not None and settings.on_unsupported == "error":

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Config"]
 
 _ON_UNSUPPORTED = ("dense", "error")
+_FUSE = ("fast", "eager", "off")
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -59,6 +60,14 @@ def _policy(value: Mapping[str, Any] | str) -> CachePolicy:
     return from_dict(data)
 
 
+def _section_of(method: Any) -> str | None:
+    """The key of a configuration that takes this method: "attention", "cache" or, for no method, None."""
+    from vdit_fast import caching, planners
+
+    sections: dict[str, Mapping[str, Any]] = {"attention": planners.REGISTRY, "cache": caching.REGISTRY}
+    return next((key for key, known in sections.items() if isinstance(method, str) and method in known), None)
+
+
 def _yaml() -> Any:
     try:
         import yaml
@@ -78,6 +87,11 @@ class Config:
             package's kernel.
         cache: the policy that forecasts the transformer's output at some steps instead of computing it, None to
             compute every step.
+        fuse: how norms, RoPE, modulation and residuals of known blocks run: ``"fast"`` through fused operators that
+            keep fp32 until the result is written, ``"eager"`` through the same operators with the stock model's
+            rounding points, ``"off"`` as in the stock model.
+        text_kv: compute keys and values of the text in cross-attention once per prompt instead of in every step
+            (inference of the Wan and SkyReels families); costs their memory, same bits.
         on_unsupported: what to do with a call that cannot be served (device without a kernel, unknown mask,
             context parallelism, ...): ``"dense"`` runs it densely the stock way and counts it in the report,
             ``"error"`` raises.
@@ -89,6 +103,8 @@ class Config:
 
     attention: Planner | None = None
     cache: CachePolicy | None = None
+    fuse: Literal["fast", "eager", "off"] = "fast"
+    text_kv: bool = False
     on_unsupported: Literal["dense", "error"] = "dense"
     verbose: bool = False
 
@@ -108,11 +124,15 @@ class Config:
                 f"cache must be a cache policy with decide() and forecast(), or None, got {type(policy).__name__}: "
                 f"{policy!r}; use Config.from_dict for the mapping form"
             )
+        if self.fuse not in _FUSE:
+            raise ValueError(f"fuse is {self.fuse!r}; {_nearest(str(self.fuse), _FUSE)}")
         if self.on_unsupported not in _ON_UNSUPPORTED:
             hint = _nearest(str(self.on_unsupported), _ON_UNSUPPORTED)
             raise ValueError(f"on_unsupported is {self.on_unsupported!r}; {hint}")
-        if not isinstance(self.verbose, bool):
-            raise TypeError(f"verbose must be true or false, got {type(self.verbose).__name__}: {self.verbose!r}")
+        for name in ("text_kv", "verbose"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be true or false, got {type(value).__name__}: {value!r}")
 
     @classmethod
     def preset(cls, name: str) -> Config:
@@ -127,6 +147,11 @@ class Config:
         if not isinstance(data, Mapping):
             raise TypeError(f"a configuration must be a mapping, got {type(data).__name__}: {data!r}")
         known = {f.name for f in dataclasses.fields(cls)}
+        if section := _section_of(data.get("method")):
+            raise ValueError(
+                f"this describes the method {data['method']!r}, not a configuration; "
+                f"pass {{{section!r}: {dict(data)!r}}}"
+            )
         for key in data:
             if key not in known:
                 raise ValueError(f"configuration key {key!r} is unknown; {_nearest(str(key), known)}")
@@ -175,6 +200,11 @@ class Config:
             file = Path(value)
             if file.suffix.lower() in (".json", ".yaml", ".yml") or file.exists():
                 return cls.from_file(file)
+            if section := _section_of(value):
+                raise ValueError(
+                    f"config {str(value)!r} is the name of a method, not of a preset; "
+                    f"pass {{{section!r}: {str(value)!r}}}"
+                )
             raise ValueError(
                 f"config {str(value)!r} is neither a preset nor a .json/.yaml file; {_nearest(str(value), PRESETS)}"
             )
@@ -186,7 +216,8 @@ class Config:
         """The mapping form; ``Config.from_dict`` of it is equal to this object."""
         attention = self.attention.to_dict() if self.attention is not None else None
         cache = self.cache.to_dict() if self.cache is not None else None
-        return {"attention": attention, "cache": cache, "on_unsupported": self.on_unsupported, "verbose": self.verbose}
+        rest = {name: getattr(self, name) for name in ("fuse", "text_kv", "on_unsupported", "verbose")}
+        return {"attention": attention, "cache": cache} | rest
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a ``.json``, ``.yaml`` or ``.yml`` file that ``from_file`` reads back."""

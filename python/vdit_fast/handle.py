@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from vdit_fast.caching.engine import CachedForward
 from vdit_fast.config import Config
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names
+from vdit_fast.models import text_kv
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
+from vdit_fast.models.fusion import attach, detach
+from vdit_fast.models.rotary import PositionFn
 from vdit_fast.models.served import begin_forward
 from vdit_fast.models.session import Session
 from vdit_fast.models.tracker import StepTracker
@@ -25,16 +29,8 @@ ATTRIBUTE = "_vdit_fast_root"
 """Name under which a transformer keeps its ``Root``, and by it the handle, alive."""
 
 
+NO_TEXT_KV = "text_kv: no cross-attention whose keys are known to depend on the text only"
 NO_STEPS = "a part without a forward of hidden_states and timestep has no steps"
-
-
-def set_processor(module: nn.Module, processor: Any) -> None:
-    """Exchange a module's attention processor by its public setter, or by attribute where there is none."""
-    setter = getattr(module, "set_processor", None)
-    if callable(setter):
-        setter(processor)
-    else:
-        module.processor = processor
 
 
 @dataclass(frozen=True)
@@ -65,13 +61,21 @@ class _BeforeForward:
             CachedForward(module, self.session).attach()
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         timestep = arguments.get("timestep")
+        new = {} if torch.compiler.is_compiling() else self.adapter.simplify(module, arguments)
         noted = begin_forward(self.session, timestep, self.adapter.geometry(module, arguments))
-        if noted is timestep:
+        if self.session.text is not None and not torch.compiler.is_compiling():
+            self.session.text.note(self.session.forward, arguments)
+        if noted is not timestep:
+            new["timestep"] = noted
+        if not new:
             return None
-        if "timestep" in kwargs:
-            return args, kwargs | {"timestep": noted}
-        at = self.names.index("timestep")
-        return (*args[:at], noted, *args[at + 1 :]), kwargs
+        for name, value in new.items():
+            if name in kwargs:
+                kwargs = kwargs | {name: value}
+            else:
+                at = self.names.index(name)
+                args = (*args[:at], value, *args[at + 1 :])
+        return args, kwargs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _BeforeForward:
         return _BeforeForward(copy.deepcopy(self.session, memo), self.adapter, self.names)
@@ -113,14 +117,24 @@ class Root:
         module.register_forward_pre_hook(hook, with_kwargs=True)
         self.hooked = True
 
+    def fuse(self) -> None:
+        """Give the blocks that the family knows their fused forwards."""
+        module = self.module()
+        assert module is not None
+        attach(module, self.session, self.adapter.blocks)
+
     def wrap(self) -> None:
-        """Put the cache around ``forward`` when the configuration has a policy, take it away when it has none."""
+        """Put in place what works around the attention as the configuration says: the cache of the output, the memory
+        of the text's keys and values."""
         module = self.module()
         if module is None:
             return
         self.unwrap(module)
         if self.session.config.cache is not None and self.hooked:
             CachedForward(module, self.session).attach()
+        text_kv.detach(module, self.session)
+        if self.session.config.text_kv and self.hooked:
+            text_kv.attach(module, self.session, self.adapter)
 
     def unwrap(self, module: nn.Module) -> None:
         """Take this session's wrapper off, where it is the outermost one; elsewhere it passes calls through."""
@@ -153,7 +167,9 @@ class Root:
         for name, processor in processors.items():
             set_processor(module.get_submodule(name), processor.stock)
         self.unwrap(module)
+        detach(module, self.session)
         self.session.cache.forget()
+        text_kv.detach(module, self.session)
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _BeforeForward) and hook.session is self.session:
                 module._forward_pre_hooks.pop(key)
@@ -213,14 +229,18 @@ class Handle:
         """Settings made on the model that change what runs, with the number of layers they concern."""
         notes: Counter[str] = Counter()
         for root in self.roots:
-            processors = root.processors()
-            for processor in processors.values():
+            processors = [processor for processor in root.processors().values() if processor.attends]
+            for processor in processors:
                 if processor._parallel_config is not None:
                     notes["context parallelism is enabled, the stock processor runs"] += 1
                 elif processor._attention_backend is not None:
                     notes["an attention backend is set, served layers do not use it"] += 1
             if self._config.cache is not None and not root.hooked:
                 notes[f"no cache: {NO_STEPS}"] += len(root.session.layers)
+            if self._config.text_kv and root.session.active and root.session.text is None:
+                notes["text_kv: no cross-attention whose keys are known to depend on the text only"] += len(
+                    root.session.layers
+                )
             replaced = len(root.session.layers) - len(processors)
             if root.session.active and root.module() is not None and replaced:
                 notes["the processor was replaced by another one after accelerate()"] += replaced
@@ -237,6 +257,33 @@ class Handle:
             root.wrap()
         return self
 
+    def positions(self, fn: PositionFn | None) -> Handle:
+        """Exchange the rotary position tables that the transformers make, from the next forward on.
+
+        Args:
+            fn: ``fn(step, geometry, (cos, sin))``, called once per forward with the ``StepContext``, the ``Geometry``
+                and the model's own tables. It returns the (cos, sin) to use, of the same shape up to dimensions of
+                size 1, or None for the model's own. It must not read device values on the host. None switches it off.
+
+        Returns:
+            this handle; ``stats()["positions"]`` counts the forwards whose tables were exchanged.
+
+        Raises:
+            TypeError: ``fn`` cannot be called.
+            RuntimeError: no served layer of a transformer takes positions; here, or at a call whose step, grid or
+                tables are unknown.
+        """
+        if fn is not None and not callable(fn):
+            raise TypeError(f"positions: pass a function of (step, geometry, tables) or None, got {type(fn).__name__}")
+        for root in self.roots if fn is not None else ():
+            processors = root.processors().values()
+            if root.module() is not None and not any(processor.takes_positions for processor in processors):
+                raise RuntimeError(f"positions: no served layer of family {root.adapter.family!r} takes rotary tables")
+        for root in self.roots:
+            root.session.positions = fn
+            root.session.repositioned.clear()
+        return self
+
     def reset(self) -> None:
         """The next forward begins a new generation, whatever its timestep."""
         self._tracker.reset()
@@ -250,10 +297,12 @@ class Handle:
 
         Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
         ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``full``: reason -> forwards, ``forecast``:
-        step -> forwards, ``nbytes`` held), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a
-        dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
-        None where the layer did not run), ``mean_density``, ``plan_seconds``, ``attention_seconds``, ``dense`` and
-        ``fallbacks`` (both reason -> calls).
+        step -> forwards, ``nbytes`` held), ``fused`` (``blocks``: class -> number with a fused forward, ``unfused``:
+        reason -> times), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``: reason -> calls,
+        ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were exchanged), ``layers`` and
+        ``skipped`` (reason -> module paths). Each served layer is a dict of ``expert``, ``layer``, ``name``,
+        ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None where the layer did not run),
+        ``mean_density``, ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason -> calls).
         """
         return collect_stats(self)
 

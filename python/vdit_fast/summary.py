@@ -51,6 +51,9 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "forwards": sum(root.session.forwards for root in handle.roots),
         "host_reads": handle.host_reads,
         "cache": _cache(handle),
+        "fused": _fused(handle),
+        "text_kv": _text_kv(handle),
+        "positions": _positions(handle),
         "layers": layers,
         "skipped": skipped,
     }
@@ -66,6 +69,35 @@ def _cache(handle: Handle) -> dict[str, Any] | None:
         forecast.update(root.session.cache.forecasts)
     nbytes = sum(root.session.cache.nbytes for root in handle.roots)
     return {"full": dict(full), "forecast": dict(sorted(forecast.items())), "nbytes": nbytes}
+
+
+def _fused(handle: Handle) -> dict[str, dict[str, int]]:
+    blocks: Counter[str] = Counter()
+    unfused: Counter[str] = Counter()
+    for root in handle.roots:
+        blocks.update(root.session.fused.values())
+        unfused.update(root.session.unfused)
+    return {"blocks": dict(blocks), "unfused": dict(unfused)}
+
+
+def _text_kv(handle: Handle) -> dict[str, Any] | None:
+    memories = [root.session.text for root in handle.roots if root.session.text is not None]
+    if not memories:
+        return None
+    refused: Counter[str] = Counter()
+    for memory in memories:
+        refused.update(memory.refused)
+    numbers = {name: sum(getattr(memory, name) for memory in memories) for name in ("computed", "reused", "nbytes")}
+    return numbers | {"refused": dict(refused)}
+
+
+def _positions(handle: Handle) -> dict[int, int] | None:
+    if all(root.session.positions is None for root in handle.roots):
+        return None
+    forwards: Counter[int] = Counter()
+    for root in handle.roots:
+        forwards.update(root.session.repositioned)
+    return dict(sorted(forwards.items()))
 
 
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
@@ -127,6 +159,19 @@ def report_text(handle: Handle) -> str:
             f"{cache['nbytes'] / 2**20:,.1f} MiB held"
         )
         lines += _reasons("forwards computed:", Counter(cache["full"]))
+    if handle.config.fuse != "off" and stats["fused"]["blocks"]:
+        blocks = ", ".join(f"{count:,} {kind}" for kind, count in stats["fused"]["blocks"].items())
+        lines.append(f"fused ({handle.config.fuse} rounding): {blocks}")
+    lines += _reasons("blocks run unfused (times):", Counter(stats["fused"]["unfused"]))
+    if stats["text_kv"] is not None:
+        text = stats["text_kv"]
+        lines.append(
+            f"text keys and values: {text['reused']:,} of {text['reused'] + text['computed']:,} calls reused, "
+            f"{text['nbytes'] / 2**20:,.1f} MiB held"
+        )
+        lines += _reasons("text keys and values computed and not kept:", Counter(text["refused"]))
+    if stats["positions"] is not None:
+        lines.append(f"positions: rotary tables exchanged in {sum(stats['positions'].values()):,} forwards")
     lines += _reasons("kept dense by the planner (calls):", dense)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():

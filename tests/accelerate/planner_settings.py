@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from families.easyanimate import easyanimate
+from families.mochi import mochi
 from torch import nn
 
 from vdit_fast.accelerate import accelerate
@@ -56,6 +58,10 @@ FAMILIES = {
     "hunyuan_video": lambda: tiny.hunyuan(lengths=(5, 9)),  # text last, padded
     "cogvideox": tiny.cogvideox,  # text first
 }
+MORE_FAMILIES = {  # other ways of making the same layouts: one test of each planner
+    "easyanimate": lambda: easyanimate(layers=1, mmdit_layers=1),  # text first, with projections of its own
+    "mochi": lambda: mochi(layers=1, lengths=(4, 9)),  # text last, gathered
+}
 GRID = (5, 7, 9)
 TIMES = (900.0, 700.0, 500.0, 300.0)  # one dense step, three sparse ones
 
@@ -74,7 +80,7 @@ def config(planner: str, **knobs: Any) -> Config:
 
 
 def build(family: str, grid: tuple[int, int, int] = GRID) -> tiny.Built:
-    model, inputs = FAMILIES[family]()
+    model, inputs = (FAMILIES | MORE_FAMILIES)[family]()
     return model, tiny.regrid(inputs, grid)
 
 

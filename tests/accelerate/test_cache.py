@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,8 @@ def expected(stock: list[Tensor], branches: int = 1) -> list[Tensor]:
 
 def test_forecast_outputs(family: str) -> None:
     model, inputs = tiny.build(family)
+    with torch.no_grad():
+        outputs = model(**inputs)
     stock = generate(model, inputs, branches=2)
     with accelerate(model, Config(cache=POLICY)) as handle:
         for _ in range(2):  # a second generation starts from nothing and gives the same
@@ -49,7 +52,7 @@ def test_forecast_outputs(family: str) -> None:
                 assert tiny.relative(mine, want) < 1e-5
         stats = handle.stats()["cache"]
         assert stats["forecast"] == {2: 4, 4: 4} and sum(stats["full"].values()) == 12
-        assert stats["nbytes"] == 2 * 2 * stock[0].numel() * 4
+        assert stats["nbytes"] == 2 * 2 * sum(output.numel() for output in outputs) * 4
         assert handle.stats()["layers"][0]["calls"] == 12
         assert "8 of 20 forwards forecast" in handle.report()
         json.dumps(handle.stats())
@@ -132,12 +135,39 @@ def test_unknown_step_is_computed() -> None:
     assert len(calls) == 3 and cache.nbytes == 0
 
 
-def test_a_transformer_with_several_outputs_is_refused() -> None:
+def test_what_is_no_tensor_is_refused() -> None:
     from vdit_fast.caching.engine import OutputCache
     from vdit_fast.context import StepContext
 
-    with torch.no_grad(), pytest.raises(RuntimeError, match="one output tensor"):
-        OutputCache().run(POLICY, StepContext(step=0), lambda: (torch.ones(2), torch.ones(2)), {})
+    for output in ((torch.ones(2), "text"), (), [torch.ones(2)], (torch.ones(2), torch.ones(2, device="meta"))):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="returns tensors of one device"):
+            OutputCache().run(POLICY, StepContext(step=0), lambda output=output: output, {})
+
+
+@pytest.mark.parametrize("kind", ["tuple", "output class"])
+def test_all_of_several_outputs_are_forecast(kind: str) -> None:
+    from diffusers.utils import BaseOutput
+
+    from vdit_fast.caching.engine import OutputCache
+    from vdit_fast.context import StepContext
+
+    @dataclass
+    class Both(BaseOutput):
+        sample: Tensor
+        audio: Tensor
+
+    cache = OutputCache()
+    computed = [(torch.randn(2, 3, 4), torch.randn(2, 5).to(torch.bfloat16)) for _ in range(2)]
+    wrap = tuple if kind == "tuple" else lambda pair: Both(*pair)
+    with torch.no_grad():
+        for step, pair in enumerate(computed):
+            cache.run(POLICY, StepContext(step=step), lambda pair=pair: wrap(pair), {})
+        got = cache.run(POLICY, StepContext(step=2), lambda: pytest.fail("it should be forecast"), {})
+    assert type(got) is type(wrap(computed[0])) and len(got) == 2
+    for at, (first, second) in enumerate(zip(*computed, strict=True)):
+        assert got[at].shape == first.shape and got[at].dtype == first.dtype
+        eps = torch.finfo(first.dtype).eps
+        assert tiny.relative(got[at], 2 * second.double() - first.double()) < 2 * eps
 
 
 def test_copies_and_pickles() -> None:
@@ -297,7 +327,7 @@ def test_wrong_places() -> None:
         accelerate(model.blocks[0], Config(cache=POLICY, on_unsupported="error"))
     assert not tiny.served(model)
     handle = accelerate(model.blocks[0], Config(cache=POLICY))
-    assert "no cache" in handle.report() and "forward" not in model.blocks[0].__dict__
+    assert "no cache" in handle.report() and handle.stats()["cache"]["full"] == {}
     with pytest.raises(RuntimeError, match="accelerate the whole transformer"):
         handle.reconfigure(Config(cache=POLICY, on_unsupported="error"))
     assert handle.config == Config(cache=POLICY)  # not half applied

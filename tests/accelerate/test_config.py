@@ -76,6 +76,13 @@ def test_bad_files_and_names(tmp_path: Path) -> None:
         Config.preset("fest")
     with pytest.raises(TypeError, match="int"):
         Config.of(3)  # type: ignore[arg-type]
+    for method, key in (("svg2", "attention"), ("taylorseer", "cache")):
+        with pytest.raises(ValueError, match=f"name of a method.*{{'{key}': '{method}'}}"):
+            Config.of(method)
+        with pytest.raises(ValueError, match=f"pass {{'{key}': {{'method': '{method}', 'x': 1}}}}"):
+            Config.of({"method": method, "x": 1})
+    with pytest.raises(ValueError, match="key 'method' is unknown"):
+        Config.of({"method": "svg3"})
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json is not valid JSON"):
         Config.from_file(tmp_path / "broken.json")

@@ -165,11 +165,12 @@ def test_sparse_planner_sees_the_right_place(family: str) -> None:
     root = handle.roots[0]
     assert root.session.state["seen"] == [(0, step, branch, "transformer") for step in (1, 2) for branch in (0, 1)]
     stats = handle.stats()
-    first, last = stats["layers"]
+    first, *others = stats["layers"]
     assert first["calls"] == 6 and first["sparse_calls"] == 4 and first["dense"] == {"step 0 < dense_steps 1": 2}
-    assert last["sparse_calls"] == 0 and sum(last["dense"].values()) == 6
+    for other in others:  # dense by configuration, or because no planner may see it
+        assert other["sparse_calls"] == 0 and sum(other["dense"].values()) == 6 and other["density"] == [1.0] * 3
     assert first["density"][0] == 1.0 and 0 < first["density"][1] <= first["density"][2] < 1.0
-    assert last["density"] == [1.0] * 3 and stats["steps"] == 3 and stats["forwards"] == 6
+    assert others and stats["steps"] == 3 and stats["forwards"] == 6
     assert json.loads(json.dumps(stats)) == stats
     report = handle.report()
     assert "test_band" in report and "step 0 < dense_steps 1" in report and "fallback" not in report
@@ -223,7 +224,7 @@ def test_a_lone_block_is_served_without_a_place() -> None:
 def test_device_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny.wan()
     stock = tiny.run(model, inputs)
-    handle = accelerate(model)
+    handle = accelerate(model, Config(fuse="off"))
     reason = "device 'cpu' has no attention kernel in this build"
     from vdit_fast.models import session
 

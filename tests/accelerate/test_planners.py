@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from planner_settings import FAMILIES, GRID, PLANNERS, SETTINGS, TIMES, build, config, plugged, setting
+from planner_settings import FAMILIES, GRID, MORE_FAMILIES, PLANNERS, SETTINGS, TIMES, build, config, plugged, setting
 from torch import Tensor, nn
 
 from vdit_fast.accelerate import accelerate
@@ -49,7 +49,7 @@ def far(got: list[Tensor], want: list[Tensor]) -> float:
     return max(tiny.relative(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [*FAMILIES, *MORE_FAMILIES])
 @pytest.mark.parametrize("planner", PLANNERS)
 def test_generations(planner: str, kind: str) -> None:
     """Sparse, finite, near the dense clip, twice the same; split and batched guidance agree; removed without trace."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from families import BUILDERS
+from families.allegro import rope as allegro_rope
 from families.base import Built
 from families.cogvideox import cogvideox as cogvideox
 from families.hunyuan_video import hunyuan as hunyuan
@@ -32,12 +33,20 @@ def regrid(inputs: dict[str, Any], grid: tuple[int, int, int]) -> dict[str, Any]
     frames, height, width = grid
     latents, timestep = inputs["hidden_states"], inputs["timestep"]
     batch, size = latents.shape[0], (2 * height, 2 * width)
-    new = dict(inputs)
-    if "image_rotary_emb" in inputs:  # CogVideoX: frames before channels
+    new, rope = dict(inputs), inputs.get("image_rotary_emb")
+    if "num_frames" in inputs:  # LTX: tokens, and their grid in words
+        new["hidden_states"] = torch.randn(batch, frames * height * width, latents.shape[2])
+        new |= {"num_frames": frames, "height": height, "width": width}
+    elif rope is not None and isinstance(rope[0], tuple):  # Allegro: tables per axis
+        new["hidden_states"] = torch.randn(batch, latents.shape[1], frames, *size)
+        new["image_rotary_emb"] = allegro_rope(grid, 24)
+        if inputs.get("attention_mask") is not None:
+            new["attention_mask"] = torch.ones(batch, frames, *size)
+    elif "image_rotary_emb" in inputs:  # CogVideoX: frames before channels
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
         new["hidden_states"] = torch.randn(batch, frames, latents.shape[2], *size)
-        if inputs["image_rotary_emb"] is not None:
+        if rope is not None:
             new["image_rotary_emb"] = get_3d_rotary_pos_embed(16, ((0, 0), (height, width)), (height, width), frames)
     else:
         new["hidden_states"] = torch.randn(batch, latents.shape[1], frames, *size)
@@ -49,7 +58,9 @@ def regrid(inputs: dict[str, Any], grid: tuple[int, int, int]) -> dict[str, Any]
 
 def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Floating inputs in ``dtype``; timesteps and RoPE tables stay as they are, like in the pipelines."""
-    keep = ("timestep", "image_rotary_emb")
+    keep = {"timestep", "image_rotary_emb"}
+    if "encoder_attention_mask_2" in inputs:  # HunyuanVideo-1.5 takes the timestep in the model's dtype
+        keep.remove("timestep")
     return {
         key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and key not in keep else value
         for key, value in inputs.items()
@@ -65,6 +76,14 @@ def at(inputs: dict[str, Any], value: float) -> dict[str, Any]:
 def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         return model(**copy.copy(inputs))[0]
+
+
+def double(model: nn.Module) -> nn.Module:
+    """A copy in double precision."""
+    new = copy.deepcopy(model).double()
+    if hasattr(new, "learnable_pos_embed") and new.learnable_pos_embed is not None:
+        new.learnable_pos_embed.float()  # Cosmos norms it in single precision and refuses more
+    return new
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -37,6 +37,7 @@ def test_two_methods_at_one_density(run_json: Callable[..., Any], options: list[
         assert density["overall"] == pytest.approx((1 + 3 * density["sparse_calls"]) / 4, abs=1e-4)  # 1 of 4 dense
         assert row["config"][row["knob"]] == row["value"]
         assert 0 < row["recall"] <= row["best_recall"] <= 1 and row["planned_calls"] == 3 * 2 * 3
+        assert 0 < row["output_error"] < 1
         assert 10 < row["psnr"] < 100 and 0 < row["latent_relative_l2"] < 1
         assert row["per_prompt"][0]["psnr"] == row["psnr"]
         assert row["overhead"] > 0 and row["plan_seconds"] > 0
@@ -54,8 +55,7 @@ def test_two_methods_at_one_density(run_json: Callable[..., Any], options: list[
     assert {Path(f).name for f in again["files"]} == {n for n in names if not n.startswith("plan_")}
 
 
-def test_the_table_is_shown(run: Callable[..., Any], options: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")  # how a narrow table is shortened hangs on the width of the times
+def test_the_table_is_shown(run: Callable[..., Any], options: list[object]) -> None:
     result = run(*options, "--method", "window", "--prompt", "white ring up", "--prompt", "red circle left")
     assert result.exit_code == 0, result.output
     for words in ("own dense", "window", "2 rounds", "planning", "written to"):
@@ -120,6 +120,14 @@ def _row(name: str, psnr: float, speedup: float, **more: Any) -> dict[str, Any]:
         ([_row("svg2", 31, 1.8), _row("draft", 31, 2.0)], ["svg2 is not the best", "equally good and faster"]),
         ([_row("svg2", 30, 2, recall=0.8), _row("draft", 32, 2)], ["not the best", "90.0% of the attention mass"]),
         ([_row("svg2", 30, 2), _row("ret", 32, 2, recall=0.5, corrected=True)], ["makes up for what it leaves out"]),
+        (
+            [_row("svg2", 30, 2, output_error=0.185), _row("svg1", 32, 2, recall=0.6, output_error=0.134)],
+            ["not by the mass it reads", "errs by 13.4% against 18.5%: what it leaves out resembles what it reads"],
+        ),
+        (
+            [_row("svg2", 30, 2, output_error=0.1), _row("svg1", 32, 2, recall=0.95, output_error=0.05)],
+            ["95.0% of the attention mass against 90.0%", "output errs by 5.0% against 10.0%"],
+        ),
         ([_row("svg2", 30, 2), _row("x", 40, 2, matched=False)], ["svg2 is the best", "not matched: x"]),
         ([_row("draft", 30, 2)], ["draft is the best", "svg2 was not measured"]),
     ],

@@ -39,7 +39,8 @@ def test_the_table_and_the_files(run: Callable[..., Any], options: list[object],
 
 def test_json_and_redrawing(run_json: Callable[..., Any], options: list[object], tmp_path: Path) -> None:
     document = run_json("demo", *options)
-    assert document["label"] == "balanced" and document["config"]["attention"]["min_tokens"] == 0
+    assert document["label"] == "balanced + min_tokens=0, pool=[4,4]"
+    assert document["config"]["attention"]["min_tokens"] == 0
     out = tmp_path / "out"
     pictures = {name for name in document["files"] if name.endswith(".png")}
     assert len(pictures) == 6

@@ -11,7 +11,7 @@ import torch
 
 from vdit_fast.config import Config
 from vdit_fast.demo import run as demo_run
-from vdit_fast.demo.numbers import density_summary
+from vdit_fast.demo.numbers import density_summary, step_rows
 from vdit_fast.demo.recorder import PlannedCall
 from vdit_fast.demo.run import run_demo
 from vdit_fast.planners import REGISTRY
@@ -148,3 +148,20 @@ def test_forecast_steps_read_nothing() -> None:
     found = density_summary(calls, [2, 3], steps=4, branches=1, layers=1, heads=1)
     assert found["layer_step"] == [[1.0, 0.5, 0.0, 0.0]]
     assert (found["overall"], found["sparse_steps"], found["sparse_calls"]) == pytest.approx((0.375, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+def test_one_slow_run_plans_no_longer_than_its_steps(slow: int, tmp_path: Path) -> None:
+    """Planning and steps are medians over the same runs: a slow run, the last one included, contradicts nothing."""
+    from types import SimpleNamespace
+
+    from vdit_fast.report import step_timeline
+
+    times = [30.0 if turn == slow else 1.0 for turn in range(3)]
+    runs = [[PlannedCall(1, 0, layer, [0.5], 0.3 * t) for layer in range(3)] for t in times]
+    drawn: Any = [SimpleNamespace(sigmas=[1.0, 0.5], step_seconds=[t, t]) for t in times]
+    rows = step_rows(runs, [], drawn, drawn)
+    assert [row["mode"] for row in rows] == ["dense", "sparse"]
+    assert [row["plan_seconds"] for row in rows] == [0, pytest.approx(0.9)] and rows[1]["seconds"] == 1.0
+    assert step_timeline(rows, tmp_path / "steps.png").exists()
+    assert step_rows([], [], drawn, drawn)[1]["plan_seconds"] == 0

@@ -1,4 +1,4 @@
-"""score_lse and block_mass by the emulated kernels, through the host entries that the CUDA operators call."""
+"""score_lse, block_mass and softmax_mass by the emulated kernels, through the CUDA operators' host entries."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from emulator import DTYPES, LAZY_FORWARD, Policy, _Rows, c_policy, call, load
 from emulator import _rows as rows
 
 
+class _Lengths(ctypes.Structure):
+    """``vdit::gpu::Lengths``."""
+
+    _fields_ = [("of", ctypes.c_void_p), ("bytes", ctypes.c_int32)]
+
+
+def _lengths(t: Tensor | None) -> _Lengths:
+    return _Lengths(None, 0) if t is None else _Lengths(t.data_ptr(), t.element_size())
+
+
 class ScoreParams(ctypes.Structure):
     """``vdit::gpu::ScoreParams``."""
 
@@ -19,8 +29,8 @@ class ScoreParams(ctypes.Structure):
         *((name, _Rows) for name in "qk"),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "dim", "lq", "lk", "fold", "dtype")),
         ("scale", ctypes.c_float),
-        ("kv_len", ctypes.c_void_p),
-        ("kv_len_bytes", ctypes.c_int32),
+        ("q_len", _Lengths),
+        ("kv_len", _Lengths),
     ]
 
 
@@ -31,7 +41,9 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _params(q: Tensor, k: Tensor, scale: float | None, fold: int, kv_len: Tensor | None) -> ScoreParams:
+def _params(
+    q: Tensor, k: Tensor, scale: float | None, fold: int, kv_len: Tensor | None, q_len: Tensor | None = None
+) -> ScoreParams:
     """The C structure; the tensors must outlive it."""
     batch, lq, heads, dim = q.shape
     return ScoreParams(
@@ -39,9 +51,14 @@ def _params(q: Tensor, k: Tensor, scale: float | None, fold: int, kv_len: Tensor
         rows(k),
         *(batch, heads, k.shape[2], dim, lq, k.shape[1], fold, DTYPES[q.dtype]),
         dim**-0.5 / max(fold, 1) if scale is None else scale,
-        None if kv_len is None else kv_len.data_ptr(),
-        0 if kv_len is None else kv_len.element_size(),
+        _lengths(q_len),
+        _lengths(kv_len),
     )
+
+
+def _new_mass(q: Tensor, k: Tensor, q_block: int, kv_block: int, fold: int) -> Tensor:
+    rows, columns = (ceil(x.shape[1] / max(fold, 1)) for x in (q, k))
+    return torch.empty(q.shape[0], q.shape[2], ceil(rows / max(q_block, 1)), ceil(columns / max(kv_block, 1)))
 
 
 def score_lse(
@@ -82,9 +99,7 @@ def block_mass(
     Raises:
         EmulatorError: with policy, seed, block and thread.
     """
-    rows, columns = (ceil(x.shape[1] / max(fold, 1)) for x in (q, k))
-    blocks = ceil(rows / max(q_block, 1)), ceil(columns / max(kv_block, 1))
-    mass = torch.empty(q.shape[0], q.shape[2], *blocks)
+    mass = _new_mass(q, k, q_block, kv_block, fold)
     lse = lse.contiguous()
     params, run_policy = _params(q, k, scale, fold, kv_len), c_policy(policy)
     call(
@@ -92,6 +107,38 @@ def block_mass(
         policy,
         ctypes.byref(params),
         ctypes.c_void_p(lse.data_ptr()),
+        ctypes.c_int64(q_block),
+        ctypes.c_int64(kv_block),
+        ctypes.c_void_p(mass.data_ptr()),
+        ctypes.c_size_t(mass.numel()),
+        ctypes.byref(run_policy),
+    )
+    return mass
+
+
+def softmax_mass(
+    q: Tensor,
+    k: Tensor,
+    q_block: int,
+    kv_block: int,
+    *,
+    scale: float | None = None,
+    fold: int = 1,
+    q_len: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    policy: Policy = LAZY_FORWARD,
+) -> Tensor:
+    """``vdit_fast.ops.softmax_mass`` of CPU tensors (bf16 or fp16).
+
+    Raises:
+        EmulatorError: with policy, seed, block and thread.
+    """
+    mass = _new_mass(q, k, q_block, kv_block, fold)
+    params, run_policy = _params(q, k, scale, fold, kv_len, q_len), c_policy(policy)
+    call(
+        _library().vdit_emu_softmax_mass,
+        policy,
+        ctypes.byref(params),
         ctypes.c_int64(q_block),
         ctypes.c_int64(kv_block),
         ctypes.c_void_p(mass.data_ptr()),

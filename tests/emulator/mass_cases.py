@@ -1,4 +1,4 @@
-"""Problems of score_lse and block_mass, their fp64 answers and the comparison.
+"""Problems of score_lse, block_mass and softmax_mass, their fp64 answers and the comparison.
 
 Shared by the emulated kernel (tests/emulator) and the tests on a CUDA device (tests/ops).
 """
@@ -35,6 +35,7 @@ class MassCase:
     scale: float | None = None
     kv_len: tuple[int, ...] | None = None
     kv_len_dtype: torch.dtype = torch.int32
+    q_len: tuple[int, ...] | None = None  # of softmax_mass
     stride: str = "plain"
     magnitude: float = 1.0
     noise: float = 0.0  # of a stale log-sum-exp
@@ -55,10 +56,21 @@ class MassProblem:
     want_mass: Tensor
     base_lse: Tensor  # in fp32 by torch
     base_mass: Tensor
+    want_softmax: Tensor
+    base_softmax: Tensor
 
     @property
     def mass_args(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         return self.q, self.k, self.lse, self.case.q_block, self.case.kv_block
+
+    @property
+    def softmax_args(self) -> tuple[Tensor, Tensor, int, int]:
+        return self.q, self.k, self.case.q_block, self.case.kv_block
+
+    @property
+    def softmax_options(self) -> dict[str, Any]:
+        q_len = self.case.q_len
+        return {**self.options, "q_len": None if q_len is None else torch.tensor(q_len, dtype=self.case.kv_len_dtype)}
 
 
 def build(c: MassCase) -> MassProblem:
@@ -74,10 +86,15 @@ def build(c: MassCase) -> MassProblem:
     blocks = c.q_block, c.kv_block
     want_mass = reference.block_mass(q.double(), k.double(), lse, *blocks, **options)
     base_mass = reference.block_mass(q.float(), k.float(), lse, *blocks, **options)
+    q_len = None if c.q_len is None else torch.tensor(c.q_len)
+    softmax = [
+        reference.softmax_mass(to(q), to(k), *blocks, **options, q_len=q_len) for to in (Tensor.double, Tensor.float)
+    ]
     if c.nan_unread and c.kv_len is not None:
         for b, n in enumerate(c.kv_len):
             k[b, n:] = torch.nan
-    return MassProblem(c, strided(q, c.stride), strided(k, c.stride), lse, options, want, want_mass, base, base_mass)
+    q, k = strided(q, c.stride), strided(k, c.stride)
+    return MassProblem(c, q, k, lse, options, want, want_mass, base, base_mass, *softmax)
 
 
 def check_lse(p: MassProblem, lse: Tensor) -> None:
@@ -95,13 +112,22 @@ def check_lse(p: MassProblem, lse: Tensor) -> None:
 
 def check_mass(p: MassProblem, mass: Tensor) -> None:
     """AssertionError unless zeros are exact and errors are at most twice those of torch in fp32."""
-    got, want = mass.cpu().double(), p.want_mass
+    _check_mass(mass, p.want_mass, p.base_mass)
+
+
+def check_softmax(p: MassProblem, mass: Tensor) -> None:
+    """The same for softmax_mass."""
+    _check_mass(mass, p.want_softmax, p.base_softmax)
+
+
+def _check_mass(mass: Tensor, want: Tensor, base_mass: Tensor) -> None:
+    got = mass.cpu().double()
     assert got.shape == want.shape and mass.dtype == torch.float32
     assert got.isfinite().all(), f"{int((~got.isfinite()).sum())} sums are not finite"
     assert not got[want == 0].any(), "sums without a key or a row are not 0"
     if want.numel() == 0:
         return
-    error, base = ((x - want).abs().max().item() for x in (got, p.base_mass.double()))
+    error, base = ((x - want).abs().max().item() for x in (got, base_mass.double()))
     limit = 2 * base + 2e-6 * want.max().item()
     assert error <= limit, f"error of mass {error:.2e}, limit {limit:.2e}"
 
@@ -139,6 +165,9 @@ OPTIONS = [
     MassCase("kv-len-fold", batch=3, kv_len=(0, 4, 100), fold=3, q_block=8, kv_block=8, nan_unread=True),
     MassCase("kv-len-passes", batch=2, kv_len=(70, 0), q_block=300, lq=400, nan_unread=True),
     MassCase("kv-len-blocks-of-one", batch=1, kv_len=(33,), q_block=1, kv_block=1, nan_unread=True),
+    MassCase("q-len", batch=3, q_len=(0, 1, 149), fold=2, q_block=8, kv_block=8),
+    MassCase("q-len-64", batch=2, q_len=(64, 150), kv_len=(170, 31), kv_len_dtype=torch.int64, nan_unread=True),
+    MassCase("q-len-fold", q_len=(76,), fold=8, lq=320, kv_len=(90,), q_block=4, kv_block=4, dim=128),
     MassCase("dead", dead=0.4, noise=2.0),
     MassCase("dead-all", dead=1.0),
     MassCase("dead-rows-of-one", dead=0.4, q_block=3),

@@ -35,17 +35,24 @@ MUTANTS = [
     ),
     # ---- which rows
     _bug("queries in the order of keys", "p.fold + p.fold - 1 - chunk.slice", "p.fold + chunk.slice", "fold"),
-    _bug("keys beyond kv_len are read", "row < at.limit);", "row < p.lk);", "kv-len"),
+    _bug("keys beyond kv_len are read", "row < at.keys);", "row < p.lk);", "kv-len"),
     _bug(
         "query rows beyond the end are read",
-        "folded < at.end && row < p.lq",
+        "folded < at.end && row < at.queries",
         "folded < at.end",
         "fold-tails or fold-beyond",
     ),
     _bug("query heads take every second key head", "at.head / (p.heads / p.kv_heads)", "at.head % p.kv_heads", "gqa"),
-    _bug("lengths of 64 bits read as 32", "p.kv_len_bytes == 8 ?", "p.kv_len_bytes == 9 ?", "kv-len-64 or wild"),
-    _bug("wild lengths are believed", "n < 0 ? 0 : n < p.lk ? int32_t(n) : p.lk", "int32_t(n)", "wild"),
+    _bug("lengths of 64 bits read as 32", "lengths.bytes == 8 ?", "lengths.bytes == 9 ?", "kv-len-64 or wild"),
+    _bug("wild lengths are believed", "n < 0 ? 0 : n < most ? int32_t(n) : most", "int32_t(n)", "wild"),
     _bug("blocks straddle CTAs", ": search::kRows / a.q_block * a.q_block;", ": search::kRows;", "blocks"),
+    _bug(
+        "queries beyond q_len are read",
+        "at.queries = valid_rows(p.q_len, at.batch, p.lq);",
+        "at.queries = p.lq;",
+        "q-len",
+    ),
+    _bug("queries of no valid row count", "|| row * a.p.fold >= at.queries ?", "?", "q-len or beyond"),
     # ---- the product
     _bug(
         "half a step of columns is left out",

@@ -79,13 +79,6 @@ MUTANTS = [
     _short("strided columns as 16 bytes", "(x.stride[4] == 1 || p.dim == 1)", "true", "strides", ENTRY),
     # ---- hazards
     _short(
-        "queries overwritten while they are read",
-        "arch::syncwarp();  // the values have landed, and no lane reads the queries any more\n",
-        "",
-        "schedule",
-        MATRIX,
-    ),
-    _short(
         "values read before they landed",
         "  arch::cp_async_wait<0>();\n  arch::syncwarp();  // the values",
         "  arch::syncwarp();  // the values",
@@ -93,11 +86,4 @@ MUTANTS = [
         MATRIX,
     ),
     _short("output read before it is written", "  arch::syncwarp();\n  char* out", "  char* out", "schedule", MATRIX),
-    _short(
-        "next queries land on the last rows",
-        "      arch::syncwarp();  // the last rows have left\n",
-        "",
-        "schedule",
-        ENTRY,
-    ),
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator_block_mass import block_mass, score_lse
-from mass_cases import ALL, BF16, MassCase, build, check_lse, check_mass
+from emulator_block_mass import block_mass, score_lse, softmax_mass
+from mass_cases import ALL, BF16, MassCase, build, check_lse, check_mass, check_softmax
 
 from emulator import POLICIES, RANDOMS, EmulatorError
 from vdit_fast import reference
@@ -18,11 +18,14 @@ def test_case_under_every_policy(case: MassCase) -> None:
     for policy in POLICIES:
         lse = score_lse(problem.q, problem.k, **problem.options, policy=policy)
         mass = block_mass(*problem.mass_args, **problem.options, policy=policy)
+        softmax = softmax_mass(*problem.softmax_args, **problem.softmax_options, policy=policy)
         try:
             check_lse(problem, lse)
             check_mass(problem, mass)
-            first = first or (lse, mass)
-            assert torch.equal(lse, first[0]) and torch.equal(mass, first[1]), "bits differ from the first policy's"
+            check_softmax(problem, softmax)
+            found = (lse, mass, softmax)
+            first = first or found
+            assert all(map(torch.equal, found, first)), "bits differ from the first policy's"
         except AssertionError as error:
             raise AssertionError(f"{case.name}, policy {policy}: {error}") from None
 
@@ -96,6 +99,14 @@ def test_wild_lengths_stay_inside_the_tensors() -> None:
         lse = score_lse(problem.q, problem.k, fold=3, kv_len=kv_len, policy=RANDOMS[1])
         assert (lse[0] == -torch.inf).all()
         torch.testing.assert_close(lse[1].double(), problem.want_lse[1], rtol=1e-5, atol=1e-5)
+
+
+def test_queries_beyond_their_length_may_hold_anything() -> None:
+    problem = build(MassCase("beyond", fold=3, q_len=(70,), q_block=8, kv_block=8))
+    clean = softmax_mass(*problem.softmax_args, **problem.softmax_options)
+    problem.q[:, 70:] = torch.nan
+    assert torch.equal(softmax_mass(*problem.softmax_args, **problem.softmax_options), clean) and clean.any()
+    check_softmax(problem, clean)
 
 
 def test_calls_the_kernel_cannot_serve_are_refused() -> None:

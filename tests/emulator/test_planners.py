@@ -39,6 +39,7 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         "kmeans_assign": lambda *a: emulator_clusters.kmeans_assign(*a, policy=policy),
         "score_lse": lambda *a, **k: emulator_block_mass.score_lse(*a, **k, policy=policy),
         "block_mass": lambda *a, **k: emulator_block_mass.block_mass(*a, **k, policy=policy),
+        "softmax_mass": lambda *a, **k: emulator_block_mass.softmax_mass(*a, **k, policy=policy),
     }
 
     def noted(name: str, twin):
@@ -93,6 +94,6 @@ def test_a_few_steps_on_the_device_path(name: str, emulated: Policy) -> None:
 def test_every_selection_kernel_had_work() -> None:
     if not USED:
         pytest.skip("runs after the tests above")
-    wanted = {"select_top_k", "select_top_p", "block_mean", "block_mass", "score_lse", "compile_blocks"}
+    wanted = {"select_top_k", "select_top_p", "block_mean", "block_mass", "softmax_mass", "compile_blocks"}
     wanted |= {"kmeans_assign", "counting_sort"}
     assert wanted <= USED, f"no planner called {sorted(wanted - USED)}"

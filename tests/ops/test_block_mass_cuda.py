@@ -9,11 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from vdit_fast.ops import block_mass, score_lse
+from vdit_fast.ops import block_mass, score_lse, softmax_mass
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emulator"))
 
-from mass_cases import ALL, F16, MassCase, MassProblem, build, check_lse, check_mass  # the path is set above
+from mass_cases import (
+    ALL,
+    F16,
+    MassCase,
+    MassProblem,
+    build,
+    check_lse,
+    check_mass,
+    check_softmax,
+)  # the path is set above
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,20 +37,23 @@ LARGE = [
 ]
 
 
-def run(p: MassProblem) -> tuple[Tensor, Tensor]:
+def run(p: MassProblem) -> tuple[Tensor, Tensor, Tensor]:
     q, k = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda").copy_(t) for t in (p.q, p.k))
-    options = {name: o.cuda() if isinstance(o, Tensor) else o for name, o in p.options.items()}
+    with_q = {name: o.cuda() if isinstance(o, Tensor) else o for name, o in p.softmax_options.items()}
+    options = {name: o for name, o in with_q.items() if name != "q_len"}
     blocks = p.case.q_block, p.case.kv_block
-    return score_lse(q, k, **options), block_mass(q, k, p.lse.cuda(), *blocks, **options)
+    mass = block_mass(q, k, p.lse.cuda(), *blocks, **options)
+    return score_lse(q, k, **options), mass, softmax_mass(q, k, *blocks, **with_q)
 
 
 @pytest.mark.parametrize("case", [*ALL, *LARGE], ids=lambda c: c.name)
 def test_case(case: MassCase) -> None:
     problem = build(case)
-    lse, mass = run(problem)
+    lse, mass, softmax = found = run(problem)
     check_lse(problem, lse)
     check_mass(problem, mass)
-    assert all(torch.equal(a, b) for a, b in zip(run(problem), (lse, mass), strict=True))
+    check_softmax(problem, softmax)
+    assert all(map(torch.equal, run(problem), found))
 
 
 def tensors(tokens: int, heads: int = 4, batch: int = 1) -> tuple[Tensor, Tensor]:
@@ -56,6 +68,7 @@ def test_nothing_synchronises() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         block_mass(q, k, score_lse(q, k, kv_len=kv_len), 64, 64, kv_len=kv_len)
+        softmax_mass(q, k, 64, 64, q_len=kv_len, kv_len=kv_len)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

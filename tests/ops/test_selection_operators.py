@@ -13,7 +13,7 @@ from vdit_fast import ops
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NOT_DIFFERENTIABLE = [
     "block_mass", "block_mean", "compile_blocks", "counting_sort", "kmeans_assign", "score_lse", "select_top_k",
-    "select_top_p",
+    "select_top_p", "softmax_mass",
 ]  # fmt: skip
 ALL = [*NOT_DIFFERENTIABLE, "permute_tokens"]
 
@@ -35,6 +35,7 @@ def arguments(name: str, seed: int = 0, device: str = "cpu") -> list[Any]:
         "score_lse": [x, y, 0.2, 2, torch.tensor([70, 33 + seed])],
         "select_top_k": [torch.randn(6, 99, generator=g), torch.randint(1, 99, (6,), generator=g), 1],
         "select_top_p": [torch.rand(6, 99, generator=g), 0.7, 1],
+        "softmax_mass": [x, y, 8, 9, 0.2, 2, torch.tensor([60 + seed, 7]), torch.tensor([70, 33 + seed])],
     }  # fmt: skip
     return [a.to(device) if isinstance(a, Tensor) else a for a in found[name]]
 
@@ -63,6 +64,8 @@ def test_kmeans_from_a_start_that_requires_a_gradient() -> None:
         ("block_mass", 6, 1025, "fold is 1025"),
         ("block_mass", 3, 0, "q_block is 0; expected at least 1"),
         ("block_mass", 4, -2, "kv_block is -2"),
+        ("softmax_mass", 2, 0, "q_block is 0; expected at least 1"),
+        ("softmax_mass", 5, 0, "fold is 0; expected 1 to 1024"),
         ("compile_blocks", 4, 0, "q_tile is 0; expected at least 1"),
     ],
 )

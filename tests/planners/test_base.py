@@ -179,3 +179,27 @@ def test_registry():
             raise NotImplementedError
 
     assert Unnamed not in REGISTRY.values()
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"method": "draft", "pool": [4, 4]},
+        {"method": "sparge", "block": [32, 16]},
+        {"method": "vsa"},
+        {"method": "svg1", "sparsity": 0.7, "block": 16},
+        {"method": "svg2", "sparsity": 0.7},
+        {"method": "window", "heads": "auto", "tile": [1, 4, 4]},
+    ],
+    ids=lambda knobs: knobs["method"],
+)
+def test_scores_are_fp32_under_autocast(knobs, context):
+    """A planner called by hand under autocast decides as without it."""
+    q, k, v = torch.randn(3, 1, 512, 2, 16).unbind(0)
+    planner = from_dict({**knobs, "dense_steps": 0})
+    want = planner.decision(q, k, v, context(GRID)).plan
+    with torch.autocast("cpu", torch.bfloat16):
+        got = planner.decision(q, k, v, context(GRID)).plan
+        by_plan = got if planner.name == "svg1" else planner.plan(q, k, context(GRID))  # svg1 needs the values
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(got.to_mask(), want.to_mask()) and torch.equal(by_plan.to_mask(), want.to_mask())

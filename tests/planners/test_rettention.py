@@ -456,3 +456,17 @@ def test_dict_form_survives_json(planner):
 def test_inputs_must_fit_the_context():
     with pytest.raises(ValueError, match="300 tokens"):
         Rettention().decision(*torch.randn(3, 1, 300, 2, 16).unbind(), layer(GRID, step=20))
+
+
+@pytest.mark.parametrize("interval", [3, 1])
+def test_finished_frame_blocks_are_freed(interval):
+    """Streaming: the last step of a block frees its tensors and its share of max_bytes, whatever its layers' order."""
+    each = Rettention.state_bytes(GRID[0] * GRID[1] * GRID[2], 2, 16, itemsize=4, layers=4)
+    planner, state = Rettention(dense_steps=0, interval=interval, max_bytes=each), {}  # room for one block at a time
+    for block in range(3):
+        for step in range(5):
+            for index in range(4):
+                ctx = layer(GRID, index=index, step=step, num_steps=5, frame_block=block, state=state)
+                call(planner, ctx, *draw(ctx, 2, 16))
+            kept = [key for key in state if key[0] == "rettention"]
+            assert len(kept) == (0 if step == 4 else 4)

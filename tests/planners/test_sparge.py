@@ -146,3 +146,16 @@ def test_similarity_takes_a_few_heads_at_a_time(context, monkeypatch):
         with Largest() as largest:
             assert torch.equal(planner.select(q, k, ctx), want)
         assert one <= largest.bytes <= heads * one
+
+
+def test_blocks_of_padding_alone_are_never_fixed(context):
+    """They have no tokens that could differ: nobody must read them, and they need not read everything."""
+    ctx, planner = context(GRID, kv_len=torch.tensor([150])), Sparge(block=(32, 16), similarity=0.2, sparsity=0.8)
+    q, k = (1.0 + 0.1 * torch.randn(2, 1, 320, 2, 8)).unbind(0)  # alike: no block is fixed but the keys' own noise
+    keep = planner.select(q, k, ctx)
+    loose = planner.select(q, 0.01 * torch.randn(1, 320, 1, 8) + k, ctx)
+    for found in (keep, loose):
+        rows = found.sum(-1)
+        assert (rows[:, :, 5:] < found.shape[-1]).all()  # queries 160 ... 319 are padding
+    fixed = (keep[:, :, :5].all(2)).any(1)[0]  # key blocks that all real queries read
+    assert not fixed[10:].any()

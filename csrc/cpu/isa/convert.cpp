@@ -11,6 +11,7 @@ void attention_backward_tile(const TileShape&, const float*, const float*, const
                              float*);
 void score_lse_tile(const vdit::FoldedTile&, float*, float*, float*);
 void block_mass_tile(const vdit::FoldedTile&, const float*, const vdit::RowGroup*, int, int64_t, float*);
+void softmax_mass_tile(const vdit::FoldedTile&, const vdit::RowGroup*, int, int64_t, float*, float*);
 
 using vdit::DType;
 
@@ -60,6 +61,7 @@ const vdit::TileKernels kernels = {NR,
                                    attention_forward_tile,
                                    attention_backward_tile,
                                    score_lse_tile,
-                                   block_mass_tile};
+                                   block_mass_tile,
+                                   softmax_mass_tile};
 
 }  // namespace VDIT_NS

@@ -57,15 +57,15 @@ struct Chunk {
 
 // One CTA's head, and the rows of the pass at hand.
 struct Place {
-  int32_t batch, head, limit;  // key rows at or above it do not exist
-  int32_t row, end;            // folded queries
+  int32_t batch, head, queries, keys;  // rows of q and k that exist
+  int32_t row, end;                    // folded queries
 };
 
-VD_DEV int32_t key_rows(const ScoreParams& p, int32_t batch) {
-  if (p.kv_len == nullptr) return p.lk;
-  const int64_t n =
-      p.kv_len_bytes == 8 ? static_cast<const int64_t*>(p.kv_len)[batch] : static_cast<const int32_t*>(p.kv_len)[batch];
-  return n < 0 ? 0 : n < p.lk ? int32_t(n) : p.lk;
+VD_DEV int32_t valid_rows(const Lengths& lengths, int32_t batch, int32_t most) {
+  if (lengths.of == nullptr) return most;
+  const int64_t n = lengths.bytes == 8 ? static_cast<const int64_t*>(lengths.of)[batch]
+                                       : static_cast<const int32_t*>(lengths.of)[batch];
+  return n < 0 ? 0 : n < most ? int32_t(n) : most;
 }
 
 VD_DEV void copy_piece(const ScoreParams& p, uint32_t to, const char* from, int column, bool exists) {
@@ -80,7 +80,7 @@ VD_DEV void load_keys(const Args& a, const Place& at, const Chunk& chunk, uint32
     const Copy<kChunks> c(n);
     const int32_t row = (chunk.stage * kKeys + c.row) * p.fold + chunk.slice;
     const char* from = row_pointer(p.k, at.batch, head, row, 2);
-    copy_piece(p, tile + c.offset, from, chunk.piece * kDepth + c.chunk * 8, row < at.limit);
+    copy_piece(p, tile + c.offset, from, chunk.piece * kDepth + c.chunk * 8, row < at.keys);
   }
 }
 
@@ -90,7 +90,7 @@ VD_DEV void load_queries(const Args& a, const Place& at, const Chunk& chunk, uin
     const Copy<kChunks> c(n);
     const int32_t folded = at.row + c.row, row = folded * p.fold + p.fold - 1 - chunk.slice;
     const char* from = row_pointer(p.q, at.batch, at.head, row, 2);
-    copy_piece(p, tile + c.offset, from, chunk.piece * kDepth + c.chunk * 8, folded < at.end && row < p.lq);
+    copy_piece(p, tile + c.offset, from, chunk.piece * kDepth + c.chunk * 8, folded < at.end && row < at.queries);
   }
 }
 
@@ -163,7 +163,7 @@ struct LogSumExp {
       const int32_t row = at.row + row_of(i);
       if (row >= at.end || threadIdx.x % 4 != 0) continue;
       const int64_t to = (int64_t(at.batch) * a.p.heads + at.head) * a.queries + row;
-      a.out[to] = total == 0.f ? -INFINITY : (top[i] + log2f(total)) * kLn2;
+      a.out[to] = total == 0.f || row * a.p.fold >= at.queries ? -INFINITY : (top[i] + log2f(total)) * kLn2;
     }
   }
 };
@@ -308,9 +308,10 @@ search(const VD_GRID_CONST Args a) {
   const int32_t chunks = p.fold * a.pieces;  // of the contraction
   const uint32_t ring = smem + (kResident ? chunks * kQueryBytes : 0), sums = ring + kBuffers * ring_bytes<kResident>();
   const int32_t bh = int32_t(blockIdx.x / a.tiles), tile = int32_t(blockIdx.x % a.tiles);
-  Place at{bh / p.heads, bh % p.heads, 0, 0, 0};
-  at.limit = key_rows(p, at.batch);
-  const int32_t keys = (at.limit + p.fold - 1) / p.fold, stages = (keys + kKeys - 1) / kKeys;
+  Place at{bh / p.heads, bh % p.heads, 0, 0, 0, 0};
+  at.queries = valid_rows(p.q_len, at.batch, p.lq);
+  at.keys = valid_rows(p.kv_len, at.batch, p.lk);
+  const int32_t keys = (at.keys + p.fold - 1) / p.fold, stages = (keys + kKeys - 1) / kKeys;
   const int32_t begin = tile * a.tile_rows;
   const int32_t end = a.queries - begin < a.tile_rows ? a.queries : begin + a.tile_rows;
 
@@ -415,6 +416,11 @@ int block_mass(const ScoreParams& params, const float* lse, int64_t q_block, int
   a.out = mass;
   return params.dtype == DType::bf16 ? search::launch<arch::BF16, search::Mass>(a, stream)
                                      : search::launch<arch::F16, search::Mass>(a, stream);
+}
+
+int softmax_mass(const ScoreParams& params, int64_t q_block, int64_t kv_block, float* lse, float* mass, void* stream) {
+  const int code = score_lse(params, lse, stream);
+  return code != 0 ? code : block_mass(params, lse, q_block, kv_block, mass, stream);
 }
 
 }  // namespace vdit::gpu

@@ -64,10 +64,10 @@ class OutputCache:
         output = stock()
         if recording or step.step < 0:
             return output
-        found = _single_tensor(output)
+        found = _as_one_tensor(output)
         if found is None:
             raise RuntimeError(
-                f"the cache policy {policy.name!r} needs a transformer with one output tensor, got "
+                f"the cache policy {policy.name!r} needs a transformer that returns tensors of one device, got "
                 f"{type(output).__name__}; set cache to null in the configuration"
             )
         tensor, rebuild = found
@@ -94,20 +94,28 @@ def _signature(arguments: dict[str, Any]) -> Any:
     return shapes, arguments.get("return_dict", True)
 
 
-def _single_tensor(output: Output) -> tuple[Tensor, Rebuild] | None:
-    """The one tensor of a transformer's output, and how to put another into the same wrapping."""
+def _as_one_tensor(output: Output) -> tuple[Tensor, Rebuild] | None:
+    """A transformer's output as one tensor (several, as video and audio, are laid out one behind the other), and how to
+    put another into the same wrapping. None where it is made of other things than tensors."""
+    wrap: Callable[[list[Tensor]], Output]
     if isinstance(output, Tensor):
-        dtype = output.dtype
-        return output, lambda tensor: tensor.to(dtype)
-    if isinstance(output, tuple) and len(output) == 1 and isinstance(output[0], Tensor):
-        dtype = output[0].dtype
-        return output[0], lambda tensor: (tensor.to(dtype),)
-    if isinstance(output, dict) and len(output) == 1:  # diffusers' ModelOutput is one
-        kind, (name,) = type(output), output
-        if isinstance(output[name], Tensor):
-            dtype = output[name].dtype
-            return output[name], lambda tensor: kind(**{name: tensor.to(dtype)})
-    return None
+        parts, wrap = [output], lambda new: new[0]
+    elif isinstance(output, tuple):
+        parts, wrap = list(output), tuple
+    elif isinstance(output, dict):  # diffusers' ModelOutput is one
+        kind, names = type(output), list(output)
+        parts, wrap = list(output.values()), lambda new: kind(**dict(zip(names, new, strict=True)))
+    else:
+        return None
+    if not parts or not all(isinstance(part, Tensor) and part.device == parts[0].device for part in parts):
+        return None
+    forms = [(part.shape, part.dtype) for part in parts]
+
+    def rebuild(tensor: Tensor) -> Output:
+        pieces = tensor.split([shape.numel() for shape, _ in forms]) if len(forms) > 1 else [tensor]
+        return wrap([piece.view(shape).to(dtype) for piece, (shape, dtype) in zip(pieces, forms, strict=True)])
+
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts]), rebuild
 
 
 class CachedForward:

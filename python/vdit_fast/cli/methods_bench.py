@@ -84,10 +84,15 @@ class Contestant:
     planner: Planner
     found: Match
     replayed: Replayed
-    calls: list[PlannedCall] = field(default_factory=list)
+    runs: list[list[PlannedCall]] = field(default_factory=list)
     plans: list[tuple[int, Any]] = field(default_factory=list)
     drawn: list[Sample] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def calls(self) -> list[PlannedCall]:
+        """Those of the last run."""
+        return self.runs[-1]
 
 
 def run_methods(
@@ -271,7 +276,8 @@ class _Bench:
         recorder = Recorder(inner=one.planner, keep_layer=self.layers // 2)
         drawn, one.stats = self.draw_with(recorder, prompt)
         one.drawn.append(drawn)
-        one.calls, one.plans = recorder.calls, recorder.plans
+        one.runs.append(recorder.calls)
+        one.plans = recorder.plans
 
     def correct(self, one: Contestant, calls: list[Call], prompt: str) -> None:
         """Set the knob again where the run's density is not the recording's, aiming as much lower or higher."""
@@ -282,11 +288,11 @@ class _Bench:
         again = self.fit(one.name, one.method, calls, target)
         if again.found.density is None or again.found.value == one.found.value:
             return
-        before = (one.planner, one.found, one.drawn, one.calls, one.plans, one.stats)
-        one.planner, one.found, one.drawn = again.planner, again.found, []
+        before = (one.planner, one.found, one.drawn, one.runs, one.plans, one.stats)
+        one.planner, one.found, one.drawn, one.runs = again.planner, again.found, [], []
         self.measure(one, prompt)
         if abs(self.densities(one)["sparse_calls"] - wanted) > abs(got - wanted):
-            one.planner, one.found, one.drawn, one.calls, one.plans, one.stats = before
+            one.planner, one.found, one.drawn, one.runs, one.plans, one.stats = before
 
     # ------------------------------------------------------------------ numbers
     def densities(self, one: Contestant) -> dict[str, Any]:
@@ -317,7 +323,7 @@ class _Bench:
         summary = self.densities(one)
         all_calls = sum(layer["calls"] for layer in one.stats["layers"])
         dense_call = statistics.median(self.attention_seconds) / all_calls
-        planning = sum(call.seconds for call in one.calls)
+        planning = statistics.median(sum(call.seconds for call in calls) for calls in one.runs)
         replayed = one.replayed
         return {
             "method": one.name,
@@ -329,6 +335,7 @@ class _Bench:
             "density": summary,
             "recall": replayed.recall,
             "best_recall": replayed.best,
+            "output_error": replayed.error,
             "corrected": replayed.corrected,
             "planned_calls": len(one.calls),
             "plan_seconds": planning,
@@ -337,7 +344,7 @@ class _Bench:
             "seconds": spread([sample.seconds for sample in one.drawn]),
             "speedup": _ratios(samples, one.drawn),
             "speedup_own": _ratios(samples, one.drawn, "dense"),
-            "steps": step_rows(one.calls, [], one.drawn, samples["stock"]),
+            "steps": step_rows(one.runs, [], one.drawn, samples["stock"]),
             "dense_reasons": _reasons(one.stats),
         }
 

@@ -83,6 +83,12 @@ def _why(winner: dict[str, Any], loser: dict[str, Any]) -> str:
             found.append(f"it reads {masses}, but makes up for what it leaves out (scale, residual or stand-ins)")
         elif winner["psnr"] > loser["psnr"]:
             found.append(f"not by the mass it reads ({masses})")
+    errs, misses = winner.get("output_error"), loser.get("output_error")
+    if errs is not None and misses is not None and errs < 0.95 * misses:
+        near = f"its attention output errs by {report.format_percent(errs)} against {report.format_percent(misses)}"
+        if kept is not None and lost is not None and kept <= lost and not winner["corrected"]:
+            near += ": what it leaves out resembles what it reads, so that less mass gives a better mean of the values"
+        found.append(near)
     if winner["density"]["overall"] > loser["density"]["overall"] + 0.02:
         whole = (report.format_percent(row["density"]["overall"]) for row in (winner, loser))
         found.append("it computes more over the whole run: {} against {} of all pairs".format(*whole))

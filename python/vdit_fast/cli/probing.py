@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from vdit_fast.cli.mass import DENSITIES, Weights, best_blocks, sample_rows
 from vdit_fast.models.ledger import Span, stamp
 from vdit_fast.ops.attention import attention
-from vdit_fast.planners.base import Decision, Planner
+from vdit_fast.planners.base import Decision
+from vdit_fast.planners.watching import Watching
 
 if TYPE_CHECKING:
     from vdit_fast.context import LayerContext
@@ -81,7 +82,7 @@ class Notes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(Planner):
+class Probe(Watching):
     """Asks ``inner`` about every call and runs it dense; three times in a generation it looks closer.
 
     Args:
@@ -89,22 +90,9 @@ class Probe(Planner):
         block: side of the square blocks of ``Look.blocks``.
     """
 
-    inner: Planner
     rows: int = 64
     block: int = 64
     notes: Notes = field(default_factory=Notes, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        for knob in fields(Planner):
-            self._set(knob.name, getattr(self.inner, knob.name))
-        self._set("name", self.inner.name)  # on the object: as a class attribute it would enter the registry
-        super().__post_init__()
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.inner.to_dict()
-
-    def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
-        return self.inner.plan(q, k, ctx)
 
     def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
         notes = self.notes

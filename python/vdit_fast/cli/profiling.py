@@ -113,7 +113,7 @@ def _tokens(handle: Any) -> dict[str, Any]:
         return {"grid": None, "text": 0, "text_first": False, "video": 0}
     return {
         "grid": list(geometry.grid),
-        "text": geometry.text,
+        "text": (geometry.text or 0) + geometry.history,
         "text_first": geometry.text_first,
         "video": geometry.n_video,
     }

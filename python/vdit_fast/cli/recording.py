@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,13 @@ class Call:
     v: Tensor
     ctx: LayerContext
     weights: list[Weights]
+
+    @cached_property
+    def out(self) -> Tensor:
+        """Dense attention's output."""
+        from vdit_fast.ops.attention import attention
+
+        return cast(Tensor, attention(self.q, self.k, self.v, kv_len=self.ctx.kv_len))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +70,7 @@ class Replayed:
         density: of the plans, mean over sparse calls and heads; None when every call stayed dense.
         recall: attention mass that they read, mean over the sampled queries.
         best: most mass that any selection of as many pairs holds.
+        error: relative L2 error of the attention output, mean over calls and heads.
         corrected: whether a row scale, a residual or stand-ins make up for what is not read.
         reasons: why calls stayed dense.
     """
@@ -69,6 +78,7 @@ class Replayed:
     density: float | None
     recall: float | None
     best: float | None
+    error: float | None
     corrected: bool
     reasons: tuple[str, ...]
 
@@ -81,6 +91,7 @@ def replay(planner: Planner, calls: Sequence[Call], *, recall: bool = False) -> 
     density: list[float] = []
     kept: list[float] = []
     best: list[float] = []
+    errors: list[float] = []
     corrected, reasons = False, dict[str, None]()
     for call in calls:
         ctx = replace(call.ctx, state=state)
@@ -96,6 +107,7 @@ def replay(planner: Planner, calls: Sequence[Call], *, recall: bool = False) -> 
         density.append(plan.density)
         corrected = corrected or decision.corrected
         if recall:
+            errors += _errors(decision, call)
             for weights in call.weights:
                 part, mass = weights.kept(plan)
                 kept.append(mass)
@@ -104,6 +116,17 @@ def replay(planner: Planner, calls: Sequence[Call], *, recall: bool = False) -> 
         statistics.fmean(density) if density else None,
         statistics.fmean(kept) if kept else None,
         statistics.fmean(best) if best else None,
+        statistics.fmean(errors) if errors else None,
         corrected,
         tuple(reasons),
     )
+
+
+def _errors(decision: Decision, call: Call) -> list[float]:
+    """Relative L2 error of each head's output."""
+    from vdit_fast.ops.attention import attention
+
+    out: Any = attention(call.q, call.k, call.v, decision.plan, row_scale=decision.row_scale, kv_len=call.ctx.kv_len)
+    out = out if decision.residual is None else out + decision.residual
+    missed, whole = (x.float().square().sum((0, 1, 3)) for x in (out - call.out, call.out))
+    return cast("list[float]", (missed / whole.clamp(min=1e-30)).sqrt().tolist())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,18 +32,23 @@ def density_summary(
 
 
 def step_rows(
-    calls: list[PlannedCall], forecast: list[int], fast: list[Sample], dense: list[Sample]
+    runs: Sequence[list[PlannedCall]], forecast: list[int], fast: list[Sample], dense: list[Sample]
 ) -> list[dict[str, Any]]:
-    """One row per step for ``report.step_timeline``: mode, noise level, seconds of both sides and of planning."""
+    """One row per step for ``report.step_timeline``: mode, noise level, seconds of both sides and of planning.
+
+    Args:
+        runs: the planned calls of each clip in ``fast``: with medians over the same runs, planning is never longer than
+            its step, however much slower one run was. Empty: nothing was planned.
+    """
     rows = []
     for i, sigma in enumerate(fast[0].sigmas):
-        planned = [call for call in calls if call.step == i]
+        planned = [[call for call in calls if call.step == i] for calls in runs]
         rows.append(
             {
-                "mode": "forecast" if i in forecast else _mode(planned),
+                "mode": "forecast" if i in forecast else _mode(planned[-1] if planned else []),
                 "sigma": sigma,
                 "seconds": statistics.median(s.step_seconds[i] for s in fast),
-                "plan_seconds": sum(call.seconds for call in planned),
+                "plan_seconds": statistics.median(sum(call.seconds for call in calls) for calls in planned or [[]]),
                 "dense_seconds": statistics.median(s.step_seconds[i] for s in dense),
             }
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vdit_fast.planners.base import Decision, Planner
+from vdit_fast.planners.base import Decision
+from vdit_fast.planners.watching import Watching
 
 if TYPE_CHECKING:
     from vdit_fast.context import LayerContext
@@ -31,31 +32,15 @@ class PlannedCall:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorder(Planner):
+class Recorder(Watching):
     """Runs ``inner`` unchanged; ``calls`` fills up, and ``plans`` keeps the plan of every call of ``keep_layer``.
 
     Not for production: it is one list for all models that use it, and it copies densities to the host.
     """
 
-    inner: Planner
     keep_layer: int = -1
     calls: list[PlannedCall] = field(default_factory=list, compare=False, repr=False)
     plans: list[tuple[int, AttentionPlan]] = field(default_factory=list, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        for knob in fields(Planner):
-            self._set(knob.name, getattr(self.inner, knob.name))
-        self._set("name", self.inner.name)  # on the object: as a class attribute it would enter the registry
-        super().__post_init__()
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.inner.to_dict()
-
-    def decide(self, ctx: LayerContext) -> str | None:
-        return self.inner.decide(ctx)
-
-    def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
-        return self.inner.plan(q, k, ctx)
 
     def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
         start = time.perf_counter()

@@ -18,7 +18,7 @@ from vdit_fast.demo.model import demo_metadata, load_demo_model
 from vdit_fast.demo.numbers import density_summary, spread, step_rows
 from vdit_fast.demo.pictures import draw, draw_plan, write_clips
 from vdit_fast.demo.prompts import parse
-from vdit_fast.demo.recorder import Recorder
+from vdit_fast.demo.recorder import PlannedCall, Recorder
 from vdit_fast.demo.sampler import GUIDANCE, DemoPipeline, Sample
 
 if TYPE_CHECKING:
@@ -116,9 +116,11 @@ def run_demo(
     run_fast(f"warm-up, {label}", WARMUP_STEPS, _forced(found))
     dense: list[Sample] = []
     fast: list[Sample] = []
+    runs: list[list[PlannedCall]] = []
     for turn in range(1, repeats + 1):
         dense.append(run(f"dense {turn}/{repeats}", steps))
         fast.append(run_fast(f"{label} {turn}/{repeats}", steps))
+        runs += [recorder.calls] if recorder else []
     calls, plans = (recorder.calls, recorder.plans) if recorder else ([], [])
 
     forecast = list((explained["cache"] or {}).get("forecast", {}))
@@ -155,7 +157,7 @@ def run_demo(
             | {"median": statistics.median(dense_seconds) / statistics.median(fast_seconds)},
         },
         "density": density_summary(calls, forecast, steps, branches, layers, heads),
-        "steps": step_rows(calls, forecast, fast, dense),
+        "steps": step_rows(runs, forecast, fast, dense),
         "quality": comparison.to_dict(),
         "latent_relative_l2": [
             report.relative_l2(a, b) for a, b in zip(fast[0].latents, dense[0].latents, strict=True)

@@ -6,14 +6,40 @@ import copy
 import functools
 import inspect
 import weakref
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from vdit_fast.models.fusion import BlockForward
+from vdit_fast.models.rotary import served_tables
 from vdit_fast.models.session import Geometry, Session
 
-__all__ = ["ModelAdapter", "ServedProcessor", "parameter_names", "patch_grid", "project_heads", "rotate_pairs"]
+__all__ = [
+    "CROSS_ATTENTION",
+    "ModelAdapter",
+    "ServedProcessor",
+    "is_prefix_mask",
+    "parameter_names",
+    "patch_grid",
+    "project_heads",
+    "set_processor",
+    "split_added_heads",
+    "split_heads",
+]
+
+CROSS_ATTENTION = "cross-attention"
+"""The reason for leaving a cross-attention module alone."""
+
+
+def set_processor(module: nn.Module, processor: Any) -> None:
+    """Exchange a module's attention processor by its public setter, or by attribute where there is none."""
+    setter = getattr(module, "set_processor", None)
+    if callable(setter):
+        setter(processor)
+    else:
+        module.processor = processor
 
 
 def _same(stock: Any) -> Any:
@@ -27,6 +53,11 @@ class ServedProcessor:
 
     They call the attention module's own sub-modules, so LoRA, offloading, casting and quantised layers stay alive.
     """
+
+    attends: ClassVar[bool] = True
+    """False where something around the attention is served and not the attention."""
+    takes_positions: ClassVar[bool] = False
+    """Whether it gets its rotary tables through ``tables``."""
 
     def __init__(self, session: Session, layer: int, stock: Any, root: Any) -> None:
         self.session = session
@@ -60,9 +91,32 @@ class ServedProcessor:
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def stands_aside(self, mask: Tensor | None = None) -> bool:
-        """True when the stock processor must run: after remove(), with a mask of a form that is not understood, or
-        under context parallelism, where every rank holds only its shard of the sequence.
+    def tables(self, stock: tuple[Tensor, Tensor] | None, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The rotary tables to use: the model's, unless ``Handle.positions`` exchanges them.
+
+        Called before ``stands_aside``, so that the stock processor gets them too. ``tokens`` is the layer's input.
+        Raises RuntimeError where the user's positions cannot be had: without them the answer would be another one.
+        """
+        if self.session.positions is None or not self.session.active:
+            return stock
+        if stock is None:
+            raise RuntimeError("positions: this model has no rotary tables; switch them off by handle.positions(None)")
+        if self._parallel_config is not None:
+            raise RuntimeError(
+                "positions: context parallelism is enabled, every rank has the tables of its shard only; disable it, "
+                "or switch positions off by handle.positions(None)"
+            )
+        return served_tables(stock, tokens, self.handle)
+
+    def stands_aside(
+        self,
+        mask: Tensor | None = None,
+        reason: str | None = None,
+        why: str = "an attention mask of this form is not understood",
+    ) -> bool:
+        """True when the stock processor must run: after remove(), with a mask (``why`` says what is wrong with it), for
+        a ``reason`` of the family's own, or under context parallelism, where every rank holds only its shard of the
+        sequence.
 
         Counted in the report, except inside a compiled block (``Handle.report`` also looks at the settings themselves).
         """
@@ -70,9 +124,9 @@ class ServedProcessor:
             return True
         if self._parallel_config is not None:
             reason = "context parallelism is enabled"
-        elif mask is not None:
-            reason = "an attention mask of this form is not understood"
-        else:
+        elif reason is None and mask is not None:
+            reason = why
+        if reason is None:
             return False
         if not torch.compiler.is_compiling():
             self.session.fall_back(self._layer, reason)
@@ -109,11 +163,24 @@ def patch_grid(shape: tuple[int, int, int], patch: tuple[int, int, int]) -> tupl
     return -(-shape[0] // patch[0]), shape[1] // patch[1], shape[2] // patch[2]
 
 
+def split_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, N, H, D] of tokens [B, N, C], before any norm."""
+    return _split((attn.to_q, attn.to_k, attn.to_v), attn.heads, tokens)
+
+
+def split_added_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Like ``split_heads``, by the module's projections of the second stream."""
+    return _split((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), attn.heads, tokens)
+
+
+def _split(projections: tuple[Any, Any, Any], heads: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (project(tokens).unflatten(2, (heads, -1)) for project in projections)
+    return query, key, value
+
+
 def project_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, N, H, D] of tokens [B, N, C], with the norms per head that the module has."""
-    query, key, value = (
-        project(tokens).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-    )
+    query, key, value = split_heads(attn, tokens)
     if attn.norm_q is not None:
         query = attn.norm_q(query)
     if attn.norm_k is not None:
@@ -121,17 +188,15 @@ def project_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs the way diffusers' ``apply_rotary_emb`` rounds it: fp32, then x's dtype.
+def is_prefix_mask(mask: Tensor) -> bool:
+    """Whether the true entries come first along the last dimension, so that their number says all.
 
-    Args:
-        x: [B, N, H, D].
-        cos, sin: [N, D], every value repeated for the two channels of its pair.
+    Looked at on a CPU only: elsewhere it would wait for the device in every layer.
     """
-    cos, sin = cos[None, :, None].to(x.device), sin[None, :, None].to(x.device)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    valid = mask.bool()
+    return not bool((valid[..., 1:] & ~valid[..., :-1]).any())
 
 
 class ModelAdapter:
@@ -143,10 +208,25 @@ class ModelAdapter:
     family: ClassVar[str]
     processors: ClassVar[dict[str, type[ServedProcessor]]]
     """Stock processor class name -> class that replaces it."""
+    blocks: ClassVar[Mapping[str, BlockForward]] = {}
+    """Block class name -> the forward that computes the same through fused operators."""
+
+    left_alone: ClassVar[dict[str, str]] = {}
+    """Class name of a stock processor that must stay -> why, for the report."""
+
+    text_inputs: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the transformer that, with weights, make the keys and values of its cross-attention; empty where
+    something else does too. Such modules are the ones left alone as ``CROSS_ATTENTION``."""
+    text_embedders: ClassVar[tuple[str, ...]] = ()
+    """Paths of the modules between these arguments and what blocks get."""
+
+    def known(self) -> set[str]:
+        """Class names of the stock processors that this family knows."""
+        return {*self.processors, *self.left_alone}
 
     def matches(self, processor: Any) -> bool:
         """True when this family knows the stock processor's class name."""
-        return type(processor).__name__ in self.processors
+        return type(processor).__name__ in self.known()
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         """Why a module whose processor matches must be left alone, or None.
@@ -162,6 +242,20 @@ class ModelAdapter:
             return f"{type(processor).__name__} takes ({', '.join(stock[1:])}), expected ({', '.join(served[1:])})"
         return None
 
+    def dense_reason(self, name: str, module: nn.Module) -> str | None:
+        """Why a served module runs dense under every planner, or None: its tokens are not those of the video grid.
+
+        Planners neither see nor count such a layer. One of at most 64 keys runs through ``short_attention``.
+        """
+        return None
+
+    def simplify(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a forward of the transformer, by name, to be exchanged for simpler ones of the same meaning.
+
+        Called before every forward that is not compiled as a whole. No device value may be read.
+        """
+        return {}
+
     def root_reason(self, root: nn.Module, module: nn.Module, processor: Any) -> str | None:
         """Why this model's attention must be left alone although the processor is known, or None.
 
@@ -169,11 +263,6 @@ class ModelAdapter:
         itself where no forward with a timestep was found.
         """
         return None
-
-    def dense_only(self, name: str, module: nn.Module) -> str:
-        """Why no planner may be asked about a served module, '' when one may. Such layers run dense, with that reason;
-        those of at most 64 keys through ``short_attention``."""
-        return ""
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         """Token layout of a forward of the transformer with these arguments by name, None when it cannot be told."""

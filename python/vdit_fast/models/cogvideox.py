@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, project_heads, rotate_pairs
+from vdit_fast.models.base import (
+    CROSS_ATTENTION,
+    ModelAdapter,
+    ServedProcessor,
+    patch_grid,
+    split_heads,
+)
+from vdit_fast.models.cogvideox_block import COGVIDEOX_BLOCKS
+from vdit_fast.models.joint import join
+from vdit_fast.models.qk import pair_rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -18,6 +26,8 @@ __all__ = ["CogVideoXAdapter", "CogVideoXProcessor"]
 class CogVideoXProcessor(ServedProcessor):
     """Joint attention over [text, video]: LayerNorm per head, RoPE (5B and 1.5) on the video tokens."""
 
+    takes_positions = True
+
     def __call__(
         self,
         attn: Any,
@@ -26,20 +36,18 @@ class CogVideoXProcessor(ServedProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        anchor = image_rotary_emb[0] if image_rotary_emb is not None else None
+        image_rotary_emb = self.tables(image_rotary_emb, hidden_states)
         if self.stands_aside(attention_mask):
             stock: tuple[Tensor, Tensor] = self.stock(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
             return stock
         text = encoder_hidden_states.shape[1]
-        joint = torch.cat((encoder_hidden_states, hidden_states), dim=1)
-        query, key, value = project_heads(attn, joint)
-        anchor = None
-        if image_rotary_emb is not None:
-            cos, sin = image_rotary_emb
-            anchor = cos
-            query = torch.cat((query[:, :text], rotate_pairs(query[:, text:], cos, sin)), dim=1)
-            key = torch.cat((key[:, :text], rotate_pairs(key[:, text:], cos, sin)), dim=1)
+        joint = join(encoder_hidden_states, hidden_states)
+        rotary = pair_rotary(image_rotary_emb, hidden_states, start=text)
+        heads, norms = split_heads(attn, joint), (attn.norm_q, attn.norm_k)
+        query, key, value = turned_heads(self, heads, norms, rotary)
         out = served_attention(query, key, value, self.handle, anchor=anchor).flatten(2, 3)
         out = attn.to_out[1](attn.to_out[0](out))
         return out[:, text:], out[:, :text]
@@ -48,10 +56,11 @@ class CogVideoXProcessor(ServedProcessor):
 class CogVideoXAdapter(ModelAdapter):
     family = "cogvideox"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"CogVideoXAttnProcessor2_0": CogVideoXProcessor}
+    blocks = COGVIDEOX_BLOCKS
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False):
-            return "cross-attention"
+            return CROSS_ATTENTION
         return super().skip_reason(name, module, processor)
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:

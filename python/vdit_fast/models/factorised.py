@@ -106,7 +106,7 @@ class FactorisedAdapter(ModelAdapter):
             return "the scores are not scaled by head_dim ** -0.5"
         return super().skip_reason(name, module, processor)
 
-    def dense_only(self, name: str, module: nn.Module) -> str:
+    def dense_reason(self, name: str, module: nn.Module) -> str | None:
         if getattr(module, "is_cross_attention", False):
             return "cross-attention to one key"
         if any(part in _TEMPORAL for part in name.split(".")):

@@ -10,10 +10,37 @@ from torch import Tensor
 
 from vdit_fast._info import kernel_catalogue
 
-__all__ = ["MAX_HEAD_DIM", "cuda_limit", "dense_attention", "missing_device_kernel", "missing_kernel"]
+__all__ = [
+    "FUSED_DEVICES",
+    "MAX_HEAD_DIM",
+    "cuda_limit",
+    "dense_attention",
+    "missing_device_kernel",
+    "missing_fused_kernel",
+    "missing_kernel",
+    "under_autocast",
+]
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+_FUSED = ("adaln_modulate", "gate_residual", "gate_residual_norm", "qk_norm_rope")
+
+FUSED_DEVICES = frozenset.intersection(
+    *(
+        frozenset(kernel["device"] for kernel in kernel_catalogue() if kernel["op"] == op and kernel["compiled"])
+        for op in _FUSED
+    )
+) | {"meta"}  # shapes only, no kernel runs
+"""Device types that the fused operators run on; a constant, because compiled blocks read it."""
+
+
+def missing_fused_kernel(x: Tensor) -> str | None:
+    """Why the fused operators cannot run on x, or None when they can."""
+    if x.dtype not in _DTYPES:
+        return f"dtype {str(x.dtype).removeprefix('torch.')} has no fused kernel"
+    return None if x.device.type in FUSED_DEVICES else f"device {x.device.type!r} has no fused kernel in this build"
 
 
 @functools.cache
@@ -42,10 +69,19 @@ def cuda_limit(dtype: torch.dtype, head_dim: int) -> str | None:
     return None if head_dim % 8 == 0 else f"head dimension {head_dim} is not a multiple of 8"
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> Tensor:
-    """Dense attention by torch in the stock models' form: q, k, v [B,L,H,D], kv_len int [B] or None -> [B,L,H,D]."""
-    mask = None
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; the meta device, where only shapes are computed, knows none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Dense attention by torch in the stock models' form: q [B,L,H,D], k, v [B,L,Hkv,D], and either kv_len int [B] or
+    a mask that broadcasts to [B,H,L,L], or none."""
     if kv_len is not None:
         mask = (torch.arange(k.shape[1], device=k.device) < kv_len.view(-1, 1)).view(-1, 1, 1, k.shape[1])
     query, key, value = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+    grouped = query.shape[1] != key.shape[1]
+    out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)

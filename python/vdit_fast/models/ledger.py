@@ -69,22 +69,25 @@ class LayerLedger:
     name: str
     """Module path inside the transformer."""
     layer: int
-    dense_only: str = ""
-    """Why no planner is asked about this layer, '' when one is."""
+    """Index among all served layers of the transformer."""
+    place: int = 0
+    """Index among those that planners see: the served layers before it that have a video grid."""
+    always_dense: str | None = None
+    """Why no planner sees it, None when planners do."""
     calls: int = 0
     """Attention calls, recomputation under gradient checkpointing excluded."""
     sparse_calls: int = 0
     plan_time: Span = field(default_factory=Span)
     attention_time: Span = field(default_factory=Span)
     dense: Counter[str] = field(default_factory=Counter)
-    """Calls the planner kept dense, by its reason."""
+    """Calls kept dense by the planner or for ``always_dense``, by reason."""
     fallbacks: Counter[str] = field(default_factory=Counter)
     """Calls that could not be served as configured, by reason."""
     _density: dict[int, list[Any]] = field(default_factory=dict)
 
     def fresh(self) -> LayerLedger:
         """An empty record of the same layer."""
-        return LayerLedger(name=self.name, layer=self.layer, dense_only=self.dense_only)
+        return LayerLedger(self.name, self.layer, self.place, self.always_dense)
 
     def count(self, kind: Counter[str], reason: str) -> None:
         """Count a reason; beyond a bound on different ones the rest counts as one."""

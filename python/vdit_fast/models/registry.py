@@ -18,7 +18,7 @@ _adapters: dict[str, ModelAdapter] = {}
 def register(adapter: ModelAdapter) -> ModelAdapter:
     """Add a family. Raises ValueError when another family already serves one of its processors."""
     for other in _adapters.values():
-        shared = set(other.processors) & set(adapter.processors)
+        shared = other.known() & adapter.known()
         if shared and other.family != adapter.family:
             raise ValueError(f"processors {sorted(shared)} of family {adapter.family!r} belong to {other.family!r}")
     _adapters[adapter.family] = adapter

@@ -6,8 +6,9 @@ import copy
 import itertools
 import logging
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +17,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from vdit_fast.caching.engine import OutputCache
 from vdit_fast.config import Config
 from vdit_fast.context import LayerContext, StepContext
+from vdit_fast.models.block_causal import block_causal_plan, is_block_causal
+from vdit_fast.models.geometry import Geometry
 from vdit_fast.models.kernels import dense_attention, missing_kernel
 from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.ops.attention import attention
 from vdit_fast.ops.short_attention import MAX_SHORT_KEYS, short_attention
 from vdit_fast.planners.base import Decision
+
+if TYPE_CHECKING:
+    from vdit_fast.models.rotary import PositionFn
+    from vdit_fast.models.text_kv import TextKV
 
 __all__ = ["Forward", "Geometry", "Session", "session_by_id"]
 
@@ -51,11 +58,19 @@ def _sample(q: Tensor) -> Tensor:
     return q.detach()[:, :: max(1, q.shape[1] // 16), :, 0].clone()
 
 
-def _execute(decision: Decision, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, short: bool) -> Tensor:
-    """The attention call that a planner decided on."""
+def _execute(
+    decision: Decision,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float | None,
+    short: bool,
+) -> Tensor:
+    """The attention call that a planner decided on; ``short`` for a layer of short sequences that none sees."""
     if short:
-        return short_attention(q, k, v, kv_len=kv_len)
-    options: dict[str, Any] = {"row_scale": decision.row_scale, "kv_len": kv_len}
+        return short_attention(q, k, v, kv_len=kv_len, scale=scale)
+    options: dict[str, Any] = {"row_scale": decision.row_scale, "kv_len": kv_len, "scale": scale}
     if decision.observe is None:
         out = cast(Tensor, attention(q, k, v, decision.plan, **options))
     else:
@@ -65,20 +80,25 @@ def _execute(decision: Decision, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor
     return out if decision.residual is None else out + decision.residual
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Token layout of one forward."""
+def _checked_tables(new: Any, stock: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """What a positions function returned, in the form of the model's own tables."""
+    if new is None:
+        return None
+    if not isinstance(new, tuple | list) or len(new) != 2 or not all(isinstance(x, Tensor) for x in new):
+        raise TypeError(f"positions: the function must return (cos, sin) or None, got {type(new).__name__}")
+    out = []
+    for label, table, own in zip(("cos", "sin"), new, stock, strict=True):
+        if [n for n in table.shape if n != 1] != [n for n in own.shape if n != 1] or not table.is_floating_point():
+            raise ValueError(
+                f"positions: {label} is {table.dtype} {list(table.shape)}, but the model's is {own.dtype} "
+                f"{list(own.shape)}; return floating-point tables of that shape, up to dimensions of size 1"
+            )
+        out.append(table.to(own.device, own.dtype).reshape(own.shape))
+    return out[0], out[1]
 
-    grid: tuple[int, int, int]
-    """(frames, height, width) in tokens."""
-    text: int = 0
-    """Text tokens in the joint sequence."""
-    text_first: bool = False
 
-    @property
-    def n_video(self) -> int:
-        frames, height, width = self.grid
-        return frames * height * width
+Distinct = tuple[Tensor, Tensor, Tensor]
+"""int64 [K] and [K]: batch item and token that have a timestep first; int32 [B, N]: which of the K each token has."""
 
 
 @dataclass(eq=False)
@@ -87,10 +107,36 @@ class Forward:
 
     geometry: Geometry | None
     step: StepContext
+    timestep: Any = None
+    """The transformer's argument."""
+    mask: weakref.ref[Tensor] | None = None
+    """The attention mask that was found to say what the geometry says."""
     cached: bool = False
     """Whether the cache policy's wrapper has seen it: a wrapper acts once per forward."""
     decisions: dict[int, tuple[Decision, Tensor | None]] = field(default_factory=dict)
     """Decisions by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
+    tables: dict[Any, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    """Rotary tables that stand in for the model's, by the model's shape, dtype and device; None: the model's own."""
+    _distinct: Distinct | None = None
+
+    def distinct(self, batch: int, tokens: int) -> Distinct | None:
+        """The few different timesteps of ``batch`` x ``tokens`` tokens, None where there are many of them or where the
+        argument says less. A GPU is waited for once per forward."""
+        timestep = self.timestep
+        if not isinstance(timestep, Tensor) or timestep.ndim != 2 or timestep.shape[0] != batch or timestep.is_meta:
+            return None
+        if self._distinct is None:
+            if timestep.shape[1] == 0 or tokens % timestep.shape[1]:  # neither one per token nor one per frame
+                return None
+            per_token = timestep.repeat_interleave(tokens // timestep.shape[1], dim=1)
+            # per batch item: other conditions may enter the modulation too
+            values, index = torch.unique(per_token, return_inverse=True)
+            item = torch.arange(batch, device=index.device).view(-1, 1)
+            values, index = torch.unique(item * len(values) + index, return_inverse=True)
+            first = torch.full(values.shape, batch * tokens, device=index.device)
+            first.scatter_reduce_(0, index.flatten(), torch.arange(batch * tokens, device=index.device), "amin")
+            self._distinct = first // tokens, first % tokens, index.to(torch.int32)
+        return self._distinct if 4 * len(self._distinct[0]) <= batch * tokens else None
 
 
 class Session:
@@ -111,9 +157,14 @@ class Session:
         self.family = family
         self.active = True
         self.layers: list[LayerLedger] = []
+        self.fused: dict[str, str] = {}
+        self.unfused: Counter[str] = Counter()
         self.state: dict[Any, Any] = {}
         self.static: dict[Any, Any] = {}
         self.cache = OutputCache()
+        self.text: TextKV | None = None
+        self.positions: PositionFn | None = None
+        self.repositioned: Counter[int] = Counter()
         self.forward: Forward | None = None
         self.forwards = 0
         self.steps: set[tuple[int, int]] = set()
@@ -122,17 +173,26 @@ class Session:
         self._told: set[str] = set()
         _sessions[self.id] = self
 
-    def add_layer(self, name: str, dense_only: str = "") -> int:
-        """Register a layer by module path, and why no planner is asked about it; returns its index."""
-        self.layers.append(LayerLedger(name=name, layer=len(self.layers), dense_only=dense_only))
+    @property
+    def planned(self) -> int:
+        """Number of layers that planners see."""
+        return sum(ledger.always_dense is None for ledger in self.layers)
+
+    def add_layer(self, name: str, always_dense: str | None = None) -> int:
+        """Register a layer by module path, and why no planner may see it; returns its index."""
+        self.layers.append(LayerLedger(name, len(self.layers), self.planned, always_dense))
         return len(self.layers) - 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         # For a copied model: the same layers and configuration, its own records.
         new = Session(self.config, copy.deepcopy(self.tracker, memo), self.expert, self.family)
         new.active = self.active
+        new.positions = self.positions
         for layer in self.layers:
-            new.add_layer(layer.name, layer.dense_only)
+            new.add_layer(layer.name, layer.always_dense)
+        new.fused = dict(self.fused)
+        if self.text is not None:
+            new.text = type(self.text)(self.text.inputs, self.text.embedders)
         memo[id(self)] = new
         return new
 
@@ -142,10 +202,12 @@ class Session:
         step = self.tracker.observe(timestep, self.expert)
         if step.generation != self._generation:
             self.state.clear()
+            if self.text is not None:
+                self.text.clear()
             self._generation = step.generation
             if len(self.static) > max(STATIC_ENTRIES, STATIC_PER_LAYER * len(self.layers)):
                 self.static.clear()
-        self.forward = Forward(geometry, step)
+        self.forward = Forward(geometry, step, timestep)
         self.forwards += 1
         self.steps.add((step.generation, step.step))
 
@@ -155,43 +217,116 @@ class Session:
         self.layers = [old.fresh() for old in self.layers]
         self.steps.clear()
         self.forwards = 0
+        self.unfused.clear()
         self.state.clear()
         self.static.clear()
         self.cache = OutputCache()
+        self.repositioned.clear()
         self._told.clear()
+
+    # ------------------------------------------------------------------ positions
+    def exchange_tables(self, layer: int, stock: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rotary tables of this forward: what the user's function makes of the model's, once per forward."""
+        positions = self.positions
+        if positions is None:
+            return stock
+        forward = self.forward
+        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing's second run of an earlier forward
+            forward = self._anchors.get(stock[0], forward)
+        if forward is None or forward.geometry is None:
+            problem = "called outside a forward of its transformer" if forward is None else "the video grid is unknown"
+            raise RuntimeError(
+                f"positions: {self.layers[layer].name} has no step and grid to give the function ({problem}); "
+                "run the whole transformer, or switch it off with handle.positions(None)"
+            )
+        kind = (stock[0].shape, stock[0].dtype, stock[0].device)
+        if kind not in forward.tables:
+            forward.tables[kind] = _checked_tables(positions(forward.step, forward.geometry, stock), stock)
+            if forward.tables[kind] is not None:
+                self.repositioned[forward.step.step] += 1
+        new = forward.tables[kind]
+        return stock if new is None else new
 
     # ------------------------------------------------------------------ one attention call
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, anchor: Tensor | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | None,
+        anchor: Tensor | None,
+        scale: float | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one layer: q [B,Lq,H,D], k, v [B,Lk,H,D] -> [B,Lq,H,D]."""
-        ledger = self.layers[layer]
-        short = bool(ledger.dense_only) and k.shape[1] <= MAX_SHORT_KEYS
+        """Attention of one layer: q [B,Lq,H,D], k, v [B,Lk,Hkv,D] -> [B,Lq,H,D]; scale None is D ** -0.5.
+
+        ``mask`` is the bool [1,1,N,N] of a transformer whose geometry has a frame block.
+        """
+        short = self._is_short(layer, k)
         reason = missing_kernel(q, short) if short else missing_kernel(q)
         if reason is not None:
             self.fall_back(layer, reason)
-            return dense_attention(q, k, v, kv_len)
-        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            return dense_attention(q, k, v, kv_len, scale, mask)
         forward = self.forward
-        if grad:
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad) and anchor is not None:
             # Inside backward this is gradient checkpointing's second run: same plan as in the first one, whichever
             # forward has begun since. The anchor (a tensor made once per forward) says which forward it was.
             if torch._C._current_graph_task_id() != -1:
-                forward = self._anchors.get(anchor, forward) if anchor is not None else forward
-                if forward is not None and layer in forward.decisions:
-                    decision, seen = forward.decisions[layer]
-                    if seen is not None and not torch.equal(seen, _sample(q)):
-                        raise RuntimeError(
-                            "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
-                            "backward before the next forward, or train with dense attention (config 'exact')"
-                        )
-                    return _execute(decision, q, k, v, kv_len, short)
-            elif anchor is not None and forward is not None:
+                forward = self._anchors.get(anchor, forward)
+            elif forward is not None:
                 self._anchors[anchor] = forward
+        geometry = forward.geometry if forward is not None else None
+        if mask is not None:
+            if forward is None or geometry is None or not self._understands(forward, geometry, mask):
+                self.fall_back(layer, "an attention mask of this form is not understood")
+                return dense_attention(q, k, v, kv_len, scale, mask)
+            return self._attend(self.layers[layer], forward, q, k, v, kv_len, scale, geometry)
+        if geometry is None or not geometry.history or self.config.attention is None:
+            return self._attend(self.layers[layer], forward, q, k, v, kv_len, scale)
+        q, k, v = geometry.video_first(q), geometry.video_first(k), geometry.video_first(v)
+        return geometry.in_model_order(self._attend(self.layers[layer], forward, q, k, v, kv_len, scale))
+
+    def _is_short(self, layer: int, k: Tensor) -> bool:
+        return self.layers[layer].always_dense is not None and k.shape[1] <= MAX_SHORT_KEYS
+
+    def _understands(self, forward: Forward, geometry: Geometry, mask: Tensor) -> bool:
+        """Whether the geometry says what the mask says; looked at once per forward."""
+        if forward.mask is None or forward.mask() is not mask:
+            if not is_block_causal(mask, geometry):
+                return False
+            forward.mask = weakref.ref(mask)
+        return True
+
+    def _attend(
+        self,
+        ledger: LayerLedger,
+        forward: Forward | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | None,
+        scale: float | None,
+        causal: Geometry | None = None,
+    ) -> Tensor:
+        short = self._is_short(ledger.layer, k)
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        replay = grad and torch._C._current_graph_task_id() != -1
+        if replay and forward is not None and ledger.layer in forward.decisions:
+            decision, seen = forward.decisions[ledger.layer]
+            if seen is not None and not torch.equal(seen, _sample(q)):
+                raise RuntimeError(
+                    "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
+                    "backward before the next forward, or train with dense attention (config 'exact')"
+                )
+            return _execute(decision, q, k, v, kv_len, scale, short)
         begin = stamp(q.device)
-        decision = self._decide(ledger, forward, q, k, v, kv_len)
+        if causal is None:
+            decision = self._decide(ledger, forward, q, k, v, kv_len, scale)
+        else:
+            decision = self._block_causal(ledger, causal, q.device)
         middle = stamp(q.device)
-        out = _execute(decision, q, k, v, kv_len, short)
+        out = _execute(decision, q, k, v, kv_len, scale, short)
         end = stamp(q.device)
         ledger.calls += 1
         ledger.attention_time.add(middle, end)
@@ -206,24 +341,41 @@ class Session:
         if grad and forward is not None:
             # without `observe`, which acts once and may hold q, k and v that checkpointing is there to free
             kept = replace(decision, observe=None)
-            forward.decisions[layer] = kept, None if kept.plan is None else _sample(q)
+            forward.decisions[ledger.layer] = kept, None if kept.plan is None else _sample(q)
         return out
 
+    def _block_causal(self, ledger: LayerLedger, geometry: Geometry, device: torch.device) -> Decision:
+        if self.config.attention is not None:
+            ledger.count(ledger.dense, "block-causal frames: planners know full attention only")
+        key = "block-causal", geometry, device
+        if key not in self.static:
+            self.static[key] = block_causal_plan(geometry, device)
+        return Decision(self.static[key])
+
     def _decide(
-        self, ledger: LayerLedger, forward: Forward | None, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None
+        self,
+        ledger: LayerLedger,
+        forward: Forward | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | None,
+        scale: float | None,
     ) -> Decision:
         planner = self.config.attention
         if planner is None:
             return Decision()
-        if ledger.dense_only:
-            ledger.count(ledger.dense, ledger.dense_only)
-            return Decision(reason=ledger.dense_only)
+        if ledger.always_dense is not None:
+            ledger.count(ledger.dense, ledger.always_dense)
+            return Decision(reason=ledger.always_dense)
         context, problem = self._context(ledger, forward, q, kv_len)
         if context is None:
             self.fall_back(ledger.layer, problem, served_dense=True)
             return Decision(reason=problem)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # selection scores are fp32
-            decision = planner.decision(q.detach(), k.detach(), v.detach(), context)
+            # planners scale scores by D ** -0.5
+            seen = q.detach() if scale is None else q.detach() * (scale * q.shape[-1] ** 0.5)
+            decision = planner.decision(seen, k.detach(), v.detach(), context)
         if decision.plan is None:
             reason = decision.reason or "the planner keeps it dense"
             ledger.count(ledger.dense, reason)
@@ -239,16 +391,19 @@ class Session:
         geometry = forward.geometry
         if geometry is None:
             return None, "the transformer's input has no known video grid"
-        tokens = geometry.n_video + geometry.text
-        if q.shape[1] != tokens:
-            return None, f"{q.shape[1]:,} tokens are not the grid {geometry.grid} plus {geometry.text} text tokens"
+        rest = q.shape[1] - geometry.n_video - geometry.history
+        if rest < 0 or (geometry.text is not None and rest != geometry.text):
+            parts = f"the grid {geometry.grid} plus {geometry.text or 0} text tokens"
+            parts += f" plus {geometry.history} of history" if geometry.history else ""
+            return None, f"{q.shape[1]:,} tokens are not {parts}"
+        forward.geometry = replace(geometry, text=rest)
         context = LayerContext(
-            layer=ledger.layer,
-            num_layers=len(self.layers),
+            layer=ledger.place,
+            num_layers=self.planned,
             name=ledger.name,
             grid=geometry.grid,
             n_video=geometry.n_video,
-            text=geometry.text,
+            text=rest + geometry.history,
             text_first=geometry.text_first,
             kv_len=kv_len,
             step=forward.step,

@@ -1,7 +1,8 @@
-"""Wan 2.1/2.2 (T2V, I2V, TI2V) and models built of its blocks (VACE, Animate).
+"""Wan 2.1/2.2 (T2V, I2V, TI2V) and models built of its blocks (VACE, Animate, ChronoEdit).
 
 Self-attention runs over the video tokens only; text and image conditions enter by cross-attention, which is left
-alone. Cross-attention modules share the processor class, so the module tells which is which.
+alone. Cross-attention modules share the processor class, so the module tells which is which. VACE's control blocks
+attend to all tokens too and are served like the main ones.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid
+from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, patch_grid
+from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
+from vdit_fast.models.wan_block import WAN_BLOCKS
 
-__all__ = ["WanAdapter", "WanProcessor"]
+__all__ = ["WanAdapter", "WanProcessor", "rotate", "wan_rotary"]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel pairs of x [B, N, H, D] by cos, sin [1, N, 1, D] (each value repeated for its pair), with Wan's
     rounding: products in the tables' precision, then x's dtype."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -27,8 +30,20 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
+def wan_rotary(cos: Tensor, sin: Tensor) -> Rotary:
+    """Wan's rotation; a model that is wholly in 16 bits has tables in 16 bits, and multiplies in them."""
+    pair_cos, pair_sin = cos, sin
+    if cos.shape[-1] // 3 % 2:
+        # ChronoEdit cuts heads in thirds, and odd ones part the two channels of a pair: of their two values in the
+        # tables the model reads the first cosine and the second sine.
+        pair_cos, pair_sin = cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous()
+    return Rotary(pair_cos, pair_sin, lambda x: rotate(x, cos, sin), round_products=cos.dtype.itemsize == 2)
+
+
 class WanProcessor(ServedProcessor):
     """Wan's self-attention: RMSNorm across heads before the head split, then interleaved RoPE."""
+
+    takes_positions = True
 
     def __call__(
         self,
@@ -38,6 +53,9 @@ class WanProcessor(ServedProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        anchor = rotary_emb[0] if rotary_emb is not None else None
+        if encoder_hidden_states is None:
+            rotary_emb = self.tables(rotary_emb, hidden_states)
         if encoder_hidden_states is not None or self.stands_aside(attention_mask):
             stock: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return stock
@@ -45,12 +63,9 @@ class WanProcessor(ServedProcessor):
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        anchor = None
-        if rotary_emb is not None:
-            anchor = rotary_emb[0]
-            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        rotary = wan_rotary(*rotary_emb) if rotary_emb is not None else None
+        query, key, value = turned_heads(self, (query, key, value), (attn.norm_q, attn.norm_k), rotary, across=True)
         out = served_attention(query, key, value, self.handle, anchor=anchor)
         out = out.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
@@ -62,13 +77,22 @@ class WanAdapter(ModelAdapter):
         "WanAttnProcessor": WanProcessor,
         "WanAttnProcessor2_0": WanProcessor,
     }
+    blocks = WAN_BLOCKS
+
+    left_alone: ClassVar[dict[str, str]] = {
+        "WanAnimateFaceBlockAttnProcessor": "face cross-attention: each frame reads its own few motion tokens",
+        "WanAnimate2AttnProcessor": "keys of a reference pass, read through a block mask of flex attention",
+        "WanAnimate2CrossAttnProcessor": "cross-attention",
+    }
+
+    text_inputs = ("encoder_hidden_states", "encoder_hidden_states_image")
+    text_embedders = ("condition_embedder.text_embedder", "condition_embedder.image_embedder")
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
-        is_cross = getattr(module, "is_cross_attention", None)
-        if is_cross is None:
-            is_cross = name.rpartition(".")[2] == "attn2"
+        # VACE's cross-attention says of itself that it is none in older diffusers, hence the name.
+        is_cross = getattr(module, "is_cross_attention", False) or name.rpartition(".")[2] == "attn2"
         if is_cross or getattr(module, "cross_attention_dim_head", None) is not None:
-            return "cross-attention"
+            return CROSS_ATTENTION
         if getattr(module, "add_k_proj", None) is not None:
             return "attention with image keys and values"
         return super().skip_reason(name, module, processor)

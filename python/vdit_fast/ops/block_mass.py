@@ -1,4 +1,4 @@
-"""Search passes over the scores alone: log-sum-exps of (folded) scores, and attention mass between blocks."""
+"""Search passes over the scores alone: log-sum-exps of (folded) scores, attention mass between blocks, or both."""
 
 from __future__ import annotations
 
@@ -71,11 +71,46 @@ def block_mass(
     return mass
 
 
+def softmax_mass(
+    q: Tensor,
+    k: Tensor,
+    q_block: int,
+    kv_block: int,
+    *,
+    scale: float | None = None,
+    fold: int = 1,
+    q_len: Tensor | None = None,
+    kv_len: Tensor | None = None,
+) -> Tensor:
+    """Softmax weights of the scores, summed over blocks of queries and keys (XAttention, arXiv 2503.16428).
+
+    `block_mass` with the log-sum-exps that `score_lse` finds for the same arguments. A CPU computes the scores once, a
+    GPU twice. Not differentiable.
+
+    Args:
+        q, k, scale, fold, kv_len: as in ``score_lse``.
+        q_block, kv_block: folded rows per block, at least 1.
+        q_len: int32 or int64 ``[B]`` or None. Query rows at or above it count as zeros, and a query without any valid
+            row has weight 0.
+
+    Returns:
+        float32 ``[B, H, ceil(Nq / q_block), ceil(Nk / kv_block)]`` with Nq = ceil(Lq / fold), Nk = ceil(Lk / fold); a
+        row of blocks sums to its number of valid queries, or to 0 where no key is valid.
+
+    Raises:
+        RuntimeError: dtypes, shapes or devices do not fit.
+    """
+    q_len, kv_len = (None if n is None else n.contiguous() for n in (q_len, kv_len))
+    scale = _scale(q, scale, fold)
+    mass: Tensor = torch.ops.vdit_fast.softmax_mass(q, k, q_block, kv_block, scale, fold, q_len, kv_len)
+    return mass
+
+
 def _scale(q: Tensor, scale: float | None, fold: int) -> float:
     return max(q.shape[-1], 1) ** -0.5 / max(fold, 1) if scale is None else scale
 
 
-carries_no_gradient("score_lse", "block_mass")
+carries_no_gradient("score_lse", "block_mass", "softmax_mass")
 
 
 @torch.library.register_fake("vdit_fast::score_lse")
@@ -88,10 +123,28 @@ def _fake_score_lse(q: Tensor, k: Tensor, scale: float, fold: int, kv_len: Tenso
 def _fake_block_mass(
     q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, scale: float, fold: int, kv_len: Tensor | None
 ) -> Tensor:
-    _check_fold("block_mass", fold)
+    return _empty_mass("block_mass", q, k, q_block, kv_block, fold)
+
+
+@torch.library.register_fake("vdit_fast::softmax_mass")
+def _fake_softmax_mass(
+    q: Tensor,
+    k: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    fold: int,
+    q_len: Tensor | None,
+    kv_len: Tensor | None,
+) -> Tensor:
+    return _empty_mass("softmax_mass", q, k, q_block, kv_block, fold)
+
+
+def _empty_mass(op: str, q: Tensor, k: Tensor, q_block: int, kv_block: int, fold: int) -> Tensor:
+    _check_fold(op, fold)
     for name, block in (("q_block", q_block), ("kv_block", kv_block)):
         if block < 1:
-            raise RuntimeError(f"vdit_fast: block_mass: {name} is {block}; expected at least 1")
+            raise RuntimeError(f"vdit_fast: {op}: {name} is {block}; expected at least 1")
     rows, columns = (_ceil_div(_ceil_div(x.shape[1], fold), block) for x, block in ((q, q_block), (k, kv_block)))
     return q.new_empty((q.shape[0], q.shape[2], rows, columns), dtype=torch.float32)
 

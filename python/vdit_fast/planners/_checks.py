@@ -57,7 +57,10 @@ def switch(name: str, value: Any) -> bool:
 
 def number(name: str, value: Any, *, least: float = -math.inf, most: float = math.inf) -> float:
     """A finite number in [least, most]; bool is refused."""
-    bound = "".join([f" ≥ {least:g}"] * (least > -math.inf) + [f" ≤ {most:g}"] * (most < math.inf))
+    if least > -math.inf and most < math.inf:
+        bound = f" between {least:g} and {most:g}"
+    else:
+        bound = "".join([f" ≥ {least:g}"] * (least > -math.inf) + [f" ≤ {most:g}"] * (most < math.inf))
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a finite number{bound}, got {value!r}")
     if not (math.isfinite(value) and least <= value <= most):

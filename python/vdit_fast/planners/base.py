@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .. import methods
@@ -50,6 +52,20 @@ class Decision:
         return any(extra is not None for extra in (self.row_scale, self.residual, self.plan.stand_ins))
 
 
+def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of (self, q, ...) whose scores stay fp32 under autocast."""
+
+    @functools.wraps(method)
+    def call(self: Planner, q: Tensor, *rest: Any, **options: Any) -> Any:
+        device = q.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):  # meta has none
+            return method(self, q, *rest, **options)
+        with torch.autocast(device, enabled=False):
+            return method(self, q, *rest, **options)
+
+    return call
+
+
 @dataclass(frozen=True, kw_only=True)
 class Planner:
     """Decides, per layer and step, which keys each query reads; subclasses override `plan`, or `decision`, or both.
@@ -86,6 +102,9 @@ class Planner:
         overridden = cls.plan is not Planner.plan or cls.decision is not Planner.decision
         if cls.__dict__.get("name") and not overridden:
             raise TypeError(f"planner {cls.__qualname__} must override plan(q, k, ctx) or decision(q, k, v, ctx)")
+        for name in ("plan", "decision"):
+            if name in cls.__dict__:
+                setattr(cls, name, _without_autocast(cls.__dict__[name]))
         methods.enter(REGISTRY, cls, "planner")
 
     def __post_init__(self) -> None:

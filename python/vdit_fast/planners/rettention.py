@@ -105,18 +105,25 @@ class Rettention(Planner):
         step = ctx.step
         key = slot("rettention", self, ctx)
         same = (step.generation, tuple(ctx.grid), ctx.text, ctx.text_first, *q.shape, k.shape[2], q.dtype, q.device)
+        last = step.step + 1 == step.num_steps  # of this stream: nothing later reads what is kept
         known: _Measured | None = ctx.state.get(key)
         age = step.step - known.step if known is not None and known.same == same else 0
         if known is not None and 0 < age < self.interval:
             rho = self._grown(known.rho, age, ctx)
+            if last:
+                self._forget(key, ctx)
             return Decision(self.plan(q, k, ctx), row_scale=rho, residual=known.residual)
 
         def observe(out: Tensor, lse: Tensor) -> None:
+            if last:
+                return
             with torch.inference_mode(False), torch.no_grad():  # what is kept must be ordinary tensors
                 rho, residual = self.measure(q, k, v, out, lse, ctx)
                 ctx.state[key] = _Measured(same, step.step, rho, residual)
 
         ctx.state.pop(key, None)  # free the old one before the new one is made
+        if last:
+            self._forget(key, ctx)
         return Decision(reason=f"step {step.step} measures what the window misses", observe=observe)
 
     def measure(
@@ -145,6 +152,12 @@ class Rettention(Planner):
         `tokens` counts the whole joint sequence, `streams` guidance branches times frame blocks.
         """
         return layers * streams * batch * tokens * heads * (dim * itemsize + 4)
+
+    def _forget(self, key: Hashable, ctx: LayerContext) -> None:
+        """Free ρ and R of a stream whose last step this is, such as a finished frame block, and its place."""
+        ctx.state.pop(key, None)
+        streams: dict[Hashable, int] = ctx.state.get(("rettention streams", self), {})
+        streams.pop((ctx.step.branch, ctx.step.expert, ctx.step.frame_block), None)
 
     def _check_budget(self, q: Tensor, ctx: LayerContext) -> None:
         """Raise ValueError when this stream's ρ and R do not fit beside those of the streams seen before."""

@@ -80,7 +80,7 @@ class Sparge(Planner):
         rows, columns = self._strips(ctx, q.device)
         group = q.shape[2] // k.shape[2]
         valid = valid_keys(ctx, q.device)
-        mean_q, _ = self._means(q, rows, valid)
+        mean_q, queries = self._means(q, rows, valid)
         mean_k, count = self._means(k, columns, valid)
         log_count = count.log().repeat_interleave(group, 1)[:, :, None]  # −inf: only padding
         scores = (mean_q * q.shape[-1] ** -0.5) @ mean_k.repeat_interleave(group, 1).mT + log_count
@@ -88,8 +88,10 @@ class Sparge(Planner):
             return self._largest(scores)
         weight = count / count.sum(-1, keepdim=True).clamp(min=1)
         centre = (weight[..., None] * mean_k).sum(2, keepdim=True)  # the mean key, [B, Hkv, 1, D]
-        fixed_q = self._similarity(q, rows, ctx) < self.similarity
-        fixed_k = (self._similarity(k, columns, ctx, centre) < self.similarity).repeat_interleave(group, 1)[:, :, None]
+        # a block of padding alone has no tokens that could differ
+        fixed_q = (self._similarity(q, rows, ctx) < self.similarity) & (queries > 0)
+        fixed_k = (self._similarity(k, columns, ctx, centre) < self.similarity) & (count > 0)
+        fixed_k = fixed_k.repeat_interleave(group, 1)[:, :, None]
         return self._largest(scores.masked_fill(fixed_k, -math.inf)) | fixed_k | fixed_q[..., None]
 
     def _largest(self, scores: Tensor) -> Tensor:

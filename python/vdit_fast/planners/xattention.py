@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -76,14 +75,8 @@ class XAttention(Planner):
         valid = valid_keys(ctx, q.device)
         if valid is not None:
             valid = (valid - video.start).clamp(0, ctx.n_video)
-            padding = torch.arange(ctx.n_video, device=q.device) >= valid[:, None]
-            q = q.masked_fill(padding[..., None, None], 0)  # a folded query may be real in part
-        lse = ops.score_lse(q, k, fold=self.stride, kv_len=valid)
-        if valid is not None:
-            first = torch.arange(lse.shape[-1], device=q.device) * self.stride
-            lse = lse.masked_fill((first >= valid[:, None])[:, None], -math.inf)
         rows = self.block // self.stride
-        mass = ops.block_mass(q, k, lse, rows, rows, fold=self.stride, kv_len=valid) / rows
+        mass = ops.softmax_mass(q, k, rows, rows, fold=self.stride, q_len=valid, kv_len=valid) / rows
         if valid is None:
             return mass
         blocks = torch.arange(mass.shape[-1], device=q.device)

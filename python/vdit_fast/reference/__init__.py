@@ -1,23 +1,30 @@
 """Readable pure-torch twins of the operators: oracle for tests and fallback."""
 
+from .adaln import adaln_modulate, gate_residual, gate_residual_norm
 from .attention import attention
-from .block_mass import block_mass, score_lse
+from .block_mass import block_mass, score_lse, softmax_mass
 from .block_mean import block_mean
 from .clusters import counting_sort, kmeans_assign, permute_tokens
 from .merge import merge
+from .qk_norm_rope import qk_norm_rope
 from .select import select_top_k, select_top_p
 from .short_attention import short_attention
 
 __all__ = [
+    "adaln_modulate",
     "attention",
     "block_mass",
     "block_mean",
     "counting_sort",
+    "gate_residual",
+    "gate_residual_norm",
     "kmeans_assign",
     "merge",
     "permute_tokens",
+    "qk_norm_rope",
     "score_lse",
     "select_top_k",
     "select_top_p",
     "short_attention",
+    "softmax_mass",
 ]

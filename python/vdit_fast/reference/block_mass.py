@@ -33,6 +33,25 @@ def block_mass(
     return weight.unflatten(3, (-1, kv_block)).sum(-1).unflatten(2, (-1, q_block)).sum(3)
 
 
+def softmax_mass(
+    q: Tensor,
+    k: Tensor,
+    q_block: int,
+    kv_block: int,
+    *,
+    scale: float | None = None,
+    fold: int = 1,
+    q_len: Tensor | None = None,
+    kv_len: Tensor | None = None,
+) -> Tensor:
+    """See ``ops.softmax_mass``; fp64 stays fp64."""
+    valid = torch.full((q.shape[0],), q.shape[1], device=q.device) if q_len is None else q_len
+    dead = torch.arange(q.shape[1], device=q.device) >= valid[:, None]
+    q = q.masked_fill(dead[..., None, None], 0)
+    lse = score_lse(q, k, scale=scale, fold=fold, kv_len=kv_len).masked_fill(dead[..., None, ::fold], -torch.inf)
+    return block_mass(q, k, lse, q_block, kv_block, scale=scale, fold=fold, kv_len=kv_len)
+
+
 def folded_scores(q: Tensor, k: Tensor, scale: float | None, fold: int, kv_len: Tensor | None) -> Tensor:
     """Scaled scores [B, H, ceil(Lq / fold), ceil(Lk / fold)] of folded rows (``ops.score_lse``), -inf for padding."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

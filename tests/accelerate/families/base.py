@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-__all__ = ["Builder", "Built", "sharpen"]
+__all__ = ["Builder", "Built", "from_diffusers", "sharpen"]
 
 Built = tuple[nn.Module, dict[str, Any]]
 """A model and the arguments of one forward."""
 Builder = Callable[..., Built]
+
+
+def from_diffusers(name: str) -> Any:
+    """A class of diffusers that its oldest supported version may lack: the test is skipped then."""
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if found is None:
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    return found
 
 
 def sharpen(model: nn.Module) -> nn.Module:

@@ -44,7 +44,7 @@ def command(
             results = run_demo(
                 prompt,
                 found,
-                label=label(config),
+                label=label(config, overrides),
                 steps=steps,
                 seed=seed,
                 repeats=repeats,

@@ -82,7 +82,7 @@ def command(
 
             ratio = report.format_ratio(stock.seconds / drawn.seconds)
             out.show(f"stock {report.format_seconds(stock.seconds)}, {ratio} (first runs, nothing warmed up)")
-            out.show(metrics_table(comparison, f"{label(config)} against the stock model"))
+            out.show(metrics_table(comparison, f"{label(config, overrides)} against the stock model"))
         t, _, h, w = drawn.clip.shape
         seconds = report.format_seconds(drawn.seconds)
-        out.show(f"{escape(str(file))}: {t} frames of {w} x {h}, {seconds} with {label(config)}")
+        out.show(f"{escape(str(file))}: {t} frames of {w} x {h}, {seconds} with {label(config, overrides)}")

@@ -1,0 +1,53 @@
+"""The blocks of Allegro through fused operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
+from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
+
+__all__ = ["ALLEGRO_BLOCKS"]
+
+
+def _affine(norm: Any) -> dict[str, Any]:
+    return {"eps": norm.eps, "weight": norm.weight, "bias": norm.bias}
+
+
+def _block() -> BlockForward:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        temb: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor:
+        rounding = fused_rounding(self, hidden_states, (self.norm1, self.norm2), self.scale_shift_table)
+        if rounding is None or self.attn2 is None or hidden_states.ndim != 3:
+            return stock_forward(self)(
+                hidden_states, encoder_hidden_states, temb, attention_mask, encoder_attention_mask, image_rotary_emb
+            )
+        assert temb is not None
+        x = as_rows(hidden_states)
+        rows = temb.reshape(x.shape[0], 6, -1).unbind(1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = zip(self.scale_shift_table.unbind(0), rows, strict=True)
+        h = adaln_modulate(x, scale, shift, **_affine(self.norm1), rounding=rounding)
+        y = self.attn1(h, encoder_hidden_states=None, attention_mask=attention_mask, image_rotary_emb=image_rotary_emb)
+        x = gate_residual(x, y, gate, rounding=rounding)
+        y = self.attn2(
+            x,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=encoder_attention_mask,
+            image_rotary_emb=None,
+        )
+        x, h = gate_residual_norm(x, y, None, mlp_scale, mlp_shift, **_affine(self.norm2), rounding=rounding)
+        return gate_residual(x, self.ff(h), mlp_gate, rounding=rounding)
+
+    return forward
+
+
+ALLEGRO_BLOCKS: dict[str, BlockForward] = {"AllegroTransformerBlock": _block()}

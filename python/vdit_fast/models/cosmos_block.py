@@ -1,0 +1,57 @@
+"""The blocks of Cosmos 1, 2 and 2.5 through fused operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
+from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
+
+__all__ = ["COSMOS_BLOCKS"]
+
+
+def _modulation(norm: Any, embedded: Tensor, temb: Tensor | None) -> tuple[Tensor, ...]:
+    """shift, scale, gate: [B, D], or [B, N, D] with a timestep per token."""
+    rows: Tensor = norm.linear_2(norm.linear_1(norm.activation(embedded)))
+    if temb is not None:
+        rows = rows + temb
+    return rows.chunk(3, dim=-1)
+
+
+def _block() -> BlockForward:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any,
+        embedded_timestep: Tensor,
+        temb: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        extra_pos_emb: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        controlnet_residual: Tensor | None = None,
+        latents: Tensor | None = None,
+        block_idx: int | None = None,
+    ) -> Any:
+        norms = (self.norm1, self.norm2, self.norm3)
+        rounding = fused_rounding(self, hidden_states, [*norms, *(norm.norm for norm in norms)])
+        special = self.before_proj is not None or self.after_proj is not None or controlnet_residual is not None
+        if rounding is None or special:  # blocks of a control network
+            return stock_forward(self)(
+                hidden_states, encoder_hidden_states, embedded_timestep, temb, image_rotary_emb, extra_pos_emb,
+                attention_mask, controlnet_residual, latents, block_idx,
+            )  # fmt: skip
+        x = as_rows(hidden_states if extra_pos_emb is None else hidden_states + extra_pos_emb)
+        first, second, third = (_modulation(norm, embedded_timestep, temb) for norm in norms)
+        h = adaln_modulate(x, first[1], first[0], eps=self.norm1.norm.eps, rounding=rounding)
+        y = self.attn1(h, image_rotary_emb=image_rotary_emb)
+        x, h = gate_residual_norm(x, y, first[2], second[1], second[0], eps=self.norm2.norm.eps, rounding=rounding)
+        y = self.attn2(h, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+        x, h = gate_residual_norm(x, y, second[2], third[1], third[0], eps=self.norm3.norm.eps, rounding=rounding)
+        return gate_residual(x, self.ff(h), third[2], rounding=rounding)
+
+    return forward
+
+
+COSMOS_BLOCKS: dict[str, BlockForward] = {"CosmosTransformerBlock": _block()}

@@ -1,0 +1,41 @@
+"""Where a transformer's tokens lie: video, text, and what else is in the sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Geometry"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Token layout of one forward."""
+
+    grid: tuple[int, int, int]
+    """(frames, height, width) in tokens."""
+    text: int | None = 0
+    """Text tokens in the joint sequence; None: whatever the sequence holds beyond history and video."""
+    text_first: bool = False
+    history: int = 0
+    """Tokens of earlier clips before the video (text last). Planners see them behind it, as further text tokens:
+    read by every query and reading every key."""
+    frame_block: int = 0
+    """Frames per block where a block-causal mask comes with the calls, else 0."""
+
+    @property
+    def n_video(self) -> int:
+        frames, height, width = self.grid
+        return frames * height * width
+
+    def video_first(self, x: Tensor) -> Tensor:
+        """x [B, N, H, D] with the history behind the video; the text stays last."""
+        end = self.history + self.n_video
+        return torch.cat((x[:, self.history : end], x[:, : self.history], x[:, end:]), dim=1)
+
+    def in_model_order(self, x: Tensor) -> Tensor:
+        """Undoes ``video_first``."""
+        end = self.history + self.n_video
+        return torch.cat((x[:, self.n_video : end], x[:, : self.n_video], x[:, end:]), dim=1)

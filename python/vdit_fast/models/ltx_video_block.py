@@ -1,0 +1,54 @@
+"""The blocks of LTX-Video through fused operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vdit_fast.models.fusion import BlockForward, as_rows, distinct_rows, fused_rounding, stock_forward
+from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
+
+__all__ = ["LTX_BLOCKS"]
+
+
+def _rms(norm: Any) -> dict[str, Any]:
+    return {"norm": "rms", "eps": norm.eps, "weight": norm.weight}
+
+
+def _block() -> BlockForward:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        rounding = fused_rounding(self, hidden_states, (self.norm1, self.norm2), self.scale_shift_table)
+        if rounding is None or len(self.scale_shift_table) != 6:
+            return stock_forward(self)(
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, encoder_attention_mask
+            )
+        x = as_rows(hidden_states)
+        rows, index = temb.reshape(temb.shape[0], temb.shape[1], 6, -1), None
+        if rows.shape[1] > 1:
+            rows, index = distinct_rows(self, rows, -2)
+        tables = list(zip(self.scale_shift_table.unbind(0), rows.unbind(2), strict=True))
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = tables
+        h = adaln_modulate(x, scale, shift, index=index, **_rms(self.norm1), rounding=rounding)
+        y = self.attn1(hidden_states=h, encoder_hidden_states=None, image_rotary_emb=image_rotary_emb)
+        x = gate_residual(x, y, gate, index=index, rounding=rounding)
+        y = self.attn2(
+            x,
+            encoder_hidden_states=encoder_hidden_states,
+            image_rotary_emb=None,
+            attention_mask=encoder_attention_mask,
+        )
+        x, h = gate_residual_norm(x, y, None, mlp_scale, mlp_shift, index=index, **_rms(self.norm2), rounding=rounding)
+        return gate_residual(x, self.ff(h), mlp_gate, index=index, rounding=rounding)
+
+    return forward
+
+
+LTX_BLOCKS: dict[str, BlockForward] = {"LTXVideoTransformerBlock": _block()}

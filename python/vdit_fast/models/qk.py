@@ -1,0 +1,181 @@
+"""Queries and keys from projection to attention: norm, RoPE and placement, in one pass or by the model's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vdit_fast.models.fusion import rounding_for
+from vdit_fast.ops.qk_norm_rope import qk_norm_rope
+
+if TYPE_CHECKING:
+    from vdit_fast.models.base import ServedProcessor
+
+__all__ = ["Heads", "Rotary", "joint_heads", "pair_rotary", "rotate_pairs", "turned_heads"]
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""q, k, v [B, N, H, D]."""
+Norms = tuple[Any, Any]
+"""The norm modules of q and k; None where a model has none."""
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How a family rotates: its tables for ``qk_norm_rope``, and its own arithmetic where that cannot run."""
+
+    cos: Tensor
+    sin: Tensor
+    rotate: Callable[[Tensor], Tensor]
+    """x [B, N, H, D] -> the same, rotated with the model's own rounding."""
+    layout: str = "interleaved"
+    axes: Sequence[int] | None = None
+    start: int | None = None
+    """First token that is rotated; those beyond the table are not. None: all are."""
+    round_products: bool = False
+
+    def stock(self, x: Tensor) -> Tensor:
+        """x with the rotated range exchanged."""
+        if self.start is None:
+            return self.rotate(x)
+        end = self.start + self.cos.shape[0 if self.cos.ndim == 2 else 1]
+        parts = (x[:, : self.start], self.rotate(x[:, self.start : end]), x[:, end:])
+        return torch.cat([part for part in parts if part.shape[1]], dim=1)
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "cos": self.cos,
+            "sin": self.sin,
+            "rope": self.layout,
+            "axes": self.axes,
+            "rope_start": self.start,
+            "round_products": self.round_products,
+        }
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs the way diffusers' ``apply_rotary_emb`` rounds it: fp32, then x's dtype.
+
+    Args:
+        x: [B, N, H, D].
+        cos, sin: [N, D], every value repeated for the two channels of its pair.
+    """
+    cos, sin = cos[None, :, None].to(x.device), sin[None, :, None].to(x.device)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+def pair_rotary(tables: tuple[Tensor, Tensor] | None, tokens: Tensor, start: int | None = None) -> Rotary | None:
+    """The rotation of diffusers' ``apply_rotary_emb`` with tables [N, D], on the device of the tokens."""
+    if tables is None:
+        return None
+    cos, sin = (table.to(tokens.device) for table in tables)
+    return Rotary(cos, sin, lambda x: rotate_pairs(x, cos, sin), start=start)
+
+
+def turned_heads(
+    processor: ServedProcessor, heads: Heads, norms: Norms, rotary: Rotary | None, *, across: bool = False
+) -> Heads:
+    """q and k after norm and RoPE, v as it is. ``across``: the norms run over all heads' channels."""
+    query, key, value = heads
+    options = _options(processor, query, norms, across)
+    if options is not None:
+        query, new_key, _ = qk_norm_rope(query, key, **options, **(rotary.arguments() if rotary else {}))
+        assert new_key is not None
+        return query, new_key, value
+    query, key = _normed(query, norms[0], across), _normed(key, norms[1], across)
+    if rotary is not None:
+        query, key = rotary.stock(query), rotary.stock(key)
+    return query, key, value
+
+
+def joint_heads(
+    processor: ServedProcessor,
+    video: Heads,
+    video_norms: Norms,
+    text: Heads,
+    text_norms: Norms,
+    rotary: Rotary | None,
+    *,
+    text_first: bool = False,
+) -> Heads:
+    """q, k, v of [video, text] (or [text, video]), every stream with its own norms, the video rotated."""
+    options = _options(processor, video[0], video_norms, False)
+    text_options = _options(processor, text[0], text_norms, False)
+    if options is not None and text_options is not None:
+        n, m = video[0].shape[1], text[0].shape[1]
+        joint = tuple(x.new_empty(x.shape[0], n + m, *x.shape[2:]) for x in video)
+        places = [x[:, m:] if text_first else x[:, :n] for x in joint]
+        text_places = [x[:, :m] if text_first else x[:, n:] for x in joint]
+        turn = rotary.arguments() if rotary else {}
+        qk_norm_rope(video[0], video[1], video[2], **options, **turn, q_out=places[0], k_out=places[1], v_out=places[2])
+        qk_norm_rope(
+            text[0], text[1], text[2], **text_options, q_out=text_places[0], k_out=text_places[1], v_out=text_places[2]
+        )
+        return joint[0], joint[1], joint[2]
+    video = turned_heads(processor, video, video_norms, rotary)
+    text = turned_heads(processor, text, text_norms, None)
+    query, key, value = (torch.cat((b, a) if text_first else (a, b), dim=1) for a, b in zip(video, text, strict=True))
+    return query, key, value
+
+
+def _normed(x: Tensor, norm: Any, across: bool) -> Tensor:
+    if norm is None:
+        return x
+    result: Tensor = norm(x.flatten(2)).view(x.shape) if across else norm(x)
+    return result
+
+
+def _options(processor: ServedProcessor, query: Tensor, norms: Norms, across: bool) -> dict[str, Any] | None:
+    """Arguments of ``qk_norm_rope`` for these norms, None where the modules must run."""
+    present = [norm for norm in norms if norm is not None]
+    rounding = rounding_for(processor.session, query, present)
+    if rounding is None:
+        return None
+    if not present:
+        return {"norm": "none", "rounding": rounding}
+    if len(present) == 1 or not _alike(*norms):
+        return None
+    first, second = norms
+    kind = _kind(first)
+    if kind is None or not isinstance(first.eps, float):
+        return None
+    norm, round_before_weight = kind
+    if across:
+        if norm != "rms":
+            return None
+        norm = "rms_across"
+    return {
+        "norm": norm,
+        "q_weight": first.weight,
+        "k_weight": second.weight,
+        "q_bias": getattr(first, "bias", None),
+        "k_bias": getattr(second, "bias", None),
+        "eps": first.eps,
+        "rounding": rounding,
+        "round_before_weight": round_before_weight,
+    }
+
+
+def _alike(first: nn.Module, second: nn.Module) -> bool:
+    """Whether both norms are of one kind, which one call can compute."""
+    if type(first) is not type(second) or getattr(first, "eps", None) != getattr(second, "eps", None):
+        return False
+    weights = [getattr(norm, "weight", None) for norm in (first, second)]
+    return (weights[0] is None) == (weights[1] is None)
+
+
+def _kind(norm: nn.Module) -> tuple[str, bool] | None:
+    """(name for ``qk_norm_rope``, whether it rounds before its weight), None for a norm that is not known."""
+    if isinstance(norm, nn.LayerNorm):
+        return ("layer", False) if len(norm.normalized_shape) == 1 else None
+    if isinstance(norm, nn.RMSNorm):
+        return "rms", False
+    name = type(norm).__name__
+    if name == "RMSNorm" and getattr(norm, "bias", None) is None:  # diffusers' own
+        return "rms", True
+    return ("rms", False) if name == "MochiRMSNorm" else None

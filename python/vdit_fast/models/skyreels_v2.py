@@ -1,0 +1,83 @@
+"""SkyReels-V2: T2V, I2V and diffusion forcing. Wan's blocks; text and image enter by cross-attention.
+
+Diffusion forcing gives every frame its own timestep, which attention does not see. The autoregressive variant
+(``num_frame_per_block`` > 1) makes a block-causal mask of N x N, of which the configuration says what is in it: a plan
+reads the allowed keys only and the mask not at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vdit_fast.models.base import ServedProcessor
+from vdit_fast.models.qk import Rotary, turned_heads
+from vdit_fast.models.registry import register
+from vdit_fast.models.served import served_attention
+from vdit_fast.models.session import Geometry
+from vdit_fast.models.wan import WanAdapter, wan_rotary
+
+__all__ = ["SkyReelsV2Adapter", "SkyReelsV2Processor"]
+
+
+def _rotary(table: tuple[Tensor, Tensor] | Tensor) -> Rotary:
+    """cos and sin as in Wan, or one complex table [1, 1, N, D / 2] (diffusers 0.35)."""
+    if not isinstance(table, Tensor):
+        return wan_rotary(*table)
+    turn = table.transpose(1, 2)
+
+    def rotate(x: Tensor) -> Tensor:
+        turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn
+        return torch.view_as_real(turned).flatten(-2).type_as(x)
+
+    return Rotary(turn.real.float(), turn.imag.float(), rotate)
+
+
+class SkyReelsV2Processor(ServedProcessor):
+    """Self-attention: RMSNorm across heads before the head split, then interleaved RoPE."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | Tensor | None = None,
+    ) -> Tensor:
+        known = attention_mask is None or attention_mask.shape == (1, 1, *[hidden_states.shape[1]] * 2)
+        if encoder_hidden_states is not None or self.stands_aside(None if known else attention_mask):
+            stock: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+            return stock
+        if getattr(attn, "fused_projections", False):
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        heads = tuple(tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+        anchor = rotary = None
+        if rotary_emb is not None:
+            anchor = rotary_emb if isinstance(rotary_emb, Tensor) else rotary_emb[0]
+            rotary = _rotary(rotary_emb)
+        query, key, value = turned_heads(self, heads, (attn.norm_q, attn.norm_k), rotary, across=True)
+        out = served_attention(query, key, value, self.handle, anchor=anchor, mask=attention_mask)
+        out = out.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class SkyReelsV2Adapter(WanAdapter):
+    family = "skyreels_v2"
+    processors: ClassVar[dict[str, type[ServedProcessor]]] = {
+        "SkyReelsV2AttnProcessor": SkyReelsV2Processor,
+        "SkyReelsV2AttnProcessor2_0": SkyReelsV2Processor,
+    }
+    left_alone: ClassVar[dict[str, str]] = {}
+
+    def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
+        geometry = super().geometry(module, arguments)
+        frames = getattr(getattr(module, "config", None), "num_frame_per_block", None) or 1
+        return geometry if geometry is None or frames == 1 else replace(geometry, frame_block=frames)
+
+
+register(SkyReelsV2Adapter())

@@ -1,0 +1,235 @@
+"""handle.positions: a user's rotary tables reach every served layer, once per forward, and only when asked for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import Band, gradients, same_gradients
+
+from vdit_fast.accelerate import accelerate
+from vdit_fast.config import Config
+from vdit_fast.positions import AnchoredBoxes, anchored_rows, take_rows
+
+FAMILIES = ["wan_t2v", "wan_ti2v", "hunyuan_video", "cogvideox_5b"]
+BOXES = [(0, 0, 3, 3), (1, 1, 4, 4), (0, 1, 3, 4)]
+
+
+def shuffled(step: Any, geometry: Any, tables: Any) -> Any:
+    """Every token gets another one's position."""
+    generator = torch.Generator().manual_seed(7)
+    return take_rows(tables, torch.randperm(geometry.n_video, generator=generator))
+
+
+def with_stock_tables(kind: str, model: Any, inputs: dict[str, Any], fn: Any) -> Any:
+    """The stock model's output when its own module (or argument) makes the tables that ``fn`` would."""
+    from types import SimpleNamespace
+
+    frames, size = inputs["hidden_states"].shape[1 if kind.startswith("cog") else 2], 4
+    geometry = SimpleNamespace(grid=(frames, size, size), n_video=frames * size * size)
+    if kind.startswith("cog"):
+        return tiny.run(model, {**inputs, "image_rotary_emb": fn(None, geometry, inputs["image_rotary_emb"])})
+    hook = model.rope.register_forward_hook(lambda module, args, out: fn(None, geometry, out))
+    try:
+        return tiny.run(model, inputs)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_all_layers_use_the_tables(kind: str) -> None:
+    model, inputs = tiny.build(kind)
+    stock, want = tiny.run(model, inputs), with_stock_tables(kind, model, inputs, shuffled)
+    assert tiny.relative(stock, want) > 1e-2
+    handle = accelerate(model)
+    assert handle.positions(shuffled) is handle
+    assert tiny.relative(tiny.run(model, inputs), want) < 2e-6
+    assert sum(handle.stats()["positions"].values()) == 1
+    assert "rotary tables exchanged in 1 forwards" in handle.report()
+    handle.positions(None)
+    assert tiny.relative(tiny.run(model, inputs), stock) < 2e-6
+    assert handle.stats()["positions"] is None and "rotary" not in handle.report()
+    handle.positions(shuffled)
+    kept = next(iter(handle.roots[0].processors().values()))
+    handle.remove()
+    assert torch.equal(tiny.run(model, inputs), stock)
+    own = (torch.zeros(48, 16), torch.zeros(48, 16))
+    assert kept.tables(own, torch.zeros(1)) is own  # somebody may still hold the processor
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_models_own_tables_change_nothing(kind: str) -> None:
+    model, inputs = tiny.build(kind)
+    handle = accelerate(model)
+    before = tiny.run(model, inputs)
+    handle.positions(lambda step, geometry, tables: tables)
+    assert torch.equal(tiny.run(model, inputs), before)
+    handle.positions(lambda step, geometry, tables: None)
+    assert torch.equal(tiny.run(model, inputs), before)
+    assert handle.stats()["positions"] == {}
+    handle.positions(AnchoredBoxes([BOXES[1]] * 3, steps=9))  # boxes that stand still
+    assert torch.equal(tiny.run(model, inputs), before)
+
+
+def test_called_once_per_forward_with_the_step() -> None:
+    model, inputs = tiny.wan(layers=3)
+    handle = accelerate(model)
+    seen: list[Any] = []
+
+    def positions(step: Any, geometry: Any, tables: Any) -> Any:
+        seen.append((step.step, step.branch, geometry.grid, tuple(tables[0].shape)))
+        return None
+
+    handle.positions(positions)
+    for t in (900, 900, 500):
+        tiny.run(model, tiny.at(inputs, t))
+    assert seen == [(step, branch, (3, 4, 4), (1, 48, 1, 16)) for step, branch in ((0, 0), (0, 1), (1, 0))]
+
+
+def test_first_steps_of_a_run() -> None:
+    """DiTraj's ids in the first two of four steps, whatever the number of calls; then the model's own."""
+    model, inputs = tiny.wan()
+    handle = accelerate(model)
+    runs = [tiny.at(inputs, t) for t in (900, 900, 700, 500, 300)]
+    stock = [tiny.run(model, at) for at in runs]
+    handle.reset()
+    handle.positions(AnchoredBoxes(BOXES, steps=2))
+    moved = [tiny.run(model, at) for at in runs]
+    rows = anchored_rows((3, 4, 4), BOXES)
+    handle.positions(lambda step, geometry, tables: take_rows(tables, rows)).reset()
+    always = [tiny.run(model, at) for at in runs]
+    for index, (got, own, anchored) in enumerate(zip(moved, stock, always, strict=True)):
+        assert torch.equal(got, anchored if index < 3 else own)
+        assert tiny.relative(own, anchored) > 1e-3
+    assert handle.stats()["positions"] == {0: 2, 1: 1, 2: 1, 3: 1}
+
+
+def test_a_stock_processor_that_runs_instead_gets_them_too() -> None:
+    model, inputs = tiny.hunyuan()
+    want = with_stock_tables("hunyuan_video", model, inputs, shuffled)
+    handle = accelerate(model).positions(shuffled)
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.attn.processor.stands_aside = lambda mask=None: True
+    assert tiny.relative(tiny.run(model, inputs), want) < 2e-6
+    assert all(layer["calls"] == 0 for layer in handle.stats()["layers"])
+
+
+def test_planners_see_the_new_positions() -> None:
+    model, inputs = tiny.wan()
+    handle = accelerate(model, Config(attention=Band(width=2)))
+    own = tiny.run(model, inputs)
+    assert tiny.relative(tiny.run(model, inputs), own) == 0
+    handle.positions(shuffled)
+    assert tiny.relative(tiny.run(model, inputs), own) > 1e-3
+    assert handle.stats()["layers"][0]["sparse_calls"] == 3
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "words"),
+    [
+        (torch.zeros(48, 16), TypeError, "Tensor"),
+        ((torch.zeros(48, 16),), TypeError, "tuple"),
+        ((torch.zeros(47, 16),) * 2, ValueError, r"cos is torch.float32 \[47, 16\].*\[1, 48, 1, 16\]"),
+        ((torch.zeros(48, 16), torch.zeros(16, 48)), ValueError, "sin"),
+        ((torch.zeros(48, 16, dtype=torch.int64),) * 2, ValueError, "int64"),
+    ],
+)
+def test_wrong_tables_are_named(returned: Any, error: Any, words: str) -> None:
+    model, inputs = tiny.wan()
+    accelerate(model).positions(lambda step, geometry, tables: returned)
+    with pytest.raises(error, match=words):
+        tiny.run(model, inputs)
+
+
+def test_what_cannot_be_served_is_an_error() -> None:
+    model, inputs = tiny.build("cogvideox_2b")
+    handle = accelerate(model).positions(shuffled)
+    with pytest.raises(RuntimeError, match="no rotary tables"):
+        tiny.run(model, inputs)
+    with pytest.raises(TypeError, match="positions: pass a function"):
+        handle.positions(3)  # type: ignore[arg-type]
+    model, inputs = tiny.wan()
+    handle = accelerate(model)
+    for block in model.blocks:
+        block.attn1.processor.takes_positions = False
+    with pytest.raises(RuntimeError, match="family 'wan'"):
+        handle.positions(shuffled)
+    part = tiny.wan()[0].blocks
+    accelerate(part).positions(shuffled)
+    with pytest.raises(RuntimeError, match=r"positions: .* outside a forward"):
+        part[0].attn1.processor.tables((torch.zeros(48, 16),) * 2, torch.zeros(1))
+    model, inputs = tiny.wan()
+    accelerate(model).positions(shuffled)
+    for block in model.blocks:
+        block.attn1.processor._parallel_config = object()
+    with pytest.raises(RuntimeError, match="positions: context parallelism"):
+        tiny.run(model, inputs)
+
+
+@pytest.mark.parametrize("kind", ["wan_t2v", "hunyuan_video"])
+def test_gradient_checkpointing(kind: str) -> None:
+    """The second run of a block uses the tables of its own forward, although another forward came between."""
+    model, inputs = tiny.build(kind)
+    model.requires_grad_(True)
+
+    def positions(step: Any, geometry: Any, tables: Any) -> Any:
+        return None if step.step else shuffled(step, geometry, tables)
+
+    runs = [tiny.at(inputs, 900), tiny.at(inputs, 500)]
+    handle = accelerate(model).positions(positions)
+    want = gradients(model, runs)
+    handle.reset()
+    model.enable_gradient_checkpointing()
+    same_gradients(gradients(model, runs), want)
+
+
+def test_copies_keep_them() -> None:
+    model, inputs = tiny.wan()
+    accelerate(model).positions(shuffled)
+    want = tiny.run(model, inputs)
+    assert torch.equal(tiny.run(copy.deepcopy(model), inputs), want)
+
+
+def compiled(model: Any, blocks: bool) -> None:
+    if blocks:
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
+    else:
+        model.compile(fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_compiled(blocks: bool) -> None:
+    """One graph for all layers, exchanged every step; a whole transformer in one graph too."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, inputs = tiny.wan(layers=3 if blocks else 1)
+    handle = accelerate(model).positions(AnchoredBoxes(BOXES, steps=1))
+    runs = [tiny.at(inputs, t) for t in (900, 900, 500)]
+    want = [tiny.run(model, at) for at in runs]
+    handle.reset()
+    compiled(model, blocks)
+    for at, eager in zip(runs, want, strict=True):
+        assert tiny.relative(tiny.run(model, at), eager) < 1e-5
+    assert tiny.relative(want[0], want[2]) > 1e-3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if blocks else 2)
+    handle.reset()
+    handle.positions(AnchoredBoxes(BOXES[::-1], steps=2))  # another function: no new graph
+    tiny.run(model, runs[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if blocks else 2)
+    torch._dynamo.reset()
+
+
+def test_operator_registration() -> None:
+    model, inputs = tiny.wan()
+    accelerate(model).positions(shuffled)
+    tiny.run(model, inputs)
+    cos, sin = torch.randn(1, 48, 1, 16), torch.randn(1, 48, 1, 16)
+    torch.library.opcheck(
+        torch.ops.vdit_fast.served_tables,
+        (cos, sin, torch.randn(1, 48, 32), model.blocks[0].attn1.processor.handle),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
