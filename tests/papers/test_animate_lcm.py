@@ -68,8 +68,7 @@ class FourSteps:
         latents, trail = self.inputs["sample"], []
         noise = torch.Generator().manual_seed(3)
         for t in self.scheduler.timesteps:
-            with torch.no_grad():
-                answer = self.unet(**{**self.inputs, "sample": latents}, timestep=t)[0]
+            answer = tiny.run(self.unet, {**self.inputs, "sample": latents, "timestep": t})
             latents = self.scheduler.step(answer, t, latents, generator=noise, return_dict=False)[0]
             trail.append(latents)
         return trail

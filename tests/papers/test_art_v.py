@@ -6,10 +6,12 @@ keys, in heads of Stable Diffusion's widths, and at the beginning of a video som
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from paper_checks import as_exact_as_torch, distance
-from torch import Tensor
+from paper_checks import Operators, as_exact_as_torch, distance
+from torch import Tensor, nn
 
 import vdit_fast
 
@@ -57,3 +59,42 @@ def test_references_as_a_segment_need_no_copy():
     got = vdit_fast.attention(*own, segments=[tuple(earlier)])
     joined = [torch.cat([x, y.expand(2, -1, -1, -1)], 1) for x, y in zip(own[1:], earlier, strict=True)]
     as_exact_as_torch(got, own[0], *joined)
+
+
+class FrameByFrame(nn.Module):
+    """A stand-in for the denoiser: a frame's rows read its own and its references', and a mask blends two noises."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.to_q, self.to_kv, self.noise = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
+        self.mask = nn.Linear(width, 1)
+
+    def forward(self, frame: Tensor, references: Tensor, copied: Tensor) -> Tensor:
+        q = self.to_q(frame).unflatten(-1, (3, -1)).transpose(1, 2)
+        rows = torch.cat([frame, references.flatten(1, 2)], 1)
+        k, v = self.to_kv(rows).unflatten(-1, (2, 3, -1)).permute(2, 0, 3, 1, 4)
+        x = frame + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mask = self.mask(x).sigmoid()
+        return mask * self.noise(x) + (1 - mask) * copied
+
+
+def test_a_video_frame_by_frame():
+    """Every frame is made of all before it; the number of keys grows, the number of queries does not."""
+    model = FrameByFrame().eval().requires_grad_(False)
+    start, noises = torch.randn(1, 1, PLACES, 48), torch.randn(4, 1, PLACES, 48)
+
+    def video(network: nn.Module, dtype: torch.dtype) -> Tensor:
+        frames = start.to(dtype)
+        for noise in noises.to(dtype):
+            frames = torch.cat([frames, network(noise, frames, frames[:, -1])[:, None]], 1)
+        return frames
+
+    stock, truth = video(model, torch.float32), video(copy.deepcopy(model).double(), torch.float64)
+    with vdit_fast.patch_sdpa(model) as handle, Operators() as operators:
+        got = video(model, torch.float32)
+    assert distance(got, truth) <= 2 * distance(stock, truth) + torch.finfo(torch.float32).eps
+    assert handle.stats()["served"] == {"attention": 4} and not operators.ran["torch"]

@@ -6,11 +6,13 @@ come from outside, and clips of a batch have different numbers of them.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
-from paper_checks import as_exact_as_torch, by_torch, distance
+from paper_checks import Operators, as_exact_as_torch, by_torch, distance
+from torch import Tensor, nn
 
 import vdit_fast
 
@@ -72,3 +74,31 @@ def test_condition_tokens_learn():
     for mine, torchs in zip(got, want, strict=True):
         assert distance(mine, torchs) < 1e-5
     assert not got[1][1, 20:].any() and not got[2][1, 20:].any()
+
+
+class Detokenizer(nn.Module):
+    """A stand-in for the denoiser's conditioning: cross-attention to external tokens with a mask per clip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_kv, self.out = nn.Linear(32, 32), nn.Linear(24, 64), nn.Linear(32, 32)
+
+    def forward(self, latents: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        q = self.to_q(latents).unflatten(-1, (2, -1)).transpose(1, 2)
+        k, v = self.to_kv(tokens).unflatten(-1, (2, 2, -1)).permute(2, 0, 3, 1, 4)
+        read = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return latents + self.out(read.transpose(1, 2).flatten(2))
+
+
+def test_a_denoiser_that_nobody_knows():
+    model, latents = Detokenizer().eval().requires_grad_(False), torch.randn(3, QUERIES, 32)
+    tokens, lengths = torch.randn(3, 77, 24), torch.tensor([77, 30, 1])
+    mask = torch.arange(77) < lengths[:, None]
+    stock = model(latents, tokens, mask)
+    truth = copy.deepcopy(model).double()(latents.double(), tokens.double(), mask)
+    with vdit_fast.patch_sdpa(model) as handle, Operators() as operators:
+        got = model(latents, tokens, mask)
+        assert handle.stats()["served"] == {"attention": 1} and not operators.ran["torch"]
+        assert distance(got, truth) <= 2 * distance(stock, truth) + torch.finfo(torch.float32).eps
+        model(latents, tokens, mask.flip(1))  # padding in front has no number of readable keys, and torch can do it
+        assert handle.stats()["passed"] == {"attn_mask hides keys before readable ones": 1}

@@ -21,7 +21,7 @@ pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
 SCALES = (1.0, 0.0, 0.5)
-FAMILIES = ("wan_t2v", "cogvideox_5b", "hunyuan_video")
+FAMILIES = ("animatediff", "wan_t2v", "cogvideox_5b", "hunyuan_video")
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 

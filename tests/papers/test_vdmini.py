@@ -88,3 +88,23 @@ def test_plans_per_layer_refuse_another_depth(family):
     handle.reconfigure(Config(attention=SparseVDiT(modes=pupil, block=8)))
     tiny.run(model, inputs)
     assert [layer["sparse_calls"] for layer in handle.stats()["layers"]] == [1] * 4
+
+
+@pytest.mark.parametrize("family", ["svd", "animatediff"])
+def test_pruned_unets(family):
+    """As in the paper: without the second pair of residual and attention block of each level, and other layers gone."""
+    teacher, inputs = tiny.build(family, layers=2)
+    model, _ = tiny.build(family, layers=1)
+    first = next((m for m in model.modules() if hasattr(m, "temporal_transformer_blocks")), None)
+    if first is not None:
+        first.transformer_blocks = first.temporal_transformer_blocks = nn.ModuleList()
+    stock = tiny.run(model, inputs)
+    truth = tiny.run(copy.deepcopy(model).double(), tiny.cast(inputs, torch.float64))
+    with accelerate(teacher) as whole:
+        layers = len(whole.stats()["layers"])
+    handle = accelerate(model)
+    tiny.exact_enough(tiny.run(model, inputs), stock, truth)
+    left = handle.stats()["layers"]
+    assert 0 < len(left) < layers and all(layer["calls"] == 1 and not layer["fallbacks"] for layer in left)
+    handle.remove()
+    assert torch.equal(tiny.run(model, inputs), stock)

@@ -61,11 +61,23 @@ def test_served_architectures_are_those_that_the_other_tests_serve():
     assert not proven - set(ARCHITECTURES), "docs/coverage.md has no row for these served classes"
 
 
+def forward(model: Any) -> torch.Tensor:
+    """One forward on random inputs of 4 frames where there are frames."""
+    size = (2, 4, 4, 8, 8) if "3D" in type(model).__name__ else (2, 4, 8, 8)
+    torch.manual_seed(3)
+    latents, text = torch.randn(size), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        if isinstance(model, diffusers.DiTTransformer2DModel):
+            return model(latents, timestep=torch.tensor([3, 3]), class_labels=torch.tensor([1, 2]))[0]
+        return model(latents, torch.tensor(3), text)[0]
+
+
 @pytest.mark.parametrize("build", [tiny_2d_unet, tiny_3d_unet, tiny_image_dit])
-def test_architectures_that_fall_back_are_left_as_they_are(build):
-    model = build()
-    assert ARCHITECTURES[type(model).__name__] == "falls back"
-    weights = copy.deepcopy(model.state_dict())
+def test_architectures_without_an_adapter(build):
+    """accelerate() leaves them as they are and says so; patch_sdpa serves all of their attention, as the page says."""
+    model = build().eval()
+    assert ARCHITECTURES[type(model).__name__] == "`patch_sdpa`"
+    stock, weights = forward(model), copy.deepcopy(model.state_dict())
     before = {name: module.processor for name, module in model.named_modules() if hasattr(module, "processor")}
     with pytest.raises(vdit_fast.NothingServed) as caught:
         vdit_fast.accelerate(model)
@@ -73,6 +85,10 @@ def test_architectures_that_fall_back_are_left_as_they_are(build):
     assert {item.name for item in caught.value.skipped} == set(before) and all(x.reason for x in caught.value.skipped)
     assert all(model.get_submodule(name).processor is processor for name, processor in before.items())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(forward(model), stock)
+    with vdit_fast.patch_sdpa(model) as handle:
+        assert tiny.relative(forward(model), stock) < 1e-5
+        assert sum(handle.stats()["served"].values()) == len(before) and not handle.stats()["passed"]
 
 
 def test_every_paper_has_a_row():
