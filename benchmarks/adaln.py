@@ -60,9 +60,12 @@ def ours(x: Tensor, y: Tensor, table: Tensor | None, temb: Tensor, op: str, roun
     return ops.gate_residual_norm(x, y, gate, scale, shift, rounding=rounding)
 
 
-def contenders(chain: Callable[..., Any], op: str, width: int, rows: int, dtype: torch.dtype) -> tuple[int, dict]:
-    x, y = (torch.randn(1, rows, width).to(dtype) for _ in range(2))
-    table, temb = torch.randn(1, 3, width), torch.randn(1, 3, width).to(dtype)
+def contenders(
+    chain: Callable[..., Any], op: str, width: int, rows: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[int, dict]:
+    """Bytes that must be moved, and the calls by name."""
+    x, y = (torch.randn(1, rows, width, device=device).to(dtype) for _ in range(2))
+    table, temb = torch.randn(1, 3, width, device=device), torch.randn(1, 3, width, device=device).to(dtype)
     compiled = torch.compile(chain, fullgraph=True, dynamic=False)
     base = table if chain is wan else None
     calls: dict[str, Call] = {

@@ -126,19 +126,19 @@ FAMILIES = [
 ]
 
 
-def build(family: Family) -> tuple[int, dict[str, Callable[[], Any]]]:
+def build(family: Family, device: str = "cpu") -> tuple[int, dict[str, Callable[[], Any]]]:
     """Bytes of the floor, and the calls by name."""
     tokens, heads, dim = family.tokens + family.text, family.heads, family.dim
-    qkv = torch.randn(1, tokens, 3 * heads * dim).bfloat16()
+    qkv = torch.randn(1, tokens, 3 * heads * dim, device=device).bfloat16()
     q, k, v = (t.unflatten(2, (heads, dim)) for t in qkv.chunk(3, -1))
-    weight = torch.randn(heads * dim if family.options["norm"] == "rms_across" else dim).bfloat16()
+    weight = torch.randn(heads * dim if family.options["norm"] == "rms_across" else dim, device=device).bfloat16()
     width = dim // 2 if family.half_table else dim
-    angles = torch.rand(1, family.tokens, heads if family.head_tables else 1, dim // 2) * 6
+    angles = torch.rand(1, family.tokens, heads if family.head_tables else 1, dim // 2, device=device) * 6
     if width == dim:
         half = family.options.get("rope") == "half"
         angles = torch.cat([angles, angles], -1) if half else angles.repeat_interleave(2, -1)
     cos, sin = angles.cos(), angles.sin()
-    joint = torch.empty(3, 1, tokens, heads, dim).bfloat16()
+    joint = torch.empty(3, 1, tokens, heads, dim, device=device).bfloat16()
     options = dict(family.options)
     if family.options["norm"] == "layer":
         options |= {"q_bias": weight, "k_bias": weight}

@@ -47,9 +47,11 @@ def frames_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(0, 1).contiguous()
 
 
-def contenders(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+def contenders(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Callable[[], Any]]:
     torch.manual_seed(0)
-    inputs = torch.randn(3, *shape).to(dtype).unbind(0)
+    inputs = torch.randn(3, *shape, device=device).to(dtype).unbind(0)
     views = [x.unsqueeze(0) for x in inputs]
     copies = [x.transpose(0, 1).contiguous() for x in inputs]
     compiled = torch.compile(frames_first, dynamic=False, fullgraph=True)

@@ -12,10 +12,11 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import checks, machine, methods
+from . import checks, fused, machine, methods
 from .problems import problems
 from .store import Store
 from .supervise import Journal, tail, watch
@@ -23,7 +24,7 @@ from .timing import FULL, QUICK
 from .worker import SECTION as TIMINGS
 from .worker import item_name, journal_path, spec_of
 
-SECTIONS = ("environment", "ceilings", "primitives", "tests", "sanitizer", TIMINGS, methods.SECTION)
+SECTIONS = ("environment", "ceilings", "primitives", "tests", "sanitizer", TIMINGS, fused.SECTION, methods.SECTION)
 SHARE = {"primitives": 0.2, "tests": 0.3, "sanitizer": 0.3}  # of the budget, at most, so that timings get their part
 KEEP_FOR_LAST = 0.75  # the part of what is left that the timings may use when another section follows
 
@@ -176,6 +177,11 @@ def run_timings(run: Run) -> None:
     supervise(run, TIMINGS, "worker", journal_path(run.folder), specs)
 
 
+def run_fused(run: Run) -> None:
+    specs = {fused.item_name(c): asdict(c) | {"shape": list(c.shape)} for c in fused.cases(run.args.quick)}
+    supervise(run, fused.SECTION, "fused", fused.journal_path(run.folder), specs)
+
+
 def run_methods(run: Run) -> None:
     specs = {methods.item_name(c): c.spec() for c in methods.cases(run.args.quick)}
     supervise(run, methods.SECTION, "methods", methods.journal_path(run.folder), specs)
@@ -218,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tests": run_tests,
         "sanitizer": run_sanitizer,
         TIMINGS: run_timings,
+        fused.SECTION: run_fused,
         methods.SECTION: run_methods,
     }
     for name, step in steps.items():

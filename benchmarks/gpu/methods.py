@@ -8,10 +8,7 @@ and say nothing about quality here: what is measured is the time of planning and
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 import vdit_fast
 
 from . import machine, timing
+from .items import arguments, guarded
 from .store import Store
 from .supervise import Journal
 from .timing import FULL, QUICK, Effort
@@ -173,7 +171,7 @@ def caller(net: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
 
 
 def run(case: Case, *, device: str, dtype: torch.dtype, effort: Effort) -> dict[str, Any]:
-    """Stock eager, stock compiled, own dense and the method in turn, each with its own copy of the block."""
+    """Stock and own dense, eager and compiled, and the method in turn, each with its own copy of the block."""
     calls: dict[str, Callable[[], Tensor]] = {}
     skipped: dict[str, str] = {}
     stock, inputs = build(case.model, device, dtype)
@@ -195,6 +193,16 @@ def run(case: Case, *, device: str, dtype: torch.dtype, effort: Effort) -> dict[
         own, _ = build(case.model, device, dtype)
         handles[name] = vdit_fast.accelerate(own, config)
         calls[name] = caller(own, inputs)
+    if device == "cuda":
+        both, _ = build(case.model, device, dtype)
+        vdit_fast.accelerate(both)
+        try:
+            both.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
+            calls["dense, compiled"] = caller(both, inputs)
+            calls["dense, compiled"]()
+        except Exception as error:
+            calls.pop("dense, compiled", None)
+            skipped["dense, compiled"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
     want, got = calls["stock"](), calls["dense"]()
     error = float((got.double() - want.double()).norm() / want.double().norm())
     times = timing.interleaved(calls, effort, device)
@@ -219,50 +227,28 @@ def run(case: Case, *, device: str, dtype: torch.dtype, effort: Effort) -> dict[
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--out", type=Path, required=True)
-    ap.add_argument("--device", choices=("cuda", "cpu"), required=True)
-    ap.add_argument("--quick", action="store_true")
-    ap.add_argument("--until", type=float, required=True, help="epoch seconds: nothing starts after")
-    ap.add_argument("names", nargs="+")
-    args = ap.parse_args(argv)
+    args = arguments(__doc__, argv)
     store, journal = Store(args.out, machine.identity(args.device)), Journal(journal_path(args.out))
     table = {case.name: case for case in cases(args.quick)}
     for name in args.names:
-        one(table[name], store, journal, args.device, args.quick, args.until)
+        case = table[name]
+        guarded(
+            item_name(case),
+            case.spec(),
+            store,
+            journal,
+            args,
+            45,
+            lambda case=case: checked(case, args.device, args.quick),
+        )
 
 
-def one(case: Case, store: Store, journal: Journal, device: str, quick: bool, until: float) -> None:
-    """Measure and store one case, whatever happens to it."""
-    item, left = item_name(case), until - time.time()
-    least = 0 if quick else 45
-    if left < least:
-        why = f"budget: needs about {least} s, {max(0, left):.0f} s are left"
-        store.write(item, SECTION, "skipped", reason=why, spec=case.spec())
-        journal.end(item, status="skipped")
-        return
-    journal.begin(item, limit=240)
-    start, before = time.monotonic(), machine.clocks() if device == "cuda" else None
-    status, result = "ok", None
-    reason: str | None = None
-    try:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        effort = QUICK if quick else FULL_EFFORT
-        result = run(case, device=device, dtype=dtype, effort=effort)
-        if not result["dense_error"] < (2e-2 if dtype == torch.bfloat16 else 1e-4):
-            status, reason = "failed", f"dense result differs from stock by {result['dense_error']:.3g}"
-    except ImportError as error:
-        status, reason = "skipped", f"diffusers is not installed: {error}"
-    except Exception as error:
-        status, reason = "failed", f"{type(error).__name__}: {str(error)[:1000]}"
-        traceback.print_exc()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    clocks = {"before": before, "after": machine.clocks() if device == "cuda" else None}
-    seconds = time.monotonic() - start
-    store.write(item, SECTION, status, reason=reason, spec=case.spec(), result=result, clocks=clocks, seconds=seconds)
-    journal.end(item, status=status)
-    print(f"{item}: {status}{', ' + reason if reason else ''}, {seconds:.1f} s", flush=True)
+def checked(case: Case, device: str, quick: bool) -> tuple[dict[str, Any], str | None]:
+    """The result, and what is wrong with it."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    result = run(case, device=device, dtype=dtype, effort=QUICK if quick else FULL_EFFORT)
+    right = result["dense_error"] < (2e-2 if dtype == torch.bfloat16 else 1e-4)
+    return result, None if right else f"dense result differs from stock by {result['dense_error']:.3g}"
 
 
 FULL_EFFORT = Effort(warmups=2, launches=FULL.launches // 2, samples=FULL.samples, sample_ms=0.0)

@@ -119,6 +119,35 @@ def methods_table(documents: Sequence[Document]) -> str:
     return table(rows, headings, style="markdown")
 
 
+def fused_table(documents: Sequence[Document]) -> str:
+    """The memory-bound operators beside the models' own chains."""
+    peers = ("vdit_fast, eager rounding", "torch", "torch.compile")
+    headings = ["operator", "model", "shape", "MB", "ms (min-max)", "TB/s", *(f"{name}: ms, ratio" for name in peers)]
+    rows = []
+    for d in documents:
+        spec, r = d["spec"], d["result"]
+        own = r["contenders"]["vdit_fast"]
+        cells = []
+        for name in peers:
+            other = r["contenders"].get(name)
+            ratio = other["ratio"] if other else None
+            cells.append(
+                f"{other['ms']:.3f}, {format_ratio(ratio['median'], ratio['min'], ratio['max'])}" if ratio else None
+            )
+        rows.append(
+            [
+                spec["operator"],
+                spec["model"],
+                " x ".join(f"{size:,}" for size in spec["shape"]),
+                f"{r['bytes'] / 1e6:,.0f}",
+                f"{own['ms']:.3f} ({own['ms_min']:.3f}-{own['ms_max']:.3f})",
+                f"{own['tb_per_s']:.2f}",
+                *cells,
+            ]
+        )
+    return table(rows, headings, style="markdown")
+
+
 def peer_notes(documents: Sequence[Document]) -> list[str]:
     """Why peers are missing, once per reason."""
     reasons: Counter[tuple[str, str]] = Counter()
@@ -222,6 +251,9 @@ def markdown(documents: Sequence[Document], pictures: Sequence[Path] = ()) -> st
                 if d["result"]["peak_bytes"] is not None
             ]
             parts += [f"Memory of a call: {', '.join(memory)}."] if memory else []
+    operators = [d for d in documents if d["section"] == "fused" and d["result"] is not None]
+    if operators:
+        parts += ["## Fused operators", "bf16; TB/s of the bytes that must be moved once.", fused_table(operators)]
     blocks = [d for d in documents if d["section"] == "methods" and d["result"] is not None]
     if blocks:
         parts += ["## Transformer blocks", "Random weights of the true shapes: times only, nothing about quality."]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.gpu import __main__ as suite
-from benchmarks.gpu import machine, methods, store, worker
+from benchmarks.gpu import fused, machine, methods, store, worker
 from benchmarks.gpu.problems import full, problems
 from benchmarks.gpu.supervise import Ended
 
@@ -29,7 +29,14 @@ def test_every_item_is_stored_with_its_facts(finished: Path) -> None:
     timed = {f"timings/{p.name}" for p in problems(True)}
     blocks = {f"methods/{c.name}" for c in methods.cases(True)}
     others = {"environment", "ceilings", "primitives", "tests", *(f"sanitizer/{t}" for t in suite.checks.TOOLS)}
-    assert set(found) == timed | others | blocks
+    operators = {f"fused/{c.name}" for c in fused.cases(True)}
+    assert set(found) == timed | others | blocks | operators
+    for item in operators:
+        result = found[item]["result"]
+        assert found[item]["status"] == "ok" and result["difference"] < 2e-2 and result["bytes"] > 0
+        assert {"vdit_fast", "torch"} <= set(result["contenders"]) and result["contenders"]["torch"]["ratio"][
+            "median"
+        ] > 0
     for item in blocks:
         result = found[item]["result"]
         assert found[item]["status"] == "ok" and result["dense_error"] < 1e-5
