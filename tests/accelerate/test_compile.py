@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -12,6 +13,9 @@ from tiny import Band
 
 from vdit_fast.accelerate import accelerate
 from vdit_fast.config import Config
+
+WAN = 2 if diffusers.__version__.startswith("0.35.") else 1
+"""Graphs of Wan's blocks: diffusers 0.35 hands the first one a transposed view, and ours returns contiguous rows."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +39,7 @@ def compile_blocks(model: Any, *names: str, **kw: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "sizes", "blocks", "expected"),
     [
-        ("wan_t2v", {"layers": 10}, ["blocks"], 1),
+        ("wan_t2v", {"layers": 10}, ["blocks"], WAN),
         # The stock blocks need as many: the first block of a class gets a slice with strides of its own.
         ("hunyuan_video", {"layers": 1, "single": 10}, ["transformer_blocks", "single_transformer_blocks"], 3),
         ("cogvideox_5b", {"layers": 10}, ["transformer_blocks"], 1),
@@ -86,7 +90,7 @@ def test_compile_repeated_blocks() -> None:
     handle = accelerate(model)
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     assert tiny.relative(tiny.run(model, inputs), stock) < 1e-5
-    assert graphs() == 1
+    assert graphs() == WAN
     assert [layer["calls"] for layer in handle.stats()["layers"]] == [1] * 10
 
 
@@ -142,4 +146,4 @@ def test_inductor() -> None:
     accelerate(model)
     model.compile_repeated_blocks(fullgraph=True)
     assert tiny.relative(tiny.run(model, inputs), stock) < 1e-4
-    assert graphs() == 1
+    assert graphs() == WAN
