@@ -238,9 +238,7 @@ class Handle:
             if self._config.cache is not None and not root.hooked:
                 notes[f"no cache: {NO_STEPS}"] += len(root.session.layers)
             if self._config.text_kv and root.session.active and root.session.text is None:
-                notes["text_kv: no cross-attention whose keys are known to depend on the text only"] += len(
-                    root.session.layers
-                )
+                notes[NO_TEXT_KV] += len(root.session.layers)
             replaced = len(root.session.layers) - len(processors)
             if root.session.active and root.module() is not None and replaced:
                 notes["the processor was replaced by another one after accelerate()"] += replaced
@@ -297,12 +295,13 @@ class Handle:
 
         Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
         ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``full``: reason -> forwards, ``forecast``:
-        step -> forwards, ``nbytes`` held), ``fused`` (``blocks``: class -> number with a fused forward, ``unfused``:
-        reason -> times), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``: reason -> calls,
-        ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were exchanged), ``layers`` and
-        ``skipped`` (reason -> module paths). Each served layer is a dict of ``expert``, ``layer``, ``name``,
-        ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None where the layer did not run),
-        ``mean_density``, ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason -> calls).
+        step -> forwards, ``nbytes`` held), ``fused`` (``blocks``: class -> number with a fused forward, ``left``:
+        reason -> blocks without one, ``unfused``: reason -> times it did not run), ``text_kv`` (None, or calls
+        ``computed``, ``reused`` and ``refused``: reason -> calls, ``nbytes`` held), ``positions`` (None, or step ->
+        forwards whose rotary tables were exchanged), ``layers`` and ``skipped`` (reason -> module paths). Each served
+        layer is a dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean
+        per step, None where the layer did not run), ``mean_density``, ``head_density`` (per head, one number where they
+        never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason -> calls).
         """
         return collect_stats(self)
 

@@ -1,4 +1,7 @@
-"""The blocks of HunyuanVideo and HunyuanVideo-1.5 through fused operators."""
+"""The blocks of HunyuanVideo, of its token-replacing variant and of HunyuanVideo-1.5 through fused operators.
+
+Token replacement (I2V) keeps the first frame at timestep 0: the modulation is then a table of two rows.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,75 @@ from torch import Tensor
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.models.joint import join
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
+from vdit_fast.reference.adaln import Rounding
 
 __all__ = ["HUNYUAN_BLOCKS"]
 
 
-def _modulation(norm: Any, temb: Tensor) -> tuple[Tensor, ...]:
-    """The rows [B, D] an adaptive norm makes of the timestep: shift, scale, gate, and a dual block's second three."""
+_DUAL = ("AdaLayerNormZero", "HunyuanVideoTokenReplaceAdaLayerNormZero", "LayerNorm")
+_SINGLE = ("AdaLayerNormZeroSingle", "HunyuanVideoTokenReplaceAdaLayerNormZeroSingle", "LayerNorm")
+
+
+def _modulation(norm: Any, temb: Tensor, replaced: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The rows an adaptive norm makes of the timestep: shift, scale, gate, and a dual block's second three. [B, D], or
+    [B, 2, D] with ``replaced``, the embedding of the first frame, whose row comes first."""
     rows: Tensor = norm.linear(norm.silu(temb))
-    return rows.chunk(rows.shape[1] // norm.norm.normalized_shape[0], dim=1)
+    if replaced is not None:
+        rows = torch.stack((norm.linear(norm.silu(replaced)), rows), dim=1)
+    return rows.chunk(rows.shape[-1] // norm.norm.normalized_shape[0], dim=-1)
+
+
+def _index(x: Tensor, first: int | None) -> Tensor | None:
+    """Row of every token of x [B, N, D] in such a table: 0 for the ``first`` tokens, 1 for all others."""
+    return None if first is None else (torch.arange(x.shape[1], device=x.device) >= first).to(torch.int32)
+
+
+def _run_dual(
+    block: Any, x: Tensor, text: Tensor, temb: Tensor, mask: Tensor | None, rotary: Any, rounding: Rounding,
+    replaced: Tensor | None = None, first: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, text_rows = _modulation(block.norm1, temb, replaced), _modulation(block.norm1_context, temb)
+    x, text, index = as_rows(x), as_rows(text), _index(x, first)
+    h = adaln_modulate(x, rows[1], rows[0], index=index, eps=block.norm1.norm.eps, rounding=rounding)
+    text_h = adaln_modulate(text, text_rows[1], text_rows[0], eps=block.norm1_context.norm.eps, rounding=rounding)
+    y, text_y = block.attn(hidden_states=h, encoder_hidden_states=text_h, attention_mask=mask, image_rotary_emb=rotary)
+    return (
+        _second_half(x, y, rows, index, block.norm2, block.ff, rounding),
+        _second_half(text, text_y, text_rows, None, block.norm2_context, block.ff_context, rounding),
+    )
+
+
+def _second_half(
+    x: Tensor, y: Tensor, rows: tuple[Tensor, ...], index: Tensor | None, norm: Any, mlp: Any, rounding: Rounding
+) -> Tensor:
+    _, _, gate, shift, scale, mlp_gate = rows
+    x, h = gate_residual_norm(x, y, gate, scale, shift, index=index, eps=norm.eps, rounding=rounding)
+    return gate_residual(x, mlp(h), mlp_gate, index=index, rounding=rounding)
+
+
+def _run_single(
+    block: Any, x: Tensor, text: Tensor, temb: Tensor, mask: Tensor | None, rotary: Any, rounding: Rounding,
+    replaced: Tensor | None = None, first: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    video = x.shape[1]
+    shift, scale, gate = _modulation(block.norm, temb, replaced)
+    x = as_rows(join(x, text))
+    index = _index(x, first)
+    h = adaln_modulate(x, scale, shift, index=index, eps=block.norm.norm.eps, rounding=rounding)
+    mlp = block.act_mlp(block.proj_mlp(h))
+    y, text_y = block.attn(
+        hidden_states=h[:, :video],
+        encoder_hidden_states=h[:, video:],
+        attention_mask=mask,
+        image_rotary_emb=rotary,
+    )
+    y = block.proj_out(torch.cat((join(y, text_y), mlp), dim=2))
+    x = gate_residual(x, y, gate, index=index, rounding=rounding)
+    return x[:, :video], x[:, video:]
+
+
+def _dual_norms(block: Any) -> tuple[Any, ...]:
+    return block.norm1, block.norm1_context, block.norm2, block.norm2_context
 
 
 def _dual() -> BlockForward:
@@ -31,31 +95,31 @@ def _dual() -> BlockForward:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        first, second = (self.norm1, self.norm1_context), (self.norm2, self.norm2_context)
-        norms = (*first, *(norm.norm for norm in first), *second)
-        rounding = fused_rounding(self, hidden_states, norms)
-        if rounding is None:
-            streams = (hidden_states, encoder_hidden_states)
-            return stock_forward(self)(*streams, temb, attention_mask, freqs_cis, *args, **kwargs)
-        rows, text_rows = _modulation(self.norm1, temb), _modulation(self.norm1_context, temb)
-        x, text = as_rows(hidden_states), as_rows(encoder_hidden_states)
-        h = adaln_modulate(x, rows[1], rows[0], eps=self.norm1.norm.eps, rounding=rounding)
-        text_h = adaln_modulate(text, text_rows[1], text_rows[0], eps=self.norm1_context.norm.eps, rounding=rounding)
-        y, text_y = self.attn(
-            hidden_states=h, encoder_hidden_states=text_h, attention_mask=attention_mask, image_rotary_emb=freqs_cis
-        )
-        return (
-            _second_half(x, y, rows, self.norm2, self.ff, rounding),
-            _second_half(text, text_y, text_rows, self.norm2_context, self.ff_context, rounding),
-        )
+        call = hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis
+        rounding = fused_rounding(self, hidden_states, _dual_norms(self), _DUAL)
+        return stock_forward(self)(*call, *args, **kwargs) if rounding is None else _run_dual(self, *call, rounding)
 
     return forward
 
 
-def _second_half(x: Tensor, y: Tensor, rows: tuple[Tensor, ...], norm: Any, mlp: Any, rounding: Any) -> Tensor:
-    _, _, gate, shift, scale, mlp_gate = rows
-    x, h = gate_residual_norm(x, y, gate, scale, shift, eps=norm.eps, rounding=rounding)
-    return gate_residual(x, mlp(h), mlp_gate, rounding=rounding)
+def _replacing_dual() -> BlockForward:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Any = None,
+        token_replace_emb: Tensor | None = None,
+        num_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        call = hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis
+        rounding = fused_rounding(self, hidden_states, _dual_norms(self), _DUAL)
+        if rounding is None:
+            return stock_forward(self)(*call, token_replace_emb, num_tokens)
+        return _run_dual(self, *call, rounding, token_replace_emb, num_tokens)
+
+    return forward
 
 
 def _single() -> BlockForward:
@@ -69,24 +133,29 @@ def _single() -> BlockForward:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        rounding = fused_rounding(self, hidden_states, (self.norm, self.norm.norm))
+        call = hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb
+        rounding = fused_rounding(self, hidden_states, (self.norm,), _SINGLE)
+        return stock_forward(self)(*call, *args, **kwargs) if rounding is None else _run_single(self, *call, rounding)
+
+    return forward
+
+
+def _replacing_single() -> BlockForward:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        token_replace_emb: Tensor | None = None,
+        num_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        call = hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb
+        rounding = fused_rounding(self, hidden_states, (self.norm,), _SINGLE)
         if rounding is None:
-            streams = (hidden_states, encoder_hidden_states)
-            return stock_forward(self)(*streams, temb, attention_mask, image_rotary_emb, *args, **kwargs)
-        video = hidden_states.shape[1]
-        shift, scale, gate = _modulation(self.norm, temb)
-        x = as_rows(join(hidden_states, encoder_hidden_states))
-        h = adaln_modulate(x, scale, shift, eps=self.norm.norm.eps, rounding=rounding)
-        mlp = self.act_mlp(self.proj_mlp(h))
-        y, text_y = self.attn(
-            hidden_states=h[:, :video],
-            encoder_hidden_states=h[:, video:],
-            attention_mask=attention_mask,
-            image_rotary_emb=image_rotary_emb,
-        )
-        y = self.proj_out(torch.cat((join(y, text_y), mlp), dim=2))
-        x = gate_residual(x, y, gate, rounding=rounding)
-        return x[:, :video], x[:, video:]
+            return stock_forward(self)(*call, token_replace_emb, num_tokens)
+        return _run_single(self, *call, rounding, token_replace_emb, num_tokens)
 
     return forward
 
@@ -94,5 +163,7 @@ def _single() -> BlockForward:
 HUNYUAN_BLOCKS: dict[str, BlockForward] = {
     "HunyuanVideoTransformerBlock": _dual(),
     "HunyuanVideoSingleTransformerBlock": _single(),
+    "HunyuanVideoTokenReplaceTransformerBlock": _replacing_dual(),
+    "HunyuanVideoTokenReplaceSingleTransformerBlock": _replacing_single(),
     "HunyuanVideo15TransformerBlock": _dual(),
 }

@@ -158,6 +158,7 @@ class Session:
         self.active = True
         self.layers: list[LayerLedger] = []
         self.fused: dict[str, str] = {}
+        self.left: Counter[str] = Counter()
         self.unfused: Counter[str] = Counter()
         self.state: dict[Any, Any] = {}
         self.static: dict[Any, Any] = {}
@@ -190,7 +191,7 @@ class Session:
         new.positions = self.positions
         for layer in self.layers:
             new.add_layer(layer.name, layer.always_dense)
-        new.fused = dict(self.fused)
+        new.fused, new.left = dict(self.fused), self.left.copy()
         if self.text is not None:
             new.text = type(self.text)(self.text.inputs, self.text.embedders)
         memo[id(self)] = new
