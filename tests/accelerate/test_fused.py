@@ -315,6 +315,43 @@ def test_blocks_of_a_control_network_run_the_stock_way() -> None:
     assert handle.stats()["fused"]["unfused"] == {"a control network is in use": 1}
 
 
+def test_what_attention_is_told_besides_reaches_it() -> None:
+    """CogVideoX hands ``attention_kwargs`` to its attention: here a mask that hides tokens."""
+    model, inputs = tiny.cogvideox()
+    mask = torch.zeros(2, 1, 7 + 48)
+    mask[:, :, 3:40] = -torch.inf
+    told = inputs | {"attention_kwargs": {"attention_mask": mask}}
+    plain, stock = tiny.run(model, inputs), tiny.run(model, told)
+    assert tiny.relative(stock, plain) > 1e-4, "the mask must matter"
+    accelerate(model)
+    assert tiny.relative(tiny.run(model, told), stock) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (torch.empty(8, device="meta"), "weights of the block lie elsewhere"),
+        (nn.LayerNorm(8, device="meta"), "a norm is hooked, or its weights lie elsewhere"),
+        (nn.LayerNorm(8).to(torch.float64), "a norm is hooked, or its weights lie elsewhere"),
+        (nn.LayerNorm((2, 4)), "a norm is hooked, or its weights lie elsewhere"),
+        (nn.LayerNorm(8), None),
+        (torch.empty(8), None),
+    ],
+    ids=["meta", "norm on meta", "norm in fp64", "norm over two dimensions", "norm", "weight"],
+)
+def test_weights_that_cannot_be_read(weight: Any, reason: str | None) -> None:
+    """Offloaded, cast or unusual weights: only the modules themselves know what to do with them."""
+    from vdit_fast.models.fusion import rounding_for
+    from vdit_fast.models.session import Session
+    from vdit_fast.models.tracker import StepTracker
+
+    session, x = Session(Config(), StepTracker(None), "transformer"), torch.randn(1, 3, 8)
+    norms, weights = ((weight,), ()) if isinstance(weight, nn.Module) else ((), (weight,))
+    with torch.no_grad():
+        assert rounding_for(session, x, norms, *weights) == ("fast" if reason is None else None)
+    assert session.unfused == ({} if reason is None else {reason: 1})
+
+
 def test_copies_and_pickles() -> None:
     model, inputs = tiny.wan()
     stock = tiny.run(model, inputs)
