@@ -13,12 +13,13 @@ from typing import Any
 from torch import nn
 
 from vdit_fast.config import Config
-from vdit_fast.handle import ATTRIBUTE, Handle, Root, Skipped, set_processor
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names
+from vdit_fast.handle import Handle, Skipped
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
 from vdit_fast.models.kernels import missing_device_kernel
 from vdit_fast.models.registry import adapter_for, adapters
 from vdit_fast.models.session import Session
 from vdit_fast.models.tracker import StepTracker
+from vdit_fast.root import ATTRIBUTE, Root
 
 __all__ = ["NothingServed", "accelerate"]
 

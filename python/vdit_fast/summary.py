@@ -73,11 +73,13 @@ def _cache(handle: Handle) -> dict[str, Any] | None:
 
 def _fused(handle: Handle) -> dict[str, dict[str, int]]:
     blocks: Counter[str] = Counter()
+    left: Counter[str] = Counter()
     unfused: Counter[str] = Counter()
     for root in handle.roots:
         blocks.update(root.session.fused.values())
+        left.update(root.session.left)
         unfused.update(root.session.unfused)
-    return {"blocks": dict(blocks), "unfused": dict(unfused)}
+    return {"blocks": dict(blocks), "left": dict(left), "unfused": dict(unfused)}
 
 
 def _text_kv(handle: Handle) -> dict[str, Any] | None:
@@ -162,6 +164,8 @@ def report_text(handle: Handle) -> str:
     if handle.config.fuse != "off" and stats["fused"]["blocks"]:
         blocks = ", ".join(f"{count:,} {kind}" for kind, count in stats["fused"]["blocks"].items())
         lines.append(f"fused ({handle.config.fuse} rounding): {blocks}")
+    if handle.config.fuse != "off":
+        lines += _reasons("blocks left with their own forward:", Counter(stats["fused"]["left"]))
     lines += _reasons("blocks run unfused (times):", Counter(stats["fused"]["unfused"]))
     if stats["text_kv"] is not None:
         text = stats["text_kv"]

@@ -76,6 +76,119 @@ def test_blocks_run_through_the_fused_operators(kind: str) -> None:
     assert not off["adaln_modulate"] and not off["qk_norm_rope"]
 
 
+UNFUSED = frozenset({"animatediff", "latte", "ltx2", "ltx2_3", "lumina_next", "svd"})
+"""Families whose blocks keep their own forward."""
+
+
+def test_every_block_is_fused_or_named(family: str) -> None:
+    model, inputs = tiny.build(family)
+    handle = accelerate(model)
+    ran = calls(model, inputs)
+    fused = handle.stats()["fused"]
+    served = {name.rpartition(".")[0] for name in (layer["name"] for layer in handle.stats()["layers"])}
+    assert sum(fused["blocks"].values()) + sum(fused["left"].values()) == len(served) and not fused["unfused"]
+    if family in UNFUSED:
+        assert not fused["blocks"] and all("has no fused forward" in reason for reason in fused["left"])
+        assert "blocks left with their own forward" in handle.report()
+    else:
+        assert not fused["left"]
+        assert ran["adaln_modulate"] >= len(served)
+        assert ran["gate_residual"] + ran["gate_residual_norm"] >= len(served)
+        assert ran["qk_norm_rope"] >= len(served)
+
+
+class Scaled(nn.Module):
+    """A wrapper of a norm that computes something else, and hides what it wraps."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.base = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.base(*args, **kwargs)
+        return tuple(1.5 * x for x in out) if isinstance(out, tuple) else 1.5 * out
+
+
+def norms_of_first_blocks(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(parent, name) of every norm in the first block of each class with a fused forward, norms inside norms too."""
+    found: list[tuple[nn.Module, str]] = []
+    seen: set[str] = set()
+    for block in model.modules():
+        if "forward" not in block.__dict__ or type(block).__name__ in seen:
+            continue
+        seen.add(type(block).__name__)
+        for name, child in block.named_children():
+            unused = type(block).__name__ == "AllegroTransformerBlock" and name == "norm3"  # by the stock forward too
+            if "norm" in name and not isinstance(child, nn.Identity) and not unused:
+                found.append((block, name))
+                found += [(child, "norm")] if isinstance(getattr(child, "norm", None), nn.Module) else []
+    return found
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "allegro",
+        "cosmos_1",
+        "easyanimate",
+        "hunyuan_token_replace",
+        "ltx_video",
+        "mochi",
+        "skyreels_df",
+        *sorted(BLOCKS),
+    ],
+)
+def test_another_module_in_a_norm_s_place_runs_the_stock_block(kind: str) -> None:
+    """A wrapped norm (adapters, quantisation) computes something else; nothing of it may be read past it."""
+    model, inputs = tiny.build(kind)
+    handle = accelerate(model)
+    for parent, name in norms_of_first_blocks(model):
+        own = getattr(parent, name)
+        setattr(parent, name, Scaled(own))
+        handle.reconfigure({"fuse": "off"})
+        stock = tiny.run(model, inputs)
+        handle.reconfigure({"fuse": "fast"})
+        assert tiny.relative(tiny.run(model, inputs), stock) < 2e-6, name
+        assert any("a norm is a Scaled" in reason for reason in handle.stats()["fused"]["unfused"]), name
+        setattr(parent, name, own)
+
+
+def test_another_kind_of_norm_runs_the_stock_block() -> None:
+    model, inputs = tiny.wan()
+    norm, attn = model.blocks[0].norm3, model.blocks[1].attn1
+    model.blocks[0].norm3 = nn.RMSNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+    attn.norm_k = nn.LayerNorm(attn.norm_k.normalized_shape, eps=attn.norm_k.eps)
+    stock = tiny.run(model, inputs)
+    handle = accelerate(model)
+    assert tiny.relative(tiny.run(model, inputs), stock) < 2e-6
+    reasons = handle.stats()["fused"]["unfused"]
+    assert reasons == {
+        "a norm is a RMSNorm, which the fused forward of WanTransformerBlock does not know": 1,
+        "the norms of q and k are not of a kind that one call computes": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "other",
+    [nn.LayerNorm(8, eps=1e-3), nn.RMSNorm(8, eps=1e-5), nn.LayerNorm(8, eps=1e-5, elementwise_affine=False)],
+    ids=["eps", "class", "weight"],
+)
+def test_norms_that_differ_are_not_computed_by_one_call(other: nn.Module) -> None:
+    from vdit_fast.models.qk import _kind
+
+    class Squared(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).square()
+
+    plain = nn.LayerNorm(8, eps=1e-5)
+    assert _kind(plain, plain, False) == ("layer", False) and _kind(plain, plain, True) is None
+    assert (
+        _kind(plain, other, False) is None and _kind(other, plain, False) is None and _kind(plain, None, False) is None
+    )
+    assert _kind(Squared(8), Squared(8), False) is None, "a subclass may compute something else"
+    assert _kind(nn.RMSNorm(8), nn.RMSNorm(8), False) is None, "eps None depends on the dtype"
+
+
 @pytest.mark.parametrize("kind", sorted(BLOCKS))
 def test_remove_gives_the_blocks_back(kind: str) -> None:
     model, inputs = tiny.build(kind)
@@ -101,6 +214,7 @@ def test_distinct_timesteps_make_a_small_table() -> None:
         if found is not None:
             batch, token, index = found
             assert len(batch) == 6, "three levels of two batch items"
+            assert handle.roots[0].session.forward.distinct(2, index.shape[1] // 2) is None, "of a part of the tokens"
             assert torch.equal(inputs["timestep"][batch, token][index.long()], inputs["timestep"])
             assert torch.equal(batch[index.long()], torch.arange(2)[:, None].expand_as(index))
         handle.remove()
@@ -140,7 +254,7 @@ def test_a_wrapped_block_is_left_alone() -> None:
     stock = tiny.run(model, inputs)
     handle = accelerate(model)
     assert tiny.relative(tiny.run(model, inputs), stock) < 2e-6 and len(log) == 2
-    (reason,) = handle.stats()["fused"]["unfused"]
+    (reason,) = handle.stats()["fused"]["left"]
     assert "wrapped already" in reason and handle.stats()["fused"]["blocks"] == {"WanTransformerBlock": 1}
     handle.remove()
     assert model.blocks[1].__dict__["forward"] is not inner and torch.equal(tiny.run(model, inputs), stock)
@@ -157,6 +271,85 @@ def test_a_block_that_is_wrapped_later_falls_back_to_stock_after_remove() -> Non
     with model.cache_context("cond"), Calls() as seen:
         assert torch.equal(tiny.run(model, inputs), stock)
     assert not seen.names["adaln_modulate"]
+
+
+def test_a_forward_that_a_wrapper_kept_is_replaced() -> None:
+    """A block cache puts back what it found, which may be the forward of an acceleration that is gone by then."""
+    from diffusers import FirstBlockCacheConfig
+
+    model, inputs = tiny.wan(layers=3)
+    handle = accelerate(model)
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    handle.remove()
+    model.disable_cache()
+    handle = accelerate(model)
+    assert handle.stats()["fused"] == {"blocks": {"WanTransformerBlock": 3}, "left": {}, "unfused": {}}
+    assert calls(model, inputs)["adaln_modulate"] == 3
+
+
+def test_reasons_of_blocks_outlive_another_configuration_and_a_copy() -> None:
+    model, _ = tiny.wan()
+    inner = model.blocks[1].forward
+    object.__setattr__(model.blocks[1], "forward", lambda *args: inner(*args))
+    handle = accelerate(model)
+    left = handle.stats()["fused"]["left"]
+    assert sum(left.values()) == 1
+    assert handle.reconfigure({"fuse": "eager"}).stats()["fused"]["left"] == left
+    assert accelerate(copy.deepcopy(model), {"fuse": "eager"}).stats()["fused"]["left"] == left
+
+
+def test_blocks_of_a_control_network_run_the_stock_way() -> None:
+    model, inputs = tiny.build("cosmos_1")
+    block, arguments = model.transformer_blocks[0], []
+    watch = block.register_forward_pre_hook(lambda _, args, kwargs: arguments.append((args, kwargs)), with_kwargs=True)
+    tiny.run(model, inputs)
+    watch.remove()
+    ((args, kwargs),) = arguments
+    names = ("hidden_states", "encoder_hidden_states", "embedded_timestep", "temb", "image_rotary_emb")
+    call = dict(zip(names, args, strict=False)) | kwargs
+    call["controlnet_residual"] = torch.randn_like(call["hidden_states"])
+    with torch.no_grad():
+        stock = block(**call)
+        handle = accelerate(model)
+        assert tiny.relative(block(**call), stock) < 2e-6
+    assert handle.stats()["fused"]["unfused"] == {"a control network is in use": 1}
+
+
+def test_what_attention_is_told_besides_reaches_it() -> None:
+    """CogVideoX hands ``attention_kwargs`` to its attention: here a mask that hides tokens."""
+    model, inputs = tiny.cogvideox()
+    mask = torch.zeros(2, 1, 7 + 48)
+    mask[:, :, 3:40] = -torch.inf
+    told = inputs | {"attention_kwargs": {"attention_mask": mask}}
+    plain, stock = tiny.run(model, inputs), tiny.run(model, told)
+    assert tiny.relative(stock, plain) > 1e-4, "the mask must matter"
+    accelerate(model)
+    assert tiny.relative(tiny.run(model, told), stock) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (torch.empty(8, device="meta"), "weights of the block lie elsewhere"),
+        (nn.LayerNorm(8, device="meta"), "a norm is hooked, or its weights lie elsewhere"),
+        (nn.LayerNorm(8).to(torch.float64), "a norm is hooked, or its weights lie elsewhere"),
+        (nn.LayerNorm((2, 4)), "a norm is hooked, or its weights lie elsewhere"),
+        (nn.LayerNorm(8), None),
+        (torch.empty(8), None),
+    ],
+    ids=["meta", "norm on meta", "norm in fp64", "norm over two dimensions", "norm", "weight"],
+)
+def test_weights_that_cannot_be_read(weight: Any, reason: str | None) -> None:
+    """Offloaded, cast or unusual weights: only the modules themselves know what to do with them."""
+    from vdit_fast.models.fusion import rounding_for
+    from vdit_fast.models.session import Session
+    from vdit_fast.models.tracker import StepTracker
+
+    session, x = Session(Config(), StepTracker(None), "transformer"), torch.randn(1, 3, 8)
+    norms, weights = ((weight,), ()) if isinstance(weight, nn.Module) else ((), (weight,))
+    with torch.no_grad():
+        assert rounding_for(session, x, norms, *weights) == ("fast" if reason is None else None)
+    assert session.unfused == ({} if reason is None else {reason: 1})
 
 
 def test_copies_and_pickles() -> None:
@@ -189,7 +382,7 @@ def test_unknown_forward_of_a_known_class_is_left_alone() -> None:
 
     session, root = Session(Config(), StepTracker(None), "transformer"), nn.Sequential(WanTransformerBlock())
     fusion.attach(root, session, WAN_BLOCKS)
-    assert session.unfused == {"WanTransformerBlock.forward takes (x, more)": 1} and not session.fused
+    assert session.left == {"WanTransformerBlock.forward takes (x, more)": 1} and not session.fused
 
 
 def test_bad_setting() -> None:

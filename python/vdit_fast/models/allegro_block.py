@@ -26,15 +26,17 @@ def _block() -> BlockForward:
         encoder_attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Tensor:
-        rounding = fused_rounding(self, hidden_states, (self.norm1, self.norm2), self.scale_shift_table)
-        if rounding is None or self.attn2 is None or hidden_states.ndim != 3:
+        reason = "the block has no cross-attention" if self.attn2 is None else None
+        norms, tables = (self.norm1, self.norm2), self.scale_shift_table
+        rounding = fused_rounding(self, hidden_states, norms, ("LayerNorm",), tables, reason=reason)
+        if rounding is None:
             return stock_forward(self)(
                 hidden_states, encoder_hidden_states, temb, attention_mask, encoder_attention_mask, image_rotary_emb
             )
         assert temb is not None
         x = as_rows(hidden_states)
         rows = temb.reshape(x.shape[0], 6, -1).unbind(1)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = zip(self.scale_shift_table.unbind(0), rows, strict=True)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = zip(tables.unbind(0), rows, strict=True)
         h = adaln_modulate(x, scale, shift, **_affine(self.norm1), rounding=rounding)
         y = self.attn1(h, encoder_hidden_states=None, attention_mask=attention_mask, image_rotary_emb=image_rotary_emb)
         x = gate_residual(x, y, gate, rounding=rounding)

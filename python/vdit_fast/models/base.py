@@ -23,7 +23,6 @@ __all__ = [
     "is_prefix_mask",
     "parameter_names",
     "patch_grid",
-    "project_heads",
     "set_processor",
     "split_added_heads",
     "split_heads",
@@ -186,16 +185,6 @@ def split_added_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def _split(projections: tuple[Any, Any, Any], heads: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = (project(tokens).unflatten(2, (heads, -1)) for project in projections)
-    return query, key, value
-
-
-def project_heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [B, N, H, D] of tokens [B, N, C], with the norms per head that the module has."""
-    query, key, value = split_heads(attn, tokens)
-    if attn.norm_q is not None:
-        query = attn.norm_q(query)
-    if attn.norm_k is not None:
-        key = attn.norm_k(key)
     return query, key, value
 
 

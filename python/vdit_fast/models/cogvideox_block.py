@@ -14,6 +14,7 @@ from torch import Tensor
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.models.joint import join
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
+from vdit_fast.reference.adaln import Rounding
 
 __all__ = ["COGVIDEOX_BLOCKS"]
 
@@ -28,7 +29,32 @@ def _affine(norm: Any) -> dict[str, Any]:
     return {"eps": norm.norm.eps, "weight": norm.norm.weight, "bias": norm.norm.bias}
 
 
-def _block() -> BlockForward:
+def _run(
+    block: Any, x: Tensor, text: Tensor, temb: Tensor, rotary: Any, attention_kwargs: dict[str, Any], rounding: Rounding
+) -> tuple[Tensor, Tensor]:
+    length = text.shape[1]
+    x = as_rows(join(text, x))
+    index = (torch.arange(x.shape[1], device=x.device) >= length).to(torch.int32)
+    shift, scale, gate = _tables(block.norm1, temb)
+    mlp_shift, mlp_scale, mlp_gate = _tables(block.norm2, temb)
+    h = adaln_modulate(x, scale, shift, index=index, **_affine(block.norm1), rounding=rounding)
+    y, text_y = block.attn1(
+        hidden_states=h[:, length:],
+        encoder_hidden_states=h[:, :length],
+        image_rotary_emb=rotary,
+        **attention_kwargs,
+    )
+    modulation = {"index": index, **_affine(block.norm2), "rounding": rounding}
+    x, h = gate_residual_norm(x, join(text_y, y), gate, mlp_scale, mlp_shift, **modulation)
+    x = gate_residual(x, block.ff(h), mlp_gate, index=index, rounding=rounding)
+    return x[:, length:], x[:, :length]
+
+
+def _rounding(block: Any, x: Tensor) -> Rounding | None:
+    return fused_rounding(block, x, (block.norm1, block.norm2), ("CogVideoXLayerNormZero", "LayerNorm"))
+
+
+def _cogvideox() -> BlockForward:
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -37,29 +63,28 @@ def _block() -> BlockForward:
         image_rotary_emb: Any = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        norms = (self.norm1, self.norm1.norm, self.norm2, self.norm2.norm)
-        rounding = fused_rounding(self, hidden_states, norms)
+        call = hidden_states, encoder_hidden_states, temb, image_rotary_emb
+        rounding = _rounding(self, hidden_states)
         if rounding is None:
-            streams = (hidden_states, encoder_hidden_states)
-            return stock_forward(self)(*streams, temb, image_rotary_emb, attention_kwargs)
-        text = encoder_hidden_states.shape[1]
-        x = as_rows(join(encoder_hidden_states, hidden_states))
-        index = (torch.arange(x.shape[1], device=x.device) >= text).to(torch.int32)
-        shift, scale, gate = _tables(self.norm1, temb)
-        mlp_shift, mlp_scale, mlp_gate = _tables(self.norm2, temb)
-        h = adaln_modulate(x, scale, shift, index=index, **_affine(self.norm1), rounding=rounding)
-        y, text_y = self.attn1(
-            hidden_states=h[:, text:],
-            encoder_hidden_states=h[:, :text],
-            image_rotary_emb=image_rotary_emb,
-            **(attention_kwargs or {}),
-        )
-        modulation = {"index": index, **_affine(self.norm2), "rounding": rounding}
-        x, h = gate_residual_norm(x, join(text_y, y), gate, mlp_scale, mlp_shift, **modulation)
-        x = gate_residual(x, self.ff(h), mlp_gate, index=index, rounding=rounding)
-        return x[:, text:], x[:, :text]
+            return stock_forward(self)(*call, attention_kwargs)
+        return _run(self, *call, attention_kwargs or {}, rounding)
 
     return forward
 
 
-COGVIDEOX_BLOCKS: dict[str, BlockForward] = {"CogVideoXBlock": _block()}
+def _consisid() -> BlockForward:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        call = hidden_states, encoder_hidden_states, temb, image_rotary_emb
+        rounding = _rounding(self, hidden_states)
+        return stock_forward(self)(*call) if rounding is None else _run(self, *call, {}, rounding)
+
+    return forward
+
+
+COGVIDEOX_BLOCKS: dict[str, BlockForward] = {"CogVideoXBlock": _cogvideox(), "ConsisIDBlock": _consisid()}

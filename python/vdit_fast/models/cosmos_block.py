@@ -35,9 +35,15 @@ def _block() -> BlockForward:
         block_idx: int | None = None,
     ) -> Any:
         norms = (self.norm1, self.norm2, self.norm3)
-        rounding = fused_rounding(self, hidden_states, [*norms, *(norm.norm for norm in norms)])
         special = self.before_proj is not None or self.after_proj is not None or controlnet_residual is not None
-        if rounding is None or special:  # blocks of a control network
+        rounding = fused_rounding(
+            self,
+            hidden_states,
+            norms,
+            ("CosmosAdaLayerNormZero", "LayerNorm"),
+            reason="a control network is in use" if special else None,
+        )
+        if rounding is None:
             return stock_forward(self)(
                 hidden_states, encoder_hidden_states, embedded_timestep, temb, image_rotary_emb, extra_pos_emb,
                 attention_mask, controlnet_residual, latents, block_idx,

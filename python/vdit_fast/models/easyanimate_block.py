@@ -43,9 +43,9 @@ def _block() -> BlockForward:
         temb: Tensor,
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        norms = [self.norm1, self.norm1.norm, self.norm2, self.norm2.norm]
-        norms += [] if self.norm3 is None else [self.norm3]
-        rounding = fused_rounding(self, hidden_states, norms)
+        norms = [norm for norm in (self.norm1, self.norm2, self.norm3) if norm is not None]
+        classes = ("EasyAnimateLayerNormZero", "FP32LayerNorm", "LayerNorm")
+        rounding = fused_rounding(self, hidden_states, norms, classes)
         if rounding is None:
             return stock_forward(self)(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
         x, text = as_rows(hidden_states), as_rows(encoder_hidden_states)

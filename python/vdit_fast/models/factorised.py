@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, project_heads
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, split_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -45,7 +45,9 @@ class FactorisedProcessor(ServedProcessor):
             )
             return stock
         if encoder_hidden_states is None:
-            query, key, value = project_heads(attn, hidden_states)
+            query, key, value = split_heads(attn, hidden_states)
+            query = query if attn.norm_q is None else attn.norm_q(query)
+            key = key if attn.norm_k is None else attn.norm_k(key)
         else:
             value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
             query = key = value  # one row per sequence asks for it

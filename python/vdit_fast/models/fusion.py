@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,23 +66,39 @@ def attach(root: nn.Module, session: Session, forwards: Mapping[str, BlockForwar
     link = Link(session, weakref.ref(root))
     for name, block in root.named_modules():
         fused = forwards.get(type(block).__name__)
-        if fused is None:
+        if fused is not None:
+            reason = _refusal(block, fused)
+        elif _is_served_block(block, session):
+            reason = f"{type(block).__name__} has no fused forward"
+        else:
             continue
-        reason = _refusal(block, fused)
-        if reason is None:
+        if reason is None and fused is not None:
             object.__setattr__(block, LINK, link)
             object.__setattr__(block, "forward", types.MethodType(fused, block))
             session.fused[name] = type(block).__name__
-        else:
-            session.unfused[reason] += 1
+        elif reason is not None:
+            session.left[reason] += 1
+
+
+def _is_served_block(module: nn.Module, session: Session) -> bool:
+    """Whether attention of this session lies directly in the module."""
+    processors = (getattr(child, "processor", None) for child in module.children())
+    return any(getattr(processor, "session", None) is session for processor in processors)
 
 
 def _refusal(block: nn.Module, fused: BlockForward) -> str | None:
-    if "forward" in block.__dict__:
+    if "forward" in block.__dict__ and not _is_idle(block, fused):
         # A wrapper prepares the weights (offloading) or leaves the block out (caches): ours must lie inside it.
         return "the block's forward is wrapped already; call accelerate() before the block is cached or offloaded"
     stock, ours = _names(type(block).forward), _names(fused)
     return None if stock == ours else f"{type(block).__name__}.forward takes ({', '.join(stock[1:])})"
+
+
+def _is_idle(block: nn.Module, fused: BlockForward) -> bool:
+    """Whether the block's forward is ours of a removed acceleration: a wrapper that has gone since kept it."""
+    forward, link = block.__dict__["forward"], block.__dict__.get(LINK)
+    ours = isinstance(forward, types.MethodType) and forward.__func__ is fused and forward.__self__ is block
+    return ours and link is not None and (link.session is None or not link.session.active)
 
 
 def _names(function: Any) -> tuple[str, ...]:
@@ -112,25 +128,42 @@ def stock_forward(block: nn.Module) -> Callable[..., Any]:
     return types.MethodType(type(block).forward, block)
 
 
-def fused_rounding(block: Any, x: Tensor, norms: Iterable[nn.Module] = (), *weights: Tensor) -> Rounding | None:
+def fused_rounding(
+    block: Any,
+    x: Tensor,
+    norms: Sequence[nn.Module],
+    classes: Container[str],
+    *weights: Tensor,
+    reason: str | None = None,
+) -> Rounding | None:
     """``"fast"`` or ``"eager"`` when the fused operators may run on x, None when the stock forward must.
 
     The reason is counted in the report, except inside a compiled block.
 
     Args:
-        norms: sub-modules whose calls are left out.
+        block: a block with a fused forward.
+        x: its tokens [B, N, C].
+        norms: sub-modules whose calls are left out, as are those of the norms inside them.
+        classes: names of the classes that they may have; a wrapper, or another norm in their place, computes something
+            else.
         weights: parameters of the block itself that it reads.
+        reason: why this call cannot be fused, where the block itself knows one.
     """
-    return rounding_for(getattr(block, LINK).session, x, norms, *weights)
+    inside = [getattr(norm, "norm", None) for norm in norms]
+    norms = [*norms, *(norm for norm in inside if norm is not None)]
+    strange = next((type(norm).__name__ for norm in norms if type(norm).__name__ not in classes), None)
+    if reason is None and strange is not None:
+        reason = f"a norm is a {strange}, which the fused forward of {type(block).__name__} does not know"
+    return rounding_for(getattr(block, LINK).session, x, norms, *weights, reason=reason)
 
 
 def rounding_for(
-    session: Session | None, x: Tensor, norms: Iterable[nn.Module] = (), *weights: Tensor
+    session: Session | None, x: Tensor, norms: Iterable[nn.Module] = (), *weights: Tensor, reason: str | None = None
 ) -> Rounding | None:
-    """``fused_rounding`` where the session is at hand."""
+    """``fused_rounding`` where the session is at hand, and the classes are known."""
     if session is None or not session.active or session.config.fuse == "off":
         return None
-    reason = _obstacle(x, norms, weights)
+    reason = reason or _obstacle(x, norms, weights)
     if reason is None:
         return session.config.fuse
     if not torch.compiler.is_compiling():

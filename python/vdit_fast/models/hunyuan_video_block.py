@@ -1,7 +1,6 @@
-"""The blocks of HunyuanVideo and HunyuanVideo-1.5 through fused operators.
+"""The blocks of HunyuanVideo, of its token-replacing variant and of HunyuanVideo-1.5 through fused operators.
 
-Image-to-video by token replacement gives the first frame's tokens rows of their own in the modulation: a table of two
-rows and an index, where the model cuts the stream in two and joins it again.
+Token replacement (I2V) keeps the first frame at timestep 0: the modulation is then a table of two rows.
 """
 
 from __future__ import annotations
@@ -14,61 +13,60 @@ from torch import Tensor
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.models.joint import join
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
+from vdit_fast.reference.adaln import Rounding
 
 __all__ = ["HUNYUAN_BLOCKS"]
 
 
-def _modulation(norm: Any, temb: Tensor, first: Tensor | None = None) -> tuple[Tensor, ...]:
-    """What an adaptive norm makes of the timestep: shift, scale, gate, and a dual block's second three; rows [B, D], or
-    tables [B, 2, D] of the first frame and the rest."""
+_DUAL = ("AdaLayerNormZero", "HunyuanVideoTokenReplaceAdaLayerNormZero", "LayerNorm")
+_SINGLE = ("AdaLayerNormZeroSingle", "HunyuanVideoTokenReplaceAdaLayerNormZeroSingle", "LayerNorm")
+
+
+def _modulation(norm: Any, temb: Tensor, replaced: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The rows an adaptive norm makes of the timestep: shift, scale, gate, and a dual block's second three. [B, D], or
+    [B, 2, D] with ``replaced``, the embedding of the first frame, whose row comes first."""
     rows: Tensor = norm.linear(norm.silu(temb))
-    parts = rows.shape[1] // norm.norm.normalized_shape[0]
-    if first is not None:
-        rows = torch.stack((norm.linear(norm.silu(first)), rows), dim=1)
-    return rows.chunk(parts, dim=-1)
+    if replaced is not None:
+        rows = torch.stack((norm.linear(norm.silu(replaced)), rows), dim=1)
+    return rows.chunk(rows.shape[-1] // norm.norm.normalized_shape[0], dim=-1)
 
 
-def _index(x: Tensor, first_tokens: int | None) -> Tensor | None:
-    """int32 [N]: 0 for the first frame's tokens, 1 for the others."""
-    if first_tokens is None:
-        return None
-    return (torch.arange(x.shape[1], device=x.device) >= first_tokens).to(torch.int32)
-
-
-def _second_half(
-    x: Tensor, y: Tensor, rows: tuple[Tensor, ...], index: Tensor | None, norm: Any, mlp: Any, rounding: Any
-) -> Tensor:
-    _, _, gate, shift, scale, mlp_gate = rows
-    x, h = gate_residual_norm(x, y, gate, scale, shift, index=index, eps=norm.eps, rounding=rounding)
-    return gate_residual(x, mlp(h), mlp_gate, index=index, rounding=rounding)
+def _index(x: Tensor, first: int | None) -> Tensor | None:
+    """Row of every token of x [B, N, D] in such a table: 0 for the ``first`` tokens, 1 for all others."""
+    return None if first is None else (torch.arange(x.shape[1], device=x.device) >= first).to(torch.int32)
 
 
 def _run_dual(
-    block: Any, x: Tensor, text: Tensor, rows: tuple[Tensor, ...], index: Tensor | None, temb: Tensor,
-    mask: Tensor | None, rotary: Any, rounding: Any,
+    block: Any, x: Tensor, text: Tensor, temb: Tensor, mask: Tensor | None, rotary: Any, rounding: Rounding,
+    replaced: Tensor | None = None, first: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    text_rows = _modulation(block.norm1_context, temb)
-    x, text = as_rows(x), as_rows(text)
-    text_eps = block.norm1_context.norm.eps
-    y, text_y = block.attn(
-        hidden_states=adaln_modulate(x, rows[1], rows[0], index=index, eps=block.norm1.norm.eps, rounding=rounding),
-        encoder_hidden_states=adaln_modulate(text, text_rows[1], text_rows[0], eps=text_eps, rounding=rounding),
-        attention_mask=mask,
-        image_rotary_emb=rotary,
-    )
+    rows, text_rows = _modulation(block.norm1, temb, replaced), _modulation(block.norm1_context, temb)
+    x, text, index = as_rows(x), as_rows(text), _index(x, first)
+    h = adaln_modulate(x, rows[1], rows[0], index=index, eps=block.norm1.norm.eps, rounding=rounding)
+    text_h = adaln_modulate(text, text_rows[1], text_rows[0], eps=block.norm1_context.norm.eps, rounding=rounding)
+    y, text_y = block.attn(hidden_states=h, encoder_hidden_states=text_h, attention_mask=mask, image_rotary_emb=rotary)
     return (
         _second_half(x, y, rows, index, block.norm2, block.ff, rounding),
         _second_half(text, text_y, text_rows, None, block.norm2_context, block.ff_context, rounding),
     )
 
 
+def _second_half(
+    x: Tensor, y: Tensor, rows: tuple[Tensor, ...], index: Tensor | None, norm: Any, mlp: Any, rounding: Rounding
+) -> Tensor:
+    _, _, gate, shift, scale, mlp_gate = rows
+    x, h = gate_residual_norm(x, y, gate, scale, shift, index=index, eps=norm.eps, rounding=rounding)
+    return gate_residual(x, mlp(h), mlp_gate, index=index, rounding=rounding)
+
+
 def _run_single(
-    block: Any, x: Tensor, text: Tensor, rows: tuple[Tensor, ...], first_tokens: int | None, mask: Tensor | None,
-    rotary: Any, rounding: Any,
+    block: Any, x: Tensor, text: Tensor, temb: Tensor, mask: Tensor | None, rotary: Any, rounding: Rounding,
+    replaced: Tensor | None = None, first: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    video, (shift, scale, gate) = x.shape[1], rows
+    video = x.shape[1]
+    shift, scale, gate = _modulation(block.norm, temb, replaced)
     x = as_rows(join(x, text))
-    index = _index(x, first_tokens)
+    index = _index(x, first)
     h = adaln_modulate(x, scale, shift, index=index, eps=block.norm.norm.eps, rounding=rounding)
     mlp = block.act_mlp(block.proj_mlp(h))
     y, text_y = block.attn(
@@ -82,9 +80,8 @@ def _run_single(
     return x[:, :video], x[:, video:]
 
 
-def _dual_rounding(block: Any, x: Tensor) -> Any:
-    first, second = (block.norm1, block.norm1_context), (block.norm2, block.norm2_context)
-    return fused_rounding(block, x, (*first, *(norm.norm for norm in first), *second))
+def _dual_norms(block: Any) -> tuple[Any, ...]:
+    return block.norm1, block.norm1_context, block.norm2, block.norm2_context
 
 
 def _dual() -> BlockForward:
@@ -98,16 +95,14 @@ def _dual() -> BlockForward:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        streams, rounding = (hidden_states, encoder_hidden_states), _dual_rounding(self, hidden_states)
-        if rounding is None:
-            return stock_forward(self)(*streams, temb, attention_mask, freqs_cis, *args, **kwargs)
-        rows = _modulation(self.norm1, temb)
-        return _run_dual(self, *streams, rows, None, temb, attention_mask, freqs_cis, rounding)
+        call = hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis
+        rounding = fused_rounding(self, hidden_states, _dual_norms(self), _DUAL)
+        return stock_forward(self)(*call, *args, **kwargs) if rounding is None else _run_dual(self, *call, rounding)
 
     return forward
 
 
-def _dual_with_first_frame() -> BlockForward:
+def _replacing_dual() -> BlockForward:
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -115,14 +110,14 @@ def _dual_with_first_frame() -> BlockForward:
         temb: Tensor,
         attention_mask: Tensor | None = None,
         freqs_cis: Any = None,
-        token_replace_emb: Any = None,
-        num_tokens: Any = None,
+        token_replace_emb: Tensor | None = None,
+        num_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        streams, rounding = (hidden_states, encoder_hidden_states), _dual_rounding(self, hidden_states)
+        call = hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis
+        rounding = fused_rounding(self, hidden_states, _dual_norms(self), _DUAL)
         if rounding is None:
-            return stock_forward(self)(*streams, temb, attention_mask, freqs_cis, token_replace_emb, num_tokens)
-        rows, index = _modulation(self.norm1, temb, token_replace_emb), _index(hidden_states, num_tokens)
-        return _run_dual(self, *streams, rows, index, temb, attention_mask, freqs_cis, rounding)
+            return stock_forward(self)(*call, token_replace_emb, num_tokens)
+        return _run_dual(self, *call, rounding, token_replace_emb, num_tokens)
 
     return forward
 
@@ -138,17 +133,14 @@ def _single() -> BlockForward:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        streams = (hidden_states, encoder_hidden_states)
-        rounding = fused_rounding(self, hidden_states, (self.norm, self.norm.norm))
-        if rounding is None:
-            return stock_forward(self)(*streams, temb, attention_mask, image_rotary_emb, *args, **kwargs)
-        rows = _modulation(self.norm, temb)
-        return _run_single(self, *streams, rows, None, attention_mask, image_rotary_emb, rounding)
+        call = hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb
+        rounding = fused_rounding(self, hidden_states, (self.norm,), _SINGLE)
+        return stock_forward(self)(*call, *args, **kwargs) if rounding is None else _run_single(self, *call, rounding)
 
     return forward
 
 
-def _single_with_first_frame() -> BlockForward:
+def _replacing_single() -> BlockForward:
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -156,15 +148,14 @@ def _single_with_first_frame() -> BlockForward:
         temb: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
-        token_replace_emb: Any = None,
-        num_tokens: Any = None,
+        token_replace_emb: Tensor | None = None,
+        num_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        streams = (hidden_states, encoder_hidden_states)
-        rounding = fused_rounding(self, hidden_states, (self.norm, self.norm.norm))
+        call = hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb
+        rounding = fused_rounding(self, hidden_states, (self.norm,), _SINGLE)
         if rounding is None:
-            return stock_forward(self)(*streams, temb, attention_mask, image_rotary_emb, token_replace_emb, num_tokens)
-        rows = _modulation(self.norm, temb, token_replace_emb)
-        return _run_single(self, *streams, rows, num_tokens, attention_mask, image_rotary_emb, rounding)
+            return stock_forward(self)(*call, token_replace_emb, num_tokens)
+        return _run_single(self, *call, rounding, token_replace_emb, num_tokens)
 
     return forward
 
@@ -172,7 +163,7 @@ def _single_with_first_frame() -> BlockForward:
 HUNYUAN_BLOCKS: dict[str, BlockForward] = {
     "HunyuanVideoTransformerBlock": _dual(),
     "HunyuanVideoSingleTransformerBlock": _single(),
-    "HunyuanVideoTokenReplaceTransformerBlock": _dual_with_first_frame(),
-    "HunyuanVideoTokenReplaceSingleTransformerBlock": _single_with_first_frame(),
+    "HunyuanVideoTokenReplaceTransformerBlock": _replacing_dual(),
+    "HunyuanVideoTokenReplaceSingleTransformerBlock": _replacing_single(),
     "HunyuanVideo15TransformerBlock": _dual(),
 }

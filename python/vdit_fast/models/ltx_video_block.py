@@ -25,8 +25,9 @@ def _block() -> BlockForward:
         image_rotary_emb: Any = None,
         encoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        rounding = fused_rounding(self, hidden_states, (self.norm1, self.norm2), self.scale_shift_table)
-        if rounding is None or len(self.scale_shift_table) != 6:
+        norms, tables = (self.norm1, self.norm2), self.scale_shift_table
+        rounding = fused_rounding(self, hidden_states, norms, ("RMSNorm",), tables)
+        if rounding is None:
             return stock_forward(self)(
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, encoder_attention_mask
             )
@@ -34,8 +35,8 @@ def _block() -> BlockForward:
         rows, index = temb.reshape(temb.shape[0], temb.shape[1], 6, -1), None
         if rows.shape[1] > 1:
             rows, index = distinct_rows(self, rows, -2)
-        tables = list(zip(self.scale_shift_table.unbind(0), rows.unbind(2), strict=True))
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = tables
+        both = list(zip(tables.unbind(0), rows.unbind(2), strict=True))
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = both
         h = adaln_modulate(x, scale, shift, index=index, **_rms(self.norm1), rounding=rounding)
         y = self.attn1(hidden_states=h, encoder_hidden_states=None, image_rotary_emb=image_rotary_emb)
         x = gate_residual(x, y, gate, index=index, rounding=rounding)

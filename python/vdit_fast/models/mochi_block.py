@@ -65,7 +65,8 @@ def _block() -> BlockForward:
         norms = [self.norm1, self.norm2, self.norm3, self.norm4]
         if not self.context_pre_only:
             norms += [self.norm1_context, self.norm2_context, self.norm3_context, self.norm4_context]
-        rounding = fused_rounding(self, hidden_states, [*norms, *(norm.norm for norm in norms)])
+        classes = ("MochiRMSNormZero", "MochiModulatedRMSNorm", "RMSNorm")
+        rounding = fused_rounding(self, hidden_states, norms, classes)
         if rounding is None:
             streams = (hidden_states, encoder_hidden_states)
             return stock_forward(self)(*streams, temb, encoder_attention_mask, image_rotary_emb)

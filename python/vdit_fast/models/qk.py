@@ -133,22 +133,14 @@ def _normed(x: Tensor, norm: Any, across: bool) -> Tensor:
 def _options(processor: ServedProcessor, query: Tensor, norms: Norms, across: bool) -> dict[str, Any] | None:
     """Arguments of ``qk_norm_rope`` for these norms, None where the modules must run."""
     present = [norm for norm in norms if norm is not None]
-    rounding = rounding_for(processor.session, query, present)
-    if rounding is None:
+    kind = ("none", False) if not present else _kind(*norms, across)
+    reason = None if kind is not None else "the norms of q and k are not of a kind that one call computes"
+    rounding = rounding_for(processor.session, query, present, reason=reason)
+    if rounding is None or kind is None:
         return None
     if not present:
         return {"norm": "none", "rounding": rounding}
-    if len(present) == 1 or not _alike(*norms):
-        return None
-    first, second = norms
-    kind = _kind(first)
-    if kind is None or not isinstance(first.eps, float):
-        return None
-    norm, round_before_weight = kind
-    if across:
-        if norm != "rms":
-            return None
-        norm = "rms_across"
+    (norm, round_before_weight), (first, second) = kind, norms
     return {
         "norm": norm,
         "q_weight": first.weight,
@@ -161,21 +153,19 @@ def _options(processor: ServedProcessor, query: Tensor, norms: Norms, across: bo
     }
 
 
-def _alike(first: nn.Module, second: nn.Module) -> bool:
-    """Whether both norms are of one kind, which one call can compute."""
-    if type(first) is not type(second) or getattr(first, "eps", None) != getattr(second, "eps", None):
-        return False
+def _kind(first: Any, second: Any, across: bool) -> tuple[str, bool] | None:
+    """(name for ``qk_norm_rope``, whether it rounds before its weight) of both norms, None where they are not alike or
+    not known. Classes are compared as they are: a subclass may compute something else."""
+    eps = getattr(first, "eps", None)
+    if type(first) is not type(second) or not isinstance(eps, float) or eps != second.eps:
+        return None
     weights = [getattr(norm, "weight", None) for norm in (first, second)]
-    return (weights[0] is None) == (weights[1] is None)
-
-
-def _kind(norm: nn.Module) -> tuple[str, bool] | None:
-    """(name for ``qk_norm_rope``, whether it rounds before its weight), None for a norm that is not known."""
-    if isinstance(norm, nn.LayerNorm):
-        return ("layer", False) if len(norm.normalized_shape) == 1 else None
-    if isinstance(norm, nn.RMSNorm):
-        return "rms", False
-    name = type(norm).__name__
-    if name == "RMSNorm" and getattr(norm, "bias", None) is None:  # diffusers' own
-        return "rms", True
-    return ("rms", False) if name == "MochiRMSNorm" else None
+    if (weights[0] is None) != (weights[1] is None):
+        return None
+    name = type(first).__name__
+    if type(first) is nn.LayerNorm or name == "FP32LayerNorm":
+        return None if across or len(first.normalized_shape) != 1 else ("layer", False)
+    rms = "rms_across" if across else "rms"
+    if type(first) is nn.RMSNorm or name == "MochiRMSNorm":
+        return rms, False
+    return (rms, True) if name == "RMSNorm" and getattr(first, "bias", None) is None else None  # diffusers' own

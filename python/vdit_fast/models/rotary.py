@@ -19,14 +19,49 @@ PositionFn = Callable[[StepContext, Geometry, Tables], Tables | None]
 """What ``Handle.positions`` takes."""
 
 
-def _exchange(cos: Tensor, sin: Tensor, handle: Tensor, anchor: Tensor) -> Tables:
-    session, layer = handle.tolist()
-    return session_by_id(session).exchange_tables(layer, (cos, sin), anchor)
+def _exchange(stock: Tables, handle: Tensor, anchor: Tensor) -> Tables:
+    """The rotary tables of this forward: what the user's function makes of the model's, once per forward."""
+    number, layer = handle.tolist()
+    session = session_by_id(number)
+    positions = session.positions
+    if positions is None:
+        return stock
+    forward = session.forward_of(anchor)
+    if forward is None or forward.geometry is None:
+        problem = "called outside a forward of its transformer" if forward is None else "the video grid is unknown"
+        raise RuntimeError(
+            f"positions: {session.layers[layer].name} has no step and grid to give the function ({problem}); "
+            "run the whole transformer, or switch it off with handle.positions(None)"
+        )
+    kind = (stock[0].shape, stock[0].dtype, stock[0].device)
+    if kind not in forward.tables:
+        forward.tables[kind] = _checked(positions(forward.step, forward.geometry, stock), stock)
+        if forward.tables[kind] is not None:
+            session.repositioned[forward.step.step] += 1
+    new = forward.tables[kind]
+    return stock if new is None else new
+
+
+def _checked(new: Any, stock: Tables) -> Tables | None:
+    """What a positions function returned, in the form of the model's own tables."""
+    if new is None:
+        return None
+    if not isinstance(new, tuple | list) or len(new) != 2 or not all(isinstance(x, Tensor) for x in new):
+        raise TypeError(f"positions: the function must return (cos, sin) or None, got {type(new).__name__}")
+    out = []
+    for label, table, own in zip(("cos", "sin"), new, stock, strict=True):
+        if [n for n in table.shape if n != 1] != [n for n in own.shape if n != 1] or not table.is_floating_point():
+            raise ValueError(
+                f"positions: {label} is {table.dtype} {list(table.shape)}, but the model's is {own.dtype} "
+                f"{list(own.shape)}; return floating-point tables of that shape, up to dimensions of size 1"
+            )
+        out.append(table.to(own.device, own.dtype).reshape(own.shape))
+    return out[0], out[1]
 
 
 @torch.library.custom_op("vdit_fast::served_tables", mutates_args=())
 def _served_op(cos: Tensor, sin: Tensor, tokens: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
-    new_cos, new_sin = _exchange(cos, sin, handle, cos)
+    new_cos, new_sin = _exchange((cos, sin), handle, cos)
     return new_cos.clone(), new_sin.clone()  # a compiled graph may write over what an operator returns
 
 
@@ -48,4 +83,4 @@ def served_tables(stock: Tables, tokens: Tensor, handle: Tensor, anchor: Tensor)
     if torch.compiler.is_compiling():
         new: Any = torch.ops.vdit_fast.served_tables(*stock, tokens, handle)
         return new[0], new[1]
-    return _exchange(*stock, handle, anchor)
+    return _exchange(stock, handle, anchor)

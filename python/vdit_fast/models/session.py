@@ -7,7 +7,7 @@ import itertools
 import logging
 import weakref
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,8 +16,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vdit_fast.caching.engine import OutputCache
 from vdit_fast.config import Config
-from vdit_fast.context import LayerContext, StepContext
+from vdit_fast.context import LayerContext
 from vdit_fast.models.block_causal import block_causal_plan, is_block_causal
+from vdit_fast.models.forward import Forward
 from vdit_fast.models.geometry import Geometry
 from vdit_fast.models.kernels import dense_attention, missing_kernel
 from vdit_fast.models.ledger import LayerLedger, stamp
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from vdit_fast.models.rotary import PositionFn
     from vdit_fast.models.text_kv import TextKV
 
-__all__ = ["Forward", "Geometry", "Session", "session_by_id"]
+__all__ = ["Geometry", "Session", "session_by_id"]
 
 logger = logging.getLogger("vdit_fast")
 
@@ -51,6 +52,11 @@ def session_by_id(number: int) -> Session:
             "call vdit_fast.accelerate on the model again"
         )
     return session
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running: what runs a forward then is gradient checkpointing."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _sample(q: Tensor) -> Tensor:
@@ -80,65 +86,6 @@ def _execute(
     return out if decision.residual is None else out + decision.residual
 
 
-def _checked_tables(new: Any, stock: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """What a positions function returned, in the form of the model's own tables."""
-    if new is None:
-        return None
-    if not isinstance(new, tuple | list) or len(new) != 2 or not all(isinstance(x, Tensor) for x in new):
-        raise TypeError(f"positions: the function must return (cos, sin) or None, got {type(new).__name__}")
-    out = []
-    for label, table, own in zip(("cos", "sin"), new, stock, strict=True):
-        if [n for n in table.shape if n != 1] != [n for n in own.shape if n != 1] or not table.is_floating_point():
-            raise ValueError(
-                f"positions: {label} is {table.dtype} {list(table.shape)}, but the model's is {own.dtype} "
-                f"{list(own.shape)}; return floating-point tables of that shape, up to dimensions of size 1"
-            )
-        out.append(table.to(own.device, own.dtype).reshape(own.shape))
-    return out[0], out[1]
-
-
-Distinct = tuple[Tensor, Tensor, Tensor]
-"""int64 [K] and [K]: batch item and token that have a timestep first; int32 [B, N]: which of the K each token has."""
-
-
-@dataclass(eq=False)
-class Forward:
-    """One running forward of the transformer."""
-
-    geometry: Geometry | None
-    step: StepContext
-    timestep: Any = None
-    """The transformer's argument."""
-    mask: weakref.ref[Tensor] | None = None
-    """The attention mask that was found to say what the geometry says."""
-    cached: bool = False
-    """Whether the cache policy's wrapper has seen it: a wrapper acts once per forward."""
-    decisions: dict[int, tuple[Decision, Tensor | None]] = field(default_factory=dict)
-    """Decisions by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
-    tables: dict[Any, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
-    """Rotary tables that stand in for the model's, by the model's shape, dtype and device; None: the model's own."""
-    _distinct: Distinct | None = None
-
-    def distinct(self, batch: int, tokens: int) -> Distinct | None:
-        """The few different timesteps of ``batch`` x ``tokens`` tokens, None where there are many of them or where the
-        argument says less. A GPU is waited for once per forward."""
-        timestep = self.timestep
-        if not isinstance(timestep, Tensor) or timestep.ndim != 2 or timestep.shape[0] != batch or timestep.is_meta:
-            return None
-        if self._distinct is None:
-            if timestep.shape[1] == 0 or tokens % timestep.shape[1]:  # neither one per token nor one per frame
-                return None
-            per_token = timestep.repeat_interleave(tokens // timestep.shape[1], dim=1)
-            # per batch item: other conditions may enter the modulation too
-            values, index = torch.unique(per_token, return_inverse=True)
-            item = torch.arange(batch, device=index.device).view(-1, 1)
-            values, index = torch.unique(item * len(values) + index, return_inverse=True)
-            first = torch.full(values.shape, batch * tokens, device=index.device)
-            first.scatter_reduce_(0, index.flatten(), torch.arange(batch * tokens, device=index.device), "amin")
-            self._distinct = first // tokens, first % tokens, index.to(torch.int32)
-        return self._distinct if 4 * len(self._distinct[0]) <= batch * tokens else None
-
-
 class Session:
     """Runs the attention of one accelerated transformer.
 
@@ -158,6 +105,7 @@ class Session:
         self.active = True
         self.layers: list[LayerLedger] = []
         self.fused: dict[str, str] = {}
+        self.left: Counter[str] = Counter()
         self.unfused: Counter[str] = Counter()
         self.state: dict[Any, Any] = {}
         self.static: dict[Any, Any] = {}
@@ -190,7 +138,7 @@ class Session:
         new.positions = self.positions
         for layer in self.layers:
             new.add_layer(layer.name, layer.always_dense)
-        new.fused = dict(self.fused)
+        new.fused, new.left = dict(self.fused), self.left.copy()
         if self.text is not None:
             new.text = type(self.text)(self.text.inputs, self.text.embedders)
         memo[id(self)] = new
@@ -211,6 +159,11 @@ class Session:
         self.forwards += 1
         self.steps.add((step.generation, step.step))
 
+    def forward_of(self, anchor: Tensor) -> Forward | None:
+        """The forward that a call belongs to: the running one, except inside backward. There gradient checkpointing
+        runs an earlier one again, whichever has begun since; its anchor, a tensor made once per forward, tells."""
+        return self._anchors.get(anchor, self.forward) if _in_backward() else self.forward
+
     def reconfigure(self, config: Config) -> None:
         """Use another configuration from the next call on; the records begin anew, as they would mix the two."""
         self.config = config
@@ -223,29 +176,6 @@ class Session:
         self.cache = OutputCache()
         self.repositioned.clear()
         self._told.clear()
-
-    # ------------------------------------------------------------------ positions
-    def exchange_tables(self, layer: int, stock: tuple[Tensor, Tensor], anchor: Tensor) -> tuple[Tensor, Tensor]:
-        """The rotary tables of this forward: what the user's function makes of the model's, once per forward."""
-        positions = self.positions
-        if positions is None:
-            return stock
-        forward = self.forward
-        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing's second run of an earlier forward
-            forward = self._anchors.get(anchor, forward)
-        if forward is None or forward.geometry is None:
-            problem = "called outside a forward of its transformer" if forward is None else "the video grid is unknown"
-            raise RuntimeError(
-                f"positions: {self.layers[layer].name} has no step and grid to give the function ({problem}); "
-                "run the whole transformer, or switch it off with handle.positions(None)"
-            )
-        kind = (stock[0].shape, stock[0].dtype, stock[0].device)
-        if kind not in forward.tables:
-            forward.tables[kind] = _checked_tables(positions(forward.step, forward.geometry, stock), stock)
-            if forward.tables[kind] is not None:
-                self.repositioned[forward.step.step] += 1
-        new = forward.tables[kind]
-        return stock if new is None else new
 
     # ------------------------------------------------------------------ one attention call
     def attend(
@@ -270,11 +200,8 @@ class Session:
             return dense_attention(q, k, v, kv_len, scale, mask)
         forward = self.forward
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad) and anchor is not None:
-            # Inside backward this is gradient checkpointing's second run: same plan as in the first one, whichever
-            # forward has begun since. The anchor (a tensor made once per forward) says which forward it was.
-            if torch._C._current_graph_task_id() != -1:
-                forward = self._anchors.get(anchor, forward)
-            elif forward is not None:
+            forward = self.forward_of(anchor)  # same plan as in the first run
+            if forward is not None and not _in_backward():
                 self._anchors[anchor] = forward
         geometry = forward.geometry if forward is not None else None
         if mask is not None:
@@ -311,7 +238,7 @@ class Session:
     ) -> Tensor:
         short = self._is_short(ledger.layer, k)
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        replay = grad and torch._C._current_graph_task_id() != -1
+        replay = grad and _in_backward()
         if replay and forward is not None and ledger.layer in forward.decisions:
             decision, seen = forward.decisions[ledger.layer]
             if seen is not None and not torch.equal(seen, _sample(q)):

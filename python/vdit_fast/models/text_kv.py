@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, set_processor
-from vdit_fast.models.session import Forward, Session
+from vdit_fast.models.forward import Forward
+from vdit_fast.models.session import Session
 
 __all__ = ["TextKV", "TextKVProcessor", "attach", "detach"]
 

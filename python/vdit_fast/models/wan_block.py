@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vdit_fast.models.fusion import BlockForward, as_rows, distinct_rows, fused_rounding, stock_forward
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
@@ -30,7 +30,7 @@ def _block(
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _tables(block, temb.unbind(rows_dim))
     h = adaln_modulate(x, scale, shift, index=index, eps=block.norm1.eps, rounding=rounding)
     y = block.attn1(h, None, mask, rotary_emb=rotary)  # by name: diffusers 0.35 has no fourth parameter in SkyReels-V2
-    if hasattr(block.norm2, "eps"):
+    if not isinstance(block.norm2, nn.Identity):
         norm = {"eps": block.norm2.eps, "weight": block.norm2.weight, "bias": block.norm2.bias}
         x, h = gate_residual_norm(x, y, gate, index=index, **norm, rounding=rounding)
     else:  # no norm before cross-attention
@@ -41,8 +41,8 @@ def _block(
 
 
 def _rounding(block: Any, x: Tensor) -> Any:
-    norms = [norm for norm in (block.norm1, block.norm2, block.norm3) if hasattr(norm, "eps")]
-    return fused_rounding(block, x, norms, block.scale_shift_table)
+    norms = [norm for norm in (block.norm1, block.norm2, block.norm3) if not isinstance(norm, nn.Identity)]
+    return fused_rounding(block, x, norms, ("FP32LayerNorm",), block.scale_shift_table)
 
 
 def _wan() -> BlockForward:

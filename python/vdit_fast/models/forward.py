@@ -1,0 +1,59 @@
+"""What is known about one running forward of a transformer."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdit_fast.context import StepContext
+from vdit_fast.models.geometry import Geometry
+from vdit_fast.planners.base import Decision
+
+__all__ = ["Forward"]
+
+Distinct = tuple[Tensor, Tensor, Tensor]
+"""int64 [K] and [K]: batch item and token that have a timestep first; int32 [B, N]: which of the K each token has."""
+
+
+@dataclass(eq=False)
+class Forward:
+    """One running forward of the transformer."""
+
+    geometry: Geometry | None
+    step: StepContext
+    timestep: Any = None
+    """The transformer's argument."""
+    mask: weakref.ref[Tensor] | None = None
+    """The attention mask that was found to say what the geometry says."""
+    cached: bool = False
+    """Whether the cache policy's wrapper has seen it: a wrapper acts once per forward."""
+    decisions: dict[int, tuple[Decision, Tensor | None]] = field(default_factory=dict)
+    """Decisions by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
+    tables: dict[Any, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    """Rotary tables that stand in for the model's, by the model's shape, dtype and device; None: the model's own."""
+    _distinct: Distinct | None = None
+
+    def distinct(self, batch: int, tokens: int) -> Distinct | None:
+        """The few different timesteps of ``batch`` x ``tokens`` tokens, None where there are many of them or where the
+        argument says less, or where an earlier call of this forward was about other tokens. A GPU is waited for
+        once per forward."""
+        timestep = self.timestep
+        if not isinstance(timestep, Tensor) or timestep.ndim != 2 or timestep.shape[0] != batch or timestep.is_meta:
+            return None
+        if self._distinct is None:
+            if timestep.shape[1] == 0 or tokens % timestep.shape[1]:  # neither one per token nor one per frame
+                return None
+            per_token = timestep.repeat_interleave(tokens // timestep.shape[1], dim=1)
+            # per batch item: other conditions may enter the modulation too
+            values, index = torch.unique(per_token, return_inverse=True)
+            item = torch.arange(batch, device=index.device).view(-1, 1)
+            values, index = torch.unique(item * len(values) + index, return_inverse=True)
+            first = torch.full(values.shape, batch * tokens, device=index.device)
+            first.scatter_reduce_(0, index.flatten(), torch.arange(batch * tokens, device=index.device), "amin")
+            self._distinct = first // tokens, first % tokens, index.to(torch.int32)
+        count, index = len(self._distinct[0]), self._distinct[2]
+        return self._distinct if index.shape == (batch, tokens) and 4 * count <= batch * tokens else None
