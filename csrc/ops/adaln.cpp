@@ -80,6 +80,7 @@ class Call {
     t.data = data->const_data_ptr();
     t.batch_stride = data->size(0) == 1 ? 0 : data->stride(0);
     t.row_stride = data->stride(1);
+    VDIT_CHECK(data->size(1) >= 1 || p.batch * p.tokens == 0, op_, ": ", name, " has no rows");
     VDIT_CHECK(data->size(1) <= INT32_MAX, op_, ": ", name, " has ", data->size(1), " rows; at most ", INT32_MAX);
     t.rows = int32_t(data->size(1));
     any_row_ = true;
@@ -115,7 +116,6 @@ class Call {
     } all[] = {{"gate", p.gate}, {"scale", p.scale}, {"shift", p.shift}};
     for (const auto& [name, t] : all) {
       if (t.data == nullptr) continue;
-      VDIT_CHECK(t.rows >= 1 || p.batch * p.tokens == 0, op_, ": ", name, " has no rows");
       if (t.rows <= 1) continue;
       VDIT_CHECK(index || t.rows == p.tokens, op_, ": ", name, " has ", t.rows, " rows for ", p.tokens,
                  " tokens; pass one row, one per token, or an index");

@@ -76,9 +76,9 @@ RopeTable rope_table(const QkNormRopeParams& p, const Source& s) {
     rope.positions = token_ints(*s.positions, argument(s.name + "_positions"), s.x, s.x.size(1), false);
     return rope;
   }
-  VDIT_CHECK(s.start >= 0 && s.start + cos.size(1) <= s.x.size(1), argument(s.name), " has ", s.x.size(1),
-             " tokens but its table rotates tokens ", s.start, " to ", s.start + cos.size(1),
-             " (exclusive); the rows of the table must lie within the tokens");
+  VDIT_CHECK(s.start >= 0 && s.start <= s.x.size(1) - cos.size(1), argument(s.name), " has ", s.x.size(1),
+             " tokens but its table rotates ", cos.size(1), " tokens from token ", s.start,
+             " on; the rows of the table must lie within the tokens");
   rope.start = int32_t(s.start);
   return rope;
 }
@@ -101,7 +101,12 @@ QkStream stream(const QkNormRopeParams& p, const Source& s, const Tensor& q, boo
                  (s.rows.has_value() || s.out->size(1) == s.x.size(1)),
              out_name, " has shape ", shape_text(*s.out), "; expected [", p.batch, ", ",
              s.rows.has_value() ? "any" : std::to_string(s.x.size(1)), ", ", s.x.size(2), ", ", p.dim, "]");
+  for (int i = 0; i < 4; ++i)
+    VDIT_CHECK(s.out->size(i) <= 1 || s.out->stride(i) != 0, out_name, " has stride 0 in dimension ", i,
+               "; its elements share memory, pass a tensor that is not expanded");
   to.out = s.out->mutable_data_ptr();
+  VDIT_CHECK(!s.rows.has_value() || s.out->numel() == 0 || to.out != to.x.data, out_name, " is ", s.name,
+             " itself, but ", s.rows_name, " moves its tokens; pass another destination");
   to.out_batch_stride = out.batch_stride;
   to.out_row_stride = out.row_stride;
   to.out_head_stride = out.head_stride;
@@ -118,6 +123,12 @@ QkStream stream(const QkNormRopeParams& p, const Source& s, const Tensor& q, boo
              "_bias needs a weight of its own dtype beside it");
   to.rope = rope_table(p, s);
   return to;
+}
+
+// Whether the tokens of both are written to the same places. With rows they may differ.
+bool same_memory(const QkStream& a, const QkStream& b) {
+  const bool empty = a.tokens == 0 || b.tokens == 0 || a.heads == 0 || b.heads == 0;
+  return !empty && a.out != nullptr && a.out == b.out && a.rows.data == b.rows.data;
 }
 
 QkNormRopeParams prepare(const Tensor& q, const Maybe& k, const Maybe& v, const Maybe& q_weight, const Maybe& q_bias,
@@ -164,6 +175,10 @@ QkNormRopeParams prepare(const Tensor& q, const Maybe& k, const Maybe& v, const 
         stream(p, {"k", *k, k_weight, k_bias, k_cos, k_sin, k_positions, kv_rows, k_out, "kv_rows", k_start}, q, false);
   }
   if (v) p.stream[p.streams++] = stream(p, {"v", *v, {}, {}, {}, {}, {}, kv_rows, v_out, "kv_rows", 0}, q, true);
+  for (int i = 0; i < p.streams; ++i)
+    for (int j = 0; j < i; ++j)
+      VDIT_CHECK(!same_memory(p.stream[i], p.stream[j]),
+                 "qk_norm_rope: two of q_out, k_out and v_out are the same memory; each needs its own");
   return p;
 }
 

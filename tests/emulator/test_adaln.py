@@ -58,20 +58,28 @@ def test_neighbouring_rows_of_one_block(policy: Policy, op: str) -> None:
 
 @pytest.mark.parametrize("offset", [0, 1, 4, 8])
 def test_misaligned_rows(offset: int) -> None:
-    # Each tensor by itself begins or steps beside 16 bytes; NaN lies between what may be read.
-    kwargs = arguments(64, BF16, BF16, "fast", 6)
+    # Each tensor by itself begins or steps beside 16 bytes.
+    vectors = draw(8, 4, 64, dtype=BF16)
+    names = ("weight", "bias", "post_weight", "post_bias")
+    kwargs = arguments(64, BF16, BF16, "fast", 6, tokens=2) | dict(zip(names, vectors, strict=True))
 
     def moved(t: Tensor) -> Tensor:
         wide = t.new_zeros(*t.shape[:-1], t.shape[-1] + offset)
         wide[..., offset:] = t
         return wide[..., offset:]
 
-    for name in ("x", "y", "gate", "weight", "post_weight"):
-        value = kwargs[name]
-        if value is None:
-            continue
-        changed = tuple(moved(t) for t in value) if isinstance(value, tuple) else moved(value)
-        check(kwargs | {name: changed}, "gate_residual_norm", RANDOMS[0])
+    base, rows = kwargs["gate"]
+    changes = [{name: moved(kwargs[name])} for name in ("x", "y", *names)]
+    for change in [*changes, {"gate": (moved(base), rows)}, {"gate": (base, moved(rows))}]:
+        check(kwargs | change, "gate_residual_norm", RANDOMS[0])
+
+
+def test_a_single_row_that_ends_inside_a_piece() -> None:
+    # No stride tells that such rows are not made of whole pieces; NaN lies behind.
+    row = torch.full((1, 1, 16), torch.nan)
+    row[..., :13] = draw(1, 13)
+    (h,) = run("adaln_modulate", row[..., :13])
+    torch.testing.assert_close(h, reference.adaln_modulate(row[..., :13]))
 
 
 @pytest.mark.parametrize("row", [-1, 3, 2**31 - 1, -(2**31)])

@@ -221,6 +221,7 @@ X = torch.randn(2, 6, 24)
         (lambda: ops.adaln_modulate(X, index=torch.zeros(5, dtype=torch.int32)), r"index has shape \[5\]; expected"),
         (lambda: ops.adaln_modulate(X, X, index=torch.full((6,), 6, dtype=torch.int32)), "index 6 of token 0 is"),
         (lambda: ops.adaln_modulate(X, X, index=torch.full((6,), -1, dtype=torch.int32)), "index -1 of token 0"),
+        (lambda: ops.adaln_modulate(X, X[:, :0], index=torch.zeros(6, dtype=torch.int32)), "scale has no rows"),
         (lambda: ops.adaln_modulate(X, weight=X[0, 0, :5]), r"weight has shape \[5\]; expected \[24\]"),
         (lambda: ops.adaln_modulate(X, norm="none", weight=X[0, 0]), "weight needs a norm"),
         (lambda: ops.adaln_modulate(X, norm="rms", bias=X[0, 0]), "bias needs the layer norm"),
@@ -248,6 +249,8 @@ def test_bad_input(call: Any, message: str) -> None:
         ({"gate_activation": "silu"}, "gate_activation is 'silu'"),
         ({"scale": X[None]}, r"scale has shape \[1, 2, 6, 24\]"),
         ({"scale": (X[0, :2], X)}, r"base of scale has shape \[2, 24\]; expected one row"),
+        ({"gate": (X[0, 0, 0], X)}, r"base of gate has shape \[\]; expected one row"),
+        ({"shift": (X[0, 0], X, X)}, "shift is a tuple of 3; expected a tensor or a pair"),
     ],
 )
 def test_bad_choices(kwargs: dict[str, Any], message: str) -> None:

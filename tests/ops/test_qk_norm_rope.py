@@ -274,6 +274,7 @@ def _bad(**named: Any) -> None:
 
 
 ANGLES = torch.rand(5, 8)
+ROWS = torch.randn(2, 5, 3, 8)
 
 
 @pytest.mark.parametrize(("named", "error", "message"), [
@@ -286,8 +287,9 @@ ANGLES = torch.rand(5, 8)
     ({"positions": torch.zeros(5, dtype=torch.int32)}, ValueError, "no table"),
     ({"cos": ANGLES[:4], "sin": ANGLES[:4]}, ValueError, "4 rows for 5 tokens"),
     ({"cos": ANGLES[0], "sin": ANGLES[0]}, ValueError, "table of q has shape"),
-    ({"cos": ANGLES[:4], "sin": ANGLES[:4], "rope_start": 2}, RuntimeError, "rotates tokens 2 to 6"),
-    ({"cos": ANGLES, "sin": ANGLES, "rope_start": -1}, RuntimeError, "rotates tokens -1"),
+    ({"cos": ANGLES[:4], "sin": ANGLES[:4], "rope_start": 2}, RuntimeError, "rotates 4 tokens from token 2"),
+    ({"cos": ANGLES, "sin": ANGLES, "rope_start": -1}, RuntimeError, "from token -1 on"),
+    ({"cos": ANGLES, "sin": ANGLES, "rope_start": 2**63 - 1}, RuntimeError, "from token 9223372036854775807"),
     ({"cos": ANGLES[:, :6], "sin": ANGLES[:, :6]}, RuntimeError, "8 or 4"),
     ({"cos": ANGLES, "sin": ANGLES.double()}, RuntimeError, "differ in shape, strides or dtype"),
     ({"cos": ANGLES, "sin": ANGLES, "rope": "half", "axes": (4, 2, 1, 1)}, RuntimeError, "even and positive"),
@@ -313,6 +315,9 @@ ANGLES = torch.rand(5, 8)
     ({"v_out": torch.randn(2, 5, 3, 8)}, RuntimeError, "v is not"),
     ({"q_out": torch.randn(2, 6, 3, 8)}, RuntimeError, "q_out has shape"),
     ({"q_out": torch.randn(2, 5, 3, 8).half()}, RuntimeError, "must be alike"),
+    ({"q_out": torch.zeros(2, 1, 3, 8).expand(2, 5, 3, 8)}, RuntimeError, "stride 0 in dimension 1"),
+    ({"k": ROWS, "q_out": ROWS, "k_out": ROWS}, RuntimeError, "are the same memory"),
+    ({"q": ROWS, "q_out": ROWS, "q_rows": torch.arange(5, dtype=torch.int32)}, RuntimeError, "moves its tokens"),
 ], ids=lambda x: x if isinstance(x, str) else None)  # fmt: skip
 def test_bad_input(named: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

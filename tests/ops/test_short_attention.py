@@ -205,6 +205,17 @@ def test_gradients(causal: bool, counts: tuple[int, ...] | None) -> None:
     assert all(x is not None for x in torch.autograd.grad(short_attention(*four).sum(), four))
 
 
+def test_unread_keys_reach_no_gradient() -> None:
+    q, k, v = draw((2, 5, 4, 2, 2, 6))
+    kv_len, grads = torch.tensor([2, 3]), []
+    for junk in (0.0, torch.nan, torch.inf):
+        for x in (k, v):
+            x[0, 2:], x[1, 3:] = junk, junk
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        grads.append(torch.autograd.grad(short_attention(*leaves, kv_len=kv_len).square().sum(), leaves))
+    assert all(map(torch.equal, grads[0], grads[1])) and all(map(torch.equal, grads[0], grads[2]))
+
+
 def test_operator_checks() -> None:
     q, k, v = (x.requires_grad_() for x in draw((2, 5, 4, 2, 2, 8)))
     op = torch.ops.vdit_fast.short_attention.default

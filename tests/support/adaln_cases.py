@@ -38,9 +38,11 @@ def arguments(
         "index": (index if variant % 2 else index[0]).to(torch.int32),
         "gate_activation": "tanh" if variant & 2 else None,
         "post_norm": post,
+        "post_eps": 0.25 if variant % 2 else 1e-6,
         "post_weight": vectors[0] if affine and post != "none" else None,
         "post_bias": vectors[1] if affine and post == "layer" else None,
         "norm": norm,
+        "eps": 1e-6 if variant % 2 else 0.5,
         "weight": vectors[2] if affine and norm != "none" else None,
         "bias": vectors[3] if affine and norm == "layer" else None,
         "rounding": rounding,
@@ -50,8 +52,8 @@ def arguments(
 def part(kwargs: dict[str, Any], op: str) -> dict[str, Any]:
     """What of it ``op`` takes."""
     names = {
-        "adaln_modulate": "x scale shift index norm weight bias rounding",
-        "gate_residual": "x y gate index gate_activation post_norm post_weight post_bias rounding",
+        "adaln_modulate": "x scale shift index norm eps weight bias rounding",
+        "gate_residual": "x y gate index gate_activation post_norm post_eps post_weight post_bias rounding",
     }
     return {n: kwargs[n] for n in names.get(op, " ".join(kwargs)).split()}
 

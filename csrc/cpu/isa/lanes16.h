@@ -102,4 +102,17 @@ static inline void store_some(T* p, vf v, int n) {
   for (int i = 0; i < n; ++i) from_float(v[i], p[i]);
 }
 
+// Lanes 1, 0, 3, 2, ...
+static inline vf swap_neighbours(vf v) {
+#if VDIT_VL == 16 && defined(__AVX512F__)
+  return (vf)_mm512_permute_ps((__m512)v, 0xb1);
+#elif VDIT_VL == 8 && defined(__AVX__)
+  return (vf)_mm256_permute_ps((__m256)v, 0xb1);
+#else
+  vf r;
+  for (int i = 0; i < VL; ++i) r[i] = v[i ^ 1];
+  return r;
+#endif
+}
+
 }  // namespace VDIT_NS

@@ -2,7 +2,7 @@
 // the destination. Built with -ffp-contract=off: eager's products are rounded one by one.
 #include "cpu/qk_norm_rope.h"
 
-#include "cpu/isa/vec16.h"
+#include "cpu/isa/lanes16.h"
 
 namespace VDIT_NS {
 namespace {
@@ -21,14 +21,14 @@ vf lane(const T* p) {
 template <class T>
 void store_lane(T* p, vf v) {
   T row[VL];
-  store_row(row, v);
+  store_lanes(row, v);
   *p = row[0];
 }
 
 template <class T>
 void widen(const T* from, int64_t n, float* to) {
   int64_t i = 0;
-  for (; i + VL <= n; i += VL) store(to + i, load_row(from + i));
+  for (; i + VL <= n; i += VL) store(to + i, load_lanes(from + i));
   for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 void widen(const void* from, DType type, int64_t n, float* to) {
@@ -82,22 +82,22 @@ struct Head {
   vf finish(vf v, vf w, vf b) const {
     v = (v - mean) * scale;
     if constexpr (R == QkRounding::before_weight) {
-      if (before) v = round_to<T>(v);
+      if (before) v = round_lanes<T>(v);
     }
     if (weight != nullptr) {
       v *= w;
       if constexpr (R == QkRounding::before_weight) {
-        if (before) v = round_to<T>(v);
+        if (before) v = round_lanes<T>(v);
       }
     }
     if (bias != nullptr) {
       v += b;
       if constexpr (R == QkRounding::before_weight) {
-        if (before) v = round_to<T>(v);
+        if (before) v = round_lanes<T>(v);
       }
     }
     if constexpr (R == QkRounding::eager) {
-      if (end) v = round_to<T>(v);
+      if (end) v = round_lanes<T>(v);
     }
     return relu ? max_or_second(vf{}, v) : v;
   }
@@ -112,8 +112,8 @@ struct Head {
     vf x = a * c, z = b * s;
     if constexpr (R != QkRounding::fast) {
       if (products) {
-        x = round_to<T>(x);
-        z = round_to<T>(z);
+        x = round_lanes<T>(x);
+        z = round_lanes<T>(z);
       }
     }
     return x + z;
@@ -126,7 +126,7 @@ struct Head {
     }
     for (int i = first; i < last; i += VL) {
       const int j = i + VL <= last ? i : last - VL;
-      store_row(out + j, normed(j));
+      store_lanes(out + j, normed(j));
     }
   }
   void neighbours(int n, const float* cos, const float* sin, T* out) const {
@@ -143,7 +143,7 @@ struct Head {
     for (int i = 0; i < n; i += VL) {
       const int j = i + VL <= n ? i : n - VL;  // even: n and VL are
       const vf v = normed(j);
-      store_row(out + j, turn(v, swap_neighbours(v), load(cos + j), load(sin + j) * sign));
+      store_lanes(out + j, turn(v, swap_neighbours(v), load(cos + j), load(sin + j) * sign));
     }
   }
   // Channel i with i + n, for i in [first, first + n).
@@ -160,8 +160,8 @@ struct Head {
     for (int i = first; i < end_of_first; i += VL) {
       const int j = i + VL <= end_of_first ? i : end_of_first - VL;
       const vf a = normed(j), b = normed(j + n);
-      store_row(out + j, turn(a, -b, load(cos + j), load(sin + j)));
-      store_row(out + j + n, turn(b, a, load(cos + j + n), load(sin + j + n)));
+      store_lanes(out + j, turn(a, -b, load(cos + j), load(sin + j)));
+      store_lanes(out + j + n, turn(b, a, load(cos + j + n), load(sin + j + n)));
     }
   }
   void write(const QkNormRopeParams& p, const float* cos, const float* sin, T* out) const {
@@ -186,13 +186,13 @@ float load_and_sum(const T* x, int n, float* y) {
   int i = 0;
   for (; i + 4 * VL <= n; i += 4 * VL) {
     for (int k = 0; k < 4; ++k) {
-      const vf v = load_row(x + i + k * VL);
+      const vf v = load_lanes(x + i + k * VL);
       store(y + i + k * VL, v);
       sum[k] += SQUARES ? v * v : v;
     }
   }
   for (; i + VL <= n; i += VL) {
-    const vf v = load_row(x + i);
+    const vf v = load_lanes(x + i);
     store(y + i, v);
     sum[0] += SQUARES ? v * v : v;
   }

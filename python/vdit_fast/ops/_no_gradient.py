@@ -1,10 +1,12 @@
-"""Operators whose results carry no gradient."""
+"""What operators do where autograd cannot follow them: in neither direction is a gradient dropped in silence."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("vdit_fast", "IMPL")
 
@@ -15,14 +17,47 @@ def carries_no_gradient(*names: str) -> None:
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
+def has_tangent(*tensors: Any) -> bool:
+    """Whether one of these is being differentiated forwards, as by ``torch.func.jvp``. Torch drops the tangents of
+    operators from libraries without a word."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def needs_gradient(*tensors: Any) -> bool:
+    """Whether autograd must see what becomes of these, backwards or forwards; None and the like do not count."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        return True
+    return has_tangent(*tensors)
+
+
+def refuse_tangents(name: str, *tensors: Any) -> None:
+    """For operators with a gradient, but without a forward derivative.
+
+    Raises:
+        RuntimeError: one of the tensors is being differentiated forwards.
+    """
+    if has_tangent(*tensors):
+        raise RuntimeError(
+            f"vdit_fast: {name} has no forward-mode derivative (torch.func.jvp); use reverse mode or plain torch there"
+        )
+
+
 def refuses_gradients(name: str, instead: str) -> None:
-    """A call of this operator that autograd would have to record is an error; `instead` says what to call."""
+    """A call of this operator that autograd would have to record is an error; `instead` says what to call. What it
+    writes to counts as changed, so that a backward pass that saved it before complains."""
     operator = getattr(torch.ops.vdit_fast, name).default
+    written = [
+        i for i, a in enumerate(operator._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    ]
 
     def refuse(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
+        if needs_gradient(*arguments):
             raise RuntimeError(f"vdit_fast::{name} has no gradient; call it under torch.no_grad(), or call {instead}")
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
+            result = operator(*arguments)
+        torch.autograd.graph.increment_version([a for i in written if isinstance(a := arguments[i], Tensor)])
+        return result
 
     _LIBRARY.impl(name, refuse, "Autograd")

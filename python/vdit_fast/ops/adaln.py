@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..reference import adaln as reference
 from ..reference.adaln import Norm, Rounding, Table
+from ._no_gradient import needs_gradient
 
 _NORMS = ("none", "rms", "layer")
 _ROUNDINGS = ("fast", "eager")
@@ -160,16 +161,16 @@ def gate_residual_norm(
 
 
 def _needs_gradient(*tensors: Table | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(t.requires_grad for x in tensors if x is not None for t in (x if isinstance(x, tuple) else (x,)))
+    return needs_gradient(*(t for x in tensors for t in (x if isinstance(x, tuple) else (x,))))
 
 
 def _table(name: str, table: Table | None) -> tuple[Tensor | None, Tensor | None]:
     """(base [D] or None, rows [Bt, R, D] or None)."""
+    if isinstance(table, tuple) and len(table) != 2:
+        raise ValueError(f"{name} is a tuple of {len(table)}; expected a tensor or a pair (base, table)")
     base, rows = table if isinstance(table, tuple) else (None, table)
     if base is not None:
-        if base.numel() != base.shape[-1]:
+        if base.dim() == 0 or base.numel() != base.shape[-1]:
             raise ValueError(f"base of {name} has shape {list(base.shape)}; expected one row [D]")
         base = base.reshape(-1)
     if rows is None or rows.dim() == 3:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._no_gradient import refuse_tangents
 from .stand_ins import add_stand_ins
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def attention(
         ValueError: the plan is for other lengths, or declares segments that the call does not bring.
     """
     segments = list(segments or ())
+    refuse_tangents("attention", q, k, v, row_scale, *(t for pair in segments for t in pair))
     if plan is None:
         plan_args: tuple[Tensor | None, ...] = _NO_PLAN
         plan_batch, plan_heads = 1, 1

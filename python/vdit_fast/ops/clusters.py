@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._no_gradient import carries_no_gradient
+from ._no_gradient import carries_no_gradient, refuse_tangents
 from .block_mean import block_mean
 
 
@@ -64,6 +64,7 @@ def permute_tokens(x: Tensor, order: Tensor, *, inverse: bool = False) -> Tensor
     Raises:
         RuntimeError: dtypes, shapes or devices do not fit.
     """
+    refuse_tangents("permute_tokens", x)
     return torch.ops.vdit_fast.permute_tokens(x, order, inverse)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._no_gradient import refuse_tangents
+
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Merge attention results over disjoint sets of keys into the result over their union.
@@ -30,6 +32,7 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     """
     if not outs or not lses:  # without a tensor the dispatcher cannot pick a device
         raise ValueError(f"merge: {len(outs)} outs and {len(lses)} lses; pass at least one part")
+    refuse_tangents("merge", *outs, *lses)
     return torch.ops.vdit_fast.merge(list(outs), list(lses))
 
 

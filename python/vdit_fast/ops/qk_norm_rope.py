@@ -11,7 +11,7 @@ from torch import Tensor
 from vdit_fast.reference.qk_norm_rope import NORMS, scatter_rows
 from vdit_fast.reference.qk_norm_rope import qk_norm_rope as one_stream
 
-from ._no_gradient import refuses_gradients
+from ._no_gradient import needs_gradient, refuses_gradients
 
 _ROUNDINGS = ("fast", "eager")
 _LAYOUTS = ("interleaved", "half")
@@ -115,7 +115,7 @@ def qk_norm_rope(
     q_rows, kv_rows = _per_token(q_rows, "q_rows"), _per_token(kv_rows, "kv_rows")
 
     tensors = (q, k, v, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, q_out, k_out, v_out)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_gradient(*tensors):
         common: dict[str, Any] = {
             "norm": norm, "eps": eps, "relu": relu, "rotary": rotary, "axes": widths, "rounding": rounding,
             "round_before_weight": round_before_weight, "round_products": round_products,

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._no_gradient import refuse_tangents
+
 __all__ = ["MAX_SHORT_KEYS", "short_attention"]
 
 MAX_SHORT_KEYS = 64
@@ -43,6 +45,7 @@ def short_attention(
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit, too many keys or columns; the message says which.
     """
+    refuse_tangents("short_attention", q, k, v)
     if scale is None:
         scale = float(max(q.shape[-1], 1)) ** -0.5
     if q.dim() == 4 and k.dim() == 4 and v.dim() == 4:
@@ -69,7 +72,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     reads = readable(q, k, ctx.causal, kv_len)
     query, key, value, dout = (x.float().movedim(1, 3) for x in (q, k, v, grad))  # [B, S, H, L, D]
     p = weights(query, key, ctx.scale, reads)
-    dp = dout @ value.masked_fill(~reads.any(-2)[..., None], 0).transpose(-1, -2)
+    unread = ~reads.any(-2)[..., None]  # 0 * NaN is NaN
+    key, value = key.masked_fill(unread, 0), value.masked_fill(unread, 0)
+    dp = dout @ value.transpose(-1, -2)
     ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).masked_fill(~reads, 0) * ctx.scale
     found = (ds @ key, ds.transpose(-1, -2) @ query, p.transpose(-1, -2) @ dout)
     grads = (g.movedim(3, 1).to(x.dtype) for g, x in zip(found, (q, k, v), strict=True))
