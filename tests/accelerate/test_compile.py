@@ -53,6 +53,7 @@ def compile_blocks(model: Any, *names: str, **kw: Any) -> None:
                 "cosmos_1": 1,
                 "cosmos_2": 1,
                 "allegro": 1,
+                "consisid": 2,  # like the stock blocks
                 "easyanimate": 2,  # with and without projections for the text
             }.items()
         ),

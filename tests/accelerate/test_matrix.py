@@ -30,8 +30,9 @@ OLDEST = diffusers.__version__.startswith("0.35.")
 def table() -> dict[str, dict[str, str]]:
     """The page's table of families: family, then feature, then what is said."""
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines() if line[:1] == "|"]
-    features = next(row for row in rows if row[0] == "family")[1:]
-    return {row[0].strip("`"): dict(zip(features, row[1:], strict=True)) for row in rows if row[0].startswith("`")}
+    start = next(number for number, row in enumerate(rows) if row[0] == "family")
+    features, body = rows[start][1:], rows[start + 2 :]
+    return {row[0].strip("`"): dict(zip(features, row[1:], strict=True)) for row in body}
 
 
 def promised(family: str, feature: str) -> bool:
