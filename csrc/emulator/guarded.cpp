@@ -27,7 +27,9 @@ std::vector<Region>& regions() {
 
 }  // namespace
 
-Guarded::Guarded(const char* name, size_t bytes, size_t align) : name_(name), bytes_(bytes) {
+Guarded::Guarded(const char* name, size_t bytes, size_t align, const void* like) : name_(name), bytes_(bytes) {
+  const size_t odd = align < 16 ? reinterpret_cast<uintptr_t>(like) % 16 : 0;
+  if (odd != 0) align = 16;
   const size_t body = (bytes + align - 1 + kPage - 1) / kPage * kPage;
   mapped_ = body + 2 * kPage;
   void* p = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -36,7 +38,8 @@ Guarded::Guarded(const char* name, size_t bytes, size_t align) : name_(name), by
   mprotect(mapping_, kPage, PROT_NONE);
   unsigned char* const end = mapping_ + kPage + body;
   mprotect(end, kPage, PROT_NONE);
-  const size_t slack = bytes % align ? align - bytes % align : 0;  // the end is aligned, so the start must be
+  const size_t rest = (bytes + odd) % align,
+               slack = rest ? align - rest : 0;  // the end is aligned, so the start must be
   data_ = end - bytes - slack;
   memset(mapping_ + kPage, kCanary, body);
   regions().push_back({mapping_, mapping_ + mapped_, data_, data_ + bytes, name});

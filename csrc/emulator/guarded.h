@@ -7,8 +7,9 @@ namespace emu {
 
 class Guarded {
  public:
-  // Uninitialised bytes are 0xff: NaN as a float, -1 as an integer. `name` must outlive the object.
-  Guarded(const char* name, size_t bytes, size_t align = 16);
+  // Uninitialised bytes are 0xff: NaN as a float, -1 as an integer. `name` must outlive the object. `like`: with an
+  // alignment below 16, the copy starts as far behind a multiple of 16 bytes as this address.
+  Guarded(const char* name, size_t bytes, size_t align = 16, const void* like = nullptr);
   ~Guarded();
   Guarded(Guarded&& other) noexcept;
   Guarded(const Guarded&) = delete;

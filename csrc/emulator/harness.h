@@ -30,7 +30,7 @@ class Harness {
   }
   const void* input_bytes(const char* name, const void* source, size_t bytes, size_t align = 16) {
     if (source == nullptr) return nullptr;
-    Guarded& g = buffers_.emplace_back(name, bytes, align);
+    Guarded& g = buffers_.emplace_back(name, bytes, align, source);
     g.fill(source);
     g.make_read_only();
     return g.data();
@@ -42,7 +42,7 @@ class Harness {
     if (source == nullptr) return nullptr;
     int64_t extent = 1;
     for (size_t i = 0; i < sizes.size(); ++i) extent = sizes[i] && extent ? extent + (sizes[i] - 1) * strides[i] : 0;
-    Guarded& g = buffers_.emplace_back(name, size_t(extent) * elem, align);
+    Guarded& g = buffers_.emplace_back(name, size_t(extent) * elem, align, source);
     if (extent) copy_rows(g.data(), source, elem, sizes, strides, 0);
     g.make_read_only();
     return g.data();
@@ -54,7 +54,7 @@ class Harness {
   }
   void* output_bytes(const char* name, void* target, size_t bytes, size_t align = 16) {
     if (target == nullptr) return nullptr;
-    outputs_.push_back({&buffers_.emplace_back(name, bytes, align), target});
+    outputs_.push_back({&buffers_.emplace_back(name, bytes, align, target), target});
     return outputs_.back().buffer->data();
   }
   // Like output, but starts with the target's contents.
