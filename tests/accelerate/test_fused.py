@@ -273,6 +273,18 @@ def test_a_block_that_is_wrapped_later_falls_back_to_stock_after_remove() -> Non
     assert not seen.names["adaln_modulate"]
 
 
+def test_a_wrapper_put_around_a_block_later_stays_after_remove() -> None:
+    model, inputs = tiny.wan()
+    stock = tiny.run(model, inputs)
+    handle, log = accelerate(model), []
+    inner = model.blocks[1].forward
+    wrapper = lambda *args, **kwargs: (log.append(1), inner(*args, **kwargs))[1]  # noqa: E731
+    object.__setattr__(model.blocks[1], "forward", wrapper)
+    handle.remove()
+    assert torch.equal(tiny.run(model, inputs), stock) and len(log) == 1
+    assert model.blocks[1].__dict__["forward"] is wrapper and "forward" not in model.blocks[0].__dict__
+
+
 def test_a_forward_that_a_wrapper_kept_is_replaced() -> None:
     """A block cache puts back what it found, which may be the forward of an acceleration that is gone by then."""
     from diffusers import FirstBlockCacheConfig

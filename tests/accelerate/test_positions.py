@@ -251,3 +251,18 @@ def test_operator_registration() -> None:
         (cos, sin, torch.randn(1, 48, 32), model.blocks[0].attn1.processor.handle),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+def test_tables_of_another_size_in_the_same_forward_are_exchanged_for_themselves() -> None:
+    from vdit_fast.models.rotary import served_tables
+
+    model, inputs = tiny.build("wan_t2v")
+    handle = accelerate(model)
+    tiny.run(model, inputs)
+    handle.positions(lambda step, geometry, tables: (2 * tables[0], 3 * tables[1]))
+    layer = model.blocks[0].attn1.processor.handle
+    for size in (5, 7, 5):
+        stock = torch.randn(1, size, 1, 16), torch.randn(1, size, 1, 16)
+        cos, sin = served_tables(stock, torch.randn(1, size, 32), layer, stock[0])
+        assert cos.shape == sin.shape == stock[0].shape
+    assert handle.stats()["positions"] == {0: 2}, "one of each size"
