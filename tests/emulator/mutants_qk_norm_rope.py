@@ -149,4 +149,21 @@ MUTANTS = [
         "if (p.width[axis] % (2 * kChunk) != 0) return false;",
         "if (p.width[axis] % 2 != 0) return false;",
     ),
+    _bug(
+        "alignment of weights is forgotten",
+        HOST,
+        "if (!aligned(s.weight, 0) || !aligned(s.bias, 0)) return false;",
+        "if (!aligned(s.bias, 0)) return false;",
+        "beside_16",
+    ),
+    _bug(
+        "alignment of biases is forgotten",
+        HOST,
+        "if (!aligned(s.weight, 0) || !aligned(s.bias, 0)) return false;",
+        "if (!aligned(s.weight, 0)) return false;",
+        "beside_16",
+    ),
+    _bug("alignment of cos is forgotten", HOST, "aligned(r.cos, table * entry) && ", "", "beside_16"),
+    _bug("alignment of sin is forgotten", HOST, " && aligned(r.sin, table * entry)", "", "beside_16"),
+    _bug("alignment of results is forgotten", HOST, " || !aligned(s.out, out * bytes)", "", "beside_16"),
 ]

@@ -43,6 +43,28 @@ def test_families(family: str) -> None:
         assert (rounded == model).double().mean() > 0.998
 
 
+@pytest.mark.parametrize("name", ["q", "q_weight", "q_bias", "cos", "sin", "q_out"])
+def test_each_tensor_may_begin_beside_16_bytes(name: str) -> None:
+    from vdit_fast.ops import qk_norm_rope
+
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        wide = t.new_zeros(t.numel() + 1)
+        wide[1:] = t.flatten()
+        return wide[1:].view(t.shape)
+
+    torch.manual_seed(5)
+    call: Any = {n: torch.randn(64).bfloat16() for n in ("q_weight", "q_bias")}
+    call |= {n: torch.randn(1, 3, 2, 64).bfloat16() for n in ("q", "q_out")} | {
+        n: torch.rand(3, 64) for n in ("cos", "sin")
+    }
+    call[name] = moved(call[name])
+    with torch.no_grad():
+        want = qk_norm_rope(**call, norm="layer")[0].clone()
+        with Emulated(RANDOMS[0]):
+            got = qk_norm_rope(**call, norm="layer")[0]
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
 def test_too_wide_rows_are_refused() -> None:
     from vdit_fast.ops import qk_norm_rope
 
