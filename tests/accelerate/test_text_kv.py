@@ -8,6 +8,7 @@ import pickle
 import weakref
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -370,7 +371,8 @@ def test_compiled_blocks_compute_them_in_one_graph() -> None:
         block.compile(fullgraph=True, backend="aot_eager")
     for got, want in zip(generate(model, other(inputs, 1.0)), eager, strict=True):
         assert tiny.relative(got, want) < 1e-5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    first = diffusers.__version__.startswith("0.35.")  # whose first block gets a transposed view
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + first
     assert counts(handle) == (10, 20)
     torch._dynamo.reset()
 
