@@ -155,8 +155,10 @@ def _reuse(known: list[Handle], settings: Config, found: list[_Found]) -> Handle
         )
     handle = known[0]
     if handle.config != settings:
+        old, new = handle.config.to_dict(), settings.to_dict()
+        changes = ", ".join(f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if old[key] != new[key])
         raise RuntimeError(
-            f"this model is already accelerated with configuration {handle.config.digest()}, not {settings.digest()}; "
+            f"this model is already accelerated with another configuration ({changes}); "
             "call reconfigure(config) or remove() on its handle (accelerate with the old configuration returns it)"
         )
     return handle

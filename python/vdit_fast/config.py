@@ -124,6 +124,8 @@ class Config:
                 f"cache must be a cache policy with decide() and forecast(), or None, got {type(policy).__name__}: "
                 f"{policy!r}; use Config.from_dict for the mapping form"
             )
+        if self.fuse is False:  # what YAML makes of an unquoted off
+            object.__setattr__(self, "fuse", "off")
         if self.fuse not in _FUSE:
             raise ValueError(f"fuse is {self.fuse!r}; {_nearest(str(self.fuse), _FUSE)}")
         if self.on_unsupported not in _ON_UNSUPPORTED:

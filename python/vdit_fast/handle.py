@@ -111,6 +111,8 @@ class Handle:
         """
         if fn is not None and not callable(fn):
             raise TypeError(f"positions: pass a function of (step, geometry, tables) or None, got {type(fn).__name__}")
+        if fn is not None and not self.active:
+            raise RuntimeError("positions: this handle was removed; call vdit_fast.accelerate on the model again")
         for root in self.roots if fn is not None else ():
             processors = root.processors().values()
             if root.module() is not None and not any(processor.takes_positions for processor in processors):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -426,3 +427,21 @@ def test_join(batch: int) -> None:
     x = whole.requires_grad_()
     join(x[:, :3], x[:, 3:]).square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * whole.detach())
+
+
+def test_yaml_s_off_means_off(tmp_path: Path) -> None:
+    path = tmp_path / "off.yaml"
+    path.write_text("fuse: off\n")  # PyYAML reads a boolean
+    assert Config.from_file(path).fuse == "off" and Config.from_file(path) == Config(fuse="off")
+
+
+def test_a_dtype_without_a_kernel_is_named() -> None:
+    model, inputs = tiny.wan()
+    handle = accelerate(model.double())
+    tiny.run(model, tiny.cast(inputs, torch.float64))
+    assert set(handle.stats()["fused"]["unfused"]) == {"dtype float64 has no fused kernel"}
+    with pytest.raises(RuntimeError, match=r"another configuration \(fuse is 'fast', not 'off'\)"):
+        accelerate(model, Config(fuse="off"))
+    handle.remove()
+    with pytest.raises(RuntimeError, match="this handle was removed"):
+        handle.positions(lambda step, geometry, tables: None)

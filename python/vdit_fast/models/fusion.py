@@ -176,11 +176,14 @@ def _obstacle(x: Tensor, norms: Iterable[nn.Module], weights: Iterable[Tensor]) 
         return "gradients are recorded"
     if under_autocast(x):
         return "autocast chooses the dtypes"
+    missing = missing_fused_kernel(x)
+    if missing is not None:
+        return missing
     if not all(is_plain(norm, x) for norm in norms):
         return "a norm is hooked, or its weights lie elsewhere"
     if any(weight.device != x.device for weight in weights):
         return "weights of the block lie elsewhere"
-    return missing_fused_kernel(x)
+    return None
 
 
 def is_plain(module: nn.Module, x: Tensor) -> bool:
