@@ -20,7 +20,7 @@ VD_DEV float sum_lanes(float x) {
 }
 
 template <class E, bool Vector, int LANES>
-VD_KERNEL(kThreads, 2)
+VD_KERNEL(kThreads, Vector ? 2 : 1)  // element-wise loads need more registers than two CTAs leave
 norm_heads(const VD_GRID_CONST QkNormRopeParams p, const VD_GRID_CONST Blocks blocks) {
   constexpr int kRows = kThreads / LANES, kBytes = Element<E>::kBytes, kRow = LANES * kChunk * 4;
   VD_SHARED(uint32_t, exchange, 2 * kThreads * kChunk);
