@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor
+from vdit_fast.models.qk import rotate_pairs
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -21,10 +22,7 @@ __all__ = ["LTX2Adapter", "LTX2PerturbedProcessor", "LTX2Processor"]
 
 def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring pairs over the whole width of x [B, N, H, D], by tables [B, N, H * D]."""
-    cos, sin = cos.unflatten(2, x.shape[2:]), sin.unflatten(2, x.shape[2:])
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+    return rotate_pairs(x, cos.unflatten(2, x.shape[2:]), sin.unflatten(2, x.shape[2:]))
 
 
 def _rotate_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

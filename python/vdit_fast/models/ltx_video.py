@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, split_heads
 from vdit_fast.models.ltx_video_block import LTX_BLOCKS
-from vdit_fast.models.qk import Rotary, turned_heads
+from vdit_fast.models.qk import Rotary, rotate_pairs, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -20,13 +19,7 @@ __all__ = ["LTXVideoAdapter", "LTXVideoProcessor"]
 def _rotary(cos: Tensor, sin: Tensor, heads: int) -> Rotary:
     """The rotation by tables [B, N, H * D] over the whole width: neighbouring channels, every value repeated."""
     cos, sin = (table.unflatten(2, (heads, -1)) for table in (cos, sin))
-
-    def rotate(x: Tensor) -> Tensor:
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-        return (x.float() * cos + turned.float() * sin).to(x.dtype)
-
-    return Rotary(cos, sin, rotate)
+    return Rotary(cos, sin, lambda x: rotate_pairs(x, cos, sin))
 
 
 class LTXVideoProcessor(ServedProcessor):

@@ -61,9 +61,8 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [B, N, H, D].
-        cos, sin: [N, D], every value repeated for the two channels of its pair.
+        cos, sin: [1 or B, N, 1 or H, D], every value repeated for the two channels of its pair.
     """
-    cos, sin = cos[None, :, None].to(x.device), sin[None, :, None].to(x.device)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-odd, even), dim=-1).flatten(-2)
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
@@ -73,7 +72,7 @@ def pair_rotary(tables: tuple[Tensor, Tensor] | None, tokens: Tensor, start: int
     """The rotation of diffusers' ``apply_rotary_emb`` with tables [N, D], on the device of the tokens."""
     if tables is None:
         return None
-    cos, sin = (table.to(tokens.device) for table in tables)
+    cos, sin = (table.to(tokens.device)[None, :, None] for table in tables)
     return Rotary(cos, sin, lambda x: rotate_pairs(x, cos, sin), start=start)
 
 
