@@ -11,7 +11,7 @@ from torch import nn
 
 from vdit_fast.caching.engine import CachedForward
 from vdit_fast.config import Config
-from vdit_fast.models import text_kv
+from vdit_fast.models import blocks, text_kv
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
 from vdit_fast.models.fusion import attach, detach
 from vdit_fast.models.served import begin_forward
@@ -110,23 +110,26 @@ class Root:
         attach(module, self.session, self.adapter.blocks)
 
     def wrap(self) -> None:
-        """Put in place what works around the attention as the configuration says: the cache of the output, the memory
-        of the text's keys and values."""
+        """Put in place what works around the attention as the configuration says: the cache of the output, what stands
+        around blocks, the memory of the text's keys and values."""
         module = self.module()
         if module is None:
             return
         self.unwrap(module)
         if self.session.config.cache is not None and self.hooked:
             CachedForward(module, self.session).attach()
+        if self.session.around:
+            blocks.attach(module, self.session, self.adapter)
         text_kv.detach(module, self.session)
         if self.session.config.text_kv and self.hooked:
             text_kv.attach(module, self.session, self.adapter)
 
     def unwrap(self, module: nn.Module) -> None:
-        """Take this session's wrapper off, where it is the outermost one; elsewhere it passes calls through."""
+        """Take this session's wrappers off, where they are the outermost; elsewhere they pass calls through."""
         wrapper = module.__dict__.get("forward")
         if isinstance(wrapper, CachedForward) and wrapper.of(self.session):
             wrapper.detach()
+        blocks.detach(module, self.session, self.adapter)
 
     def check_cache(self, config: Config) -> None:
         """Raise where the configuration wants a cache that cannot work, and wants to know."""

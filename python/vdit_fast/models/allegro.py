@@ -79,6 +79,7 @@ class AllegroAdapter(ModelAdapter):
     family = "allegro"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"AllegroAttnProcessor2_0": AllegroProcessor}
     blocks = ALLEGRO_BLOCKS
+    block_lists = ("transformer_blocks",)
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False):

@@ -211,6 +211,12 @@ class ModelAdapter:
     blocks: ClassVar[Mapping[str, BlockForward]] = {}
     """Block class name -> the forward that computes the same through fused operators."""
 
+    block_lists: ClassVar[tuple[str, ...]] = ()
+    """Attributes of the transformer that hold its blocks, in the order in which they run; empty where something else
+    than the next block follows a block."""
+    block_streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")
+    """The arguments that blocks change, in the order of what they return."""
+
     left_alone: ClassVar[dict[str, str]] = {}
     """Class name of a stock processor that must stay -> why, for the report."""
 

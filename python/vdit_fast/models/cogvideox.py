@@ -57,6 +57,7 @@ class CogVideoXAdapter(ModelAdapter):
     family = "cogvideox"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"CogVideoXAttnProcessor2_0": CogVideoXProcessor}
     blocks = COGVIDEOX_BLOCKS
+    block_lists = ("transformer_blocks",)
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False):

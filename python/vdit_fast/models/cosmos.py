@@ -67,6 +67,7 @@ class CosmosAdapter(ModelAdapter):
         "CosmosAttnProcessor2_5": CosmosProcessor,  # found only where skip_reason says no
     }
     blocks = COSMOS_BLOCKS
+    block_lists = ("transformer_blocks",)
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if hasattr(module, "q_img"):

@@ -64,6 +64,7 @@ class EasyAnimateAdapter(ModelAdapter):
     family = "easyanimate"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"EasyAnimateAttnProcessor2_0": EasyAnimateProcessor}
     blocks = EASYANIMATE_BLOCKS
+    block_lists = ("transformer_blocks",)
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False):

@@ -98,6 +98,7 @@ class HunyuanVideoAdapter(ModelAdapter):
     family = "hunyuan_video"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"HunyuanVideoAttnProcessor2_0": HunyuanVideoProcessor}
     blocks = HUNYUAN_BLOCKS
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")

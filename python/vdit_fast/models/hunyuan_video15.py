@@ -74,6 +74,7 @@ class HunyuanVideo15Adapter(ModelAdapter):
     family = "hunyuan_video15"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"HunyuanVideo15AttnProcessor2_0": HunyuanVideo15Processor}
     blocks = HUNYUAN_BLOCKS
+    block_lists = ("transformer_blocks",)
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")

@@ -130,6 +130,8 @@ class LTX2Adapter(ModelAdapter):
         "LTX2AudioVideoAttnProcessor": LTX2Processor,
         "LTX2PerturbedAttnProcessor": LTX2PerturbedProcessor,
     }
+    block_lists = ("transformer_blocks",)
+    block_streams = ("hidden_states", "audio_hidden_states")
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         place = name.rpartition(".")[2]

@@ -55,6 +55,7 @@ class LTXVideoAdapter(ModelAdapter):
     family = "ltx_video"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"LTXVideoAttnProcessor": LTXVideoProcessor}
     blocks = LTX_BLOCKS
+    block_lists = ("transformer_blocks",)
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if name.rpartition(".")[2] == "attn2":

@@ -81,6 +81,7 @@ class LuminaNextProcessor(ServedProcessor):
 class LuminaNextAdapter(ModelAdapter):
     family = "lumina_next"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"LuminaAttnProcessor2_0": LuminaNextProcessor}
+    block_lists = ("layers",)
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False) or name.rpartition(".")[2] == "attn2":

@@ -81,6 +81,7 @@ class MochiAdapter(ModelAdapter):
     family = "mochi"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"MochiAttnProcessor2_0": MochiProcessor}
     blocks = MOCHI_BLOCKS
+    block_lists = ("transformer_blocks",)
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")

@@ -28,6 +28,7 @@ from vdit_fast.ops.short_attention import MAX_SHORT_KEYS, short_attention
 from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
+    from vdit_fast.models.blocks import Around
     from vdit_fast.models.rotary import PositionFn
     from vdit_fast.models.text_kv import TextKV
 
@@ -110,6 +111,7 @@ class Session:
         self.state: dict[Any, Any] = {}
         self.static: dict[Any, Any] = {}
         self.cache = OutputCache()
+        self.around: dict[str, Around] = {}
         self.text: TextKV | None = None
         self.positions: PositionFn | None = None
         self.repositioned: Counter[int] = Counter()
@@ -139,6 +141,7 @@ class Session:
         for layer in self.layers:
             new.add_layer(layer.name, layer.always_dense)
         new.fused, new.left = dict(self.fused), self.left.copy()
+        new.around = {layer: item.fresh() for layer, item in self.around.items()}
         if self.text is not None:
             new.text = type(self.text)(self.text.inputs, self.text.embedders)
         memo[id(self)] = new

@@ -74,6 +74,7 @@ class SkyReelsV2Adapter(WanAdapter):
         "SkyReelsV2AttnProcessor": SkyReelsV2Processor,
         "SkyReelsV2AttnProcessor2_0": SkyReelsV2Processor,
     }
+    block_lists = ("blocks",)
     left_alone: ClassVar[dict[str, str]] = {}
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:

@@ -78,6 +78,7 @@ class WanAdapter(ModelAdapter):
         "WanAttnProcessor2_0": WanProcessor,
     }
     blocks = WAN_BLOCKS
+    block_lists = ("blocks",)
 
     left_alone: ClassVar[dict[str, str]] = {
         "WanAnimateFaceBlockAttnProcessor": "face cross-attention: each frame reads its own few motion tokens",
