@@ -55,6 +55,15 @@ def test_parts_agree_with_the_whole() -> None:
         assert torch.equal(h, ops.adaln_modulate(**part(kwargs | {"x": x_new}, "adaln_modulate")))
 
 
+def test_results_beyond_the_caches_agree_with_pieces() -> None:
+    # Large fp32 results are written past the caches; pieces of the same rows are not.
+    x, y, gate, scale = draw(0, 1, 4099, 2056), draw(1, 1, 4099, 2056), draw(2, 1, 2056), draw(3, 1, 2056)
+    whole = ops.gate_residual_norm(x, y, gate, scale)
+    pieces = [ops.gate_residual_norm(a, b, gate, scale) for a, b in zip(x.split(999, 1), y.split(999, 1), strict=True)]
+    for result, parts in zip(whole, zip(*pieces, strict=True), strict=True):
+        assert torch.equal(result, torch.cat(parts, 1))
+
+
 def test_closed_forms() -> None:
     x, y = draw(0, 2, 3, 16), draw(1, 2, 3, 16)
     assert torch.equal(ops.gate_residual(x, y), x + y)

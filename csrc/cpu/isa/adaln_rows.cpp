@@ -15,6 +15,8 @@ using vdit::AdaLNTable;
 using vdit::DType;
 using vdit::NormKind;
 
+constexpr int64_t kStreamBytes = int64_t(32) << 20;
+
 // Lanes of a tensor's row that a step works on: all, or the first n at the end of the row. Scratch rows are padded.
 struct All {};
 struct Some {
@@ -34,6 +36,22 @@ void put(T* p, vf v, All) {
 }
 template <class T>
 void put(T* p, vf v, Some s) {
+  store_some(p, v, s.n);
+}
+// A result; `to_memory` keeps it out of the caches.
+template <class T>
+void put_result(T* p, vf v, All, bool) {
+  store_lanes(p, v);
+}
+template <>
+void put_result(float* p, vf v, All, bool to_memory) {
+  if (to_memory)
+    stream(p, v);
+  else
+    store(p, v);
+}
+template <class T>
+void put_result(T* p, vf v, Some s, bool) {
   store_some(p, v, s.n);
 }
 vf only(vf v, All) { return v; }
@@ -105,9 +123,10 @@ struct Rows {
   Scratch s{};
   const void *gate_row = nullptr, *scale_row = nullptr, *shift_row = nullptr;  // what the scratch rows hold
   const bool chain;                                                            // something is rounded inside the norm
+  const bool to_memory;
 
   Rows(const AdaLNParams& params, float* scratch)
-      : p(params), dim(params.dim), chain(params.round_chain || params.norm.round) {
+      : p(params), dim(params.dim), chain(params.round_chain || params.norm.round), to_memory(beyond_caches()) {
     const int64_t ld = (int64_t(dim) + 15) / 16 * 16;
     float** const all[] = {&s.x, &s.y, &s.gate, &s.scale, &s.shift, &s.weight, &s.bias, &s.post_weight, &s.post_bias};
     for (float** row : all) {
@@ -129,6 +148,13 @@ struct Rows {
       convert<H>(norm.bias, norm.dtype, dim, bias);
     else
       fill(0.f, dim, bias);
+  }
+
+  // Such results would push out what others need, and have every line read before it is written. Half as wide ones are
+  // bound by their conversion: measured without a gain.
+  bool beyond_caches() const {
+    const bool large = p.batch * p.tokens * int64_t(dim) * 4 >= kStreamBytes && dim % VL == 0;
+    return sizeof(X) == 4 && large && (uintptr_t(p.x_new) | uintptr_t(p.h)) % (VL * 4) == 0;
   }
 
   vf rounded(bool on, vf v) const { return on ? round_lanes<H>(v) : v; }
@@ -206,7 +232,7 @@ struct Rows {
   // out = x + gate * y; with kNorm also s.x, and the sum that the norm needs.
   template <bool kRound, bool kNorm, class Y>
   float residual(const X* x, const Y* y, X* out) const {
-    const bool square = p.norm.kind == NormKind::rms, round_new = p.round_new;
+    const bool square = p.norm.kind == NormKind::rms, round_new = p.round_new, streamed = to_memory;
     const float* const gate = s.gate;
     float* const to = s.x;
     vf sum[4]{};
@@ -214,7 +240,7 @@ struct Rows {
       vf gated = load(gate + i) * get(y + i, part);
       if (kRound) gated = round_lanes<H>(gated);
       vf v = get(x + i, part) + gated;
-      put(out + i, v, part);
+      put_result(out + i, v, part, streamed);
       if (!kNorm) return;
       if (round_new) v = round_lanes<X>(v);
       store(to + i, v);
@@ -253,9 +279,10 @@ struct Rows {
     const float *const x = s.x, *const scale = s.scale, *const shift = s.shift, *const weight = s.weight,
                        *const bias = s.bias;
     const vf mean = splat(m.mean), factor = splat(m.scale);
+    const bool streamed = to_memory;
     if (!chain)
       return each(dim, [&](int i, auto part, int) {
-        put(h + i, (load(x + i) - mean) * factor * load(scale + i) + load(shift + i), part);
+        put_result(h + i, (load(x + i) - mean) * factor * load(scale + i) + load(shift + i), part, streamed);
       });
     const bool affine = p.norm.weight != nullptr || p.norm.bias != nullptr;
     const bool round = p.round_chain, round_weight = p.norm.round;
@@ -263,7 +290,7 @@ struct Rows {
       vf v = (load(x + i) - mean) * factor;
       if (affine) v = rounded(round_weight, v) * load(weight + i) + load(bias + i);
       v = rounded(round || round_weight, v);
-      put(h + i, rounded(round, v * load(scale + i)) + load(shift + i), part);
+      put_result(h + i, rounded(round, v * load(scale + i)) + load(shift + i), part, streamed);
     });
   }
 
@@ -293,6 +320,7 @@ template <class X, class H>
 void run(const AdaLNParams& p, int64_t first, int64_t last, float* scratch) {
   Rows<X, H> rows(p, scratch);
   for (int64_t at = first; at < last; ++at) rows.row(at / p.tokens, at % p.tokens);
+  fence_streams();
 }
 
 template <class H>
