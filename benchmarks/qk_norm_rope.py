@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import SETTINGS, keep_pages
 from torch import Tensor
 from torch.nn import functional
 
@@ -117,12 +118,12 @@ def cosmos(q: Tensor, k: Tensor, v: Tensor, w: Tensor, cos: Tensor, sin: Tensor)
 
 RMS = {"norm": "rms", "round_before_weight": True}
 FAMILIES = [
-    Family("Wan 14B", 40, 128, 2048, wan, {"norm": "rms_across"}),
-    Family("HunyuanVideo", 24, 128, 2048, hunyuan, {**RMS, "rope_start": 0}, text=256, joint=True),
-    Family("CogVideoX 5B", 48, 64, 2048, cogvideox, {"norm": "layer", "rope_start": 226}, text=226),
-    Family("LTX 0.9", 32, 64, 2310, ltx, {"norm": "rms_across"}, head_tables=True),
-    Family("Mochi", 24, 128, 2048, mochi, {"norm": "rms"}, head_tables=True, half_table=True),
-    Family("Cosmos 7B", 32, 128, 2048, cosmos, {**RMS, "rope": "half"}),
+    Family("Wan 14B", 40, 128, 8192, wan, {"norm": "rms_across"}),
+    Family("HunyuanVideo", 24, 128, 8192, hunyuan, {**RMS, "rope_start": 0}, text=256, joint=True),
+    Family("CogVideoX 5B", 48, 64, 8192, cogvideox, {"norm": "layer", "rope_start": 226}, text=226),
+    Family("LTX 0.9", 32, 64, 9240, ltx, {"norm": "rms_across"}, head_tables=True),
+    Family("Mochi", 24, 128, 8192, mochi, {"norm": "rms"}, head_tables=True, half_table=True),
+    Family("Cosmos 7B", 32, 128, 8192, cosmos, {**RMS, "rope": "half"}),
 ]
 
 
@@ -192,6 +193,7 @@ def main() -> None:
     ap.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
+    keep_pages()
     load = os.getloadavg()[1]  # what else the machine is doing
     results = []
     with torch.no_grad():
@@ -214,6 +216,7 @@ def main() -> None:
     document = {
         "kind": "vdit_fast.qk_norm_rope",
         "settings": {"dtype": "bfloat16", "rounds": args.rounds, "seed": 0, "threads": args.threads},
+        "allocator": {name: os.environ.get(name) for name in SETTINGS},
         "load_average_5_min": load,
         "results": results,
         "command": f"python benchmarks/qk_norm_rope.py --rounds {args.rounds}",

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from pages import SETTINGS, keep_pages
 from torch import Tensor
 
 from vdit_fast import report, short_attention
@@ -102,6 +103,7 @@ def main() -> None:
     ap.add_argument("--rounds", type=int, default=15)
     ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
+    keep_pages()
     load = os.getloadavg()[1]  # what else the machine is doing
     results = [measure(name, dtype, args.rounds) for name in SHAPES for dtype in DTYPES]
     for result in results:
@@ -119,6 +121,7 @@ def main() -> None:
     document = {
         "kind": "vdit_fast.short_attention",
         "settings": {"rounds": args.rounds, "seed": 0, "threads": torch.get_num_threads()},
+        "allocator": {name: os.environ.get(name) for name in SETTINGS},
         "load_average_5_min": load,
         "results": results,
         "command": f"python benchmarks/short_attention.py --rounds {args.rounds}",
