@@ -233,10 +233,10 @@ def _nothing_served(components: Mapping[str, nn.Module], skipped: list[Skipped])
     looked = ", ".join(f"{name or 'target'} ({kind})" for name, kind in kinds.items())
     reasons = Counter((item.processor, item.reason) for item in skipped)
     listed = "; ".join(f"{number} x {kind}: {reason}" for (kind, reason), number in reasons.most_common())
-    known = ", ".join(sorted(name for adapter in adapters() for name in adapter.processors))
+    known = ", ".join(sorted({adapter.family for adapter in adapters()}))
     return NothingServed(
         f"no attention module can be served in {looked}. Found: {listed or 'no attention modules with a processor'}. "
-        f"Known processors: {known}. vdit_fast.patch_sdpa(module) serves the scaled_dot_product_attention calls of any "
+        f"Known families: {known}. vdit_fast.patch_sdpa(module) serves the scaled_dot_product_attention calls of any "
         "module, densely",
         kinds,
         tuple(skipped),

@@ -158,18 +158,21 @@ class Config:
             if key not in known:
                 raise ValueError(f"configuration key {key!r} is unknown; {_nearest(str(key), known)}")
         values = dict(data)
-        attention = values.get("attention")
-        if isinstance(attention, (Mapping, str)):
-            values["attention"] = _planner(attention)
-        cache = values.get("cache")
-        if isinstance(cache, (Mapping, str)):
-            values["cache"] = _policy(cache)
+        for key, make in (("attention", _planner), ("cache", _policy)):
+            value = values.get(key)
+            if isinstance(value, (Mapping, str)):
+                values[key] = make(value)
+            elif isinstance(value, (bool, int, float, list, tuple)):
+                form = "the name of a method, a mapping {'method': name, knob: value} or null"
+                raise TypeError(f"{key} must be {form}, got {value!r}")
         return cls(**values)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Config:
         """Read a ``.json``, ``.yaml`` or ``.yml`` file."""
         file = Path(path)
+        if file.is_dir():
+            raise ValueError(f"config {str(path)!r} is a folder; give a preset, or a .json, .yaml or .yml file")
         text = file.read_text(encoding="utf-8")
         suffix = file.suffix.lower()
         if suffix == ".json":

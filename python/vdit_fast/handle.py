@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,6 +20,17 @@ from vdit_fast.summary import collect_stats, report_text
 __all__ = ["Handle", "Skipped"]
 
 NO_TEXT_KV = "text_kv: no cross-attention whose keys are known to depend on the text only"
+
+
+def _check_arguments(fn: Any) -> None:
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a callable of C code
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise TypeError(f"positions: the function is called with (step, geometry, tables): {error}") from None
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,15 @@ class Handle:
         return dict(notes)
 
     def reconfigure(self, config: Any) -> Handle:
-        """Use another configuration from the next call on; takes what ``accelerate`` takes. Returns this handle."""
+        """Use another configuration from the next call on; takes what ``accelerate`` takes. Returns this handle.
+
+        Raises:
+            RuntimeError: the handle was removed; ``on_unsupported`` is ``"error"`` and the configuration cannot work.
+            TypeError, ValueError: as ``accelerate``.
+        """
         settings = Config.of(config)
+        if not self.active:
+            raise RuntimeError("reconfigure: this handle was removed; call vdit_fast.accelerate on the model again")
         for root in self.roots:
             root.check_cache(settings)
         self._config = settings
@@ -105,12 +124,14 @@ class Handle:
             this handle; ``stats()["positions"]`` counts the forwards whose tables were exchanged.
 
         Raises:
-            TypeError: ``fn`` cannot be called.
+            TypeError: ``fn`` cannot be called, or not with three arguments.
             RuntimeError: no served layer of a transformer takes positions; here, or at a call whose step, grid or
                 tables are unknown.
         """
         if fn is not None and not callable(fn):
             raise TypeError(f"positions: pass a function of (step, geometry, tables) or None, got {type(fn).__name__}")
+        if fn is not None:
+            _check_arguments(fn)
         if fn is not None and not self.active:
             raise RuntimeError("positions: this handle was removed; call vdit_fast.accelerate on the model again")
         for root in self.roots if fn is not None else ():

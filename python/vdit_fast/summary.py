@@ -163,7 +163,7 @@ def report_text(handle: Handle) -> str:
         lines += _reasons("forwards computed:", Counter(cache["full"]))
     if handle.config.fuse != "off" and stats["fused"]["blocks"]:
         blocks = ", ".join(f"{count:,} {kind}" for kind, count in stats["fused"]["blocks"].items())
-        lines.append(f"fused ({handle.config.fuse} rounding): {blocks}")
+        lines.append(f"blocks with a fused forward ({handle.config.fuse} rounding): {blocks}")
     if handle.config.fuse != "off":
         lines += _reasons("blocks left with their own forward:", Counter(stats["fused"]["left"]))
     lines += _reasons("blocks run unfused (times):", Counter(stats["fused"]["unfused"]))

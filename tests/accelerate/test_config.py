@@ -58,7 +58,8 @@ def test_frozen() -> None:
         ({"attention": {"method": "test_band", "dense_steps": math.inf}}, ValueError, "dense_steps.*inf"),
         ({"attention": {"method": "test_band", "dense_steps": 1.5}}, ValueError, "dense_steps"),
         ({"attention": {"method": "test_band", "dense_layers": [0, math.inf]}}, ValueError, "dense_layers"),
-        ({"attention": 3}, TypeError, "attention.*int"),
+        ({"attention": 3}, TypeError, "attention must be the name of a method, a mapping .* got 3"),
+        ({"cache": True}, TypeError, "cache must be the name of a method, a mapping .* got True"),
         ({"on_unsupported": "eror"}, ValueError, "'eror'.*'error'"),
         ({"verbose": 1}, TypeError, "verbose"),
         ([1], TypeError, "mapping"),
@@ -83,6 +84,8 @@ def test_bad_files_and_names(tmp_path: Path) -> None:
             Config.of({"method": method, "x": 1})
     with pytest.raises(ValueError, match="key 'method' is unknown"):
         Config.of({"method": "svg3"})
+    with pytest.raises(ValueError, match="is a folder; give a preset"):
+        Config.of(tmp_path)
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json is not valid JSON"):
         Config.from_file(tmp_path / "broken.json")

@@ -46,6 +46,9 @@ def test_reconfigure_changes_what_runs() -> None:
     assert tiny.relative(tiny.run(model, inputs), stock) < 1e-5
     layer = handle.stats()["layers"][0]
     assert (layer["calls"], layer["sparse_calls"], layer["mean_density"]) == (1, 0, 1.0)  # not a mix of the two
+    handle.remove()
+    with pytest.raises(RuntimeError, match="handle was removed"):
+        handle.reconfigure("exact")
 
 
 def test_parts_and_wholes_do_not_mix() -> None:
@@ -75,7 +78,7 @@ def test_nothing_to_serve_is_an_error_that_lists_what_was_found() -> None:
 
     model: Any = tiny.hunyuan()[0]
     assert isinstance(model, HunyuanVideoTransformer3DModel)
-    with pytest.raises(RuntimeError, match=r"1 x AttnProcessor2_0.*Known processors: .*WanAttnProcessor"):
+    with pytest.raises(RuntimeError, match=r"1 x AttnProcessor2_0.*Known families: .*wan"):
         accelerate(model.context_embedder)
     with pytest.raises(RuntimeError, match="no attention modules with a processor"):
         accelerate(nn.Linear(2, 2))

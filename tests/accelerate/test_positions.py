@@ -144,7 +144,7 @@ def test_planners_see_the_new_positions() -> None:
     ("returned", "error", "words"),
     [
         (torch.zeros(48, 16), TypeError, "Tensor"),
-        ((torch.zeros(48, 16),), TypeError, "tuple"),
+        ((torch.zeros(48, 16),), TypeError, "1 values"),
         ((torch.zeros(47, 16),) * 2, ValueError, r"cos is torch.float32 \[47, 16\].*\[1, 48, 1, 16\]"),
         ((torch.zeros(48, 16), torch.zeros(16, 48)), ValueError, "sin"),
         ((torch.zeros(48, 16, dtype=torch.int64),) * 2, ValueError, "int64"),
@@ -168,6 +168,8 @@ def test_what_cannot_be_served_is_an_error() -> None:
         tiny.run(model, inputs)
     with pytest.raises(TypeError, match="positions: pass a function"):
         handle.positions(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"called with \(step, geometry, tables\)"):
+        handle.positions(lambda step: None)  # type: ignore[arg-type, misc]
     model, inputs = tiny.wan()
     handle = accelerate(model)
     for block in model.blocks:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TextIO
@@ -19,6 +20,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print only JSON on stand
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Advance = Callable[[int, int, str], None]
 
+QUIET_SECONDS = 20.0
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _BAD_INPUT_ERRORS = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
@@ -43,16 +45,33 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Advance]:
-        """Yield ``advance(done, total, what)``; it draws a bar on standard error if that is a terminal."""
+        """Yield ``advance(done, total, what)``: a bar on standard error, or a line now and then where that is a file."""
         console = Console(stderr=True)
+        if not console.is_terminal:
+            yield _lines()
+            return
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("", total=None)
 
             def advance(done: int, total: int, what: str = "") -> None:
                 bar.update(task, completed=done, total=total, description=escape(what))
 
             yield advance
+
+
+def _lines() -> Advance:
+    """Progress for a log file: at most one line in ``QUIET_SECONDS``."""
+    told = started = time.monotonic()
+
+    def advance(done: int, total: int, what: str = "") -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= QUIET_SECONDS:
+            told = now
+            print(f"[{now - started:4.0f} s] {what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return advance
 
 
 @contextlib.contextmanager

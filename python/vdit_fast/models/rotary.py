@@ -47,7 +47,8 @@ def _checked(new: Any, stock: Tables) -> Tables | None:
     if new is None:
         return None
     if not isinstance(new, tuple | list) or len(new) != 2 or not all(isinstance(x, Tensor) for x in new):
-        raise TypeError(f"positions: the function must return (cos, sin) or None, got {type(new).__name__}")
+        got = f"{len(new)} values" if isinstance(new, tuple | list) and len(new) != 2 else type(new).__name__
+        raise TypeError(f"positions: the function must return two tensors (cos, sin) or None, got {got}")
     out = []
     for label, table, own in zip(("cos", "sin"), new, stock, strict=True):
         if [n for n in table.shape if n != 1] != [n for n in own.shape if n != 1] or not table.is_floating_point():
