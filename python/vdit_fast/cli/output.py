@@ -45,7 +45,7 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Advance]:
-        """Yield ``advance(done, total, what)``: a bar on standard error, or a line now and then where that is a file."""
+        """Yield ``advance(done, total, what)``: a bar on standard error, or a line now and then in a file."""
         console = Console(stderr=True)
         if not console.is_terminal:
             yield _lines()
