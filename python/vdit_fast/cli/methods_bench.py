@@ -17,6 +17,7 @@ import torch
 
 from vdit_fast import report
 from vdit_fast.accelerate import accelerate
+from vdit_fast.cli.clip_quality import mean_quality, ratios
 from vdit_fast.cli.matching import METHODS, TOLERANCE, Match, Method, match, method, planner_name
 from vdit_fast.cli.recording import Call, Recording, Replayed, replay
 from vdit_fast.config import Config
@@ -303,20 +304,9 @@ class _Bench:
         found = {"seconds": spread([sample.seconds for sample in samples[name]])}
         if name == "dense":
             found["attention_seconds"] = spread(self.attention_seconds)
-            found |= self.quality(samples["dense"], samples["stock"]) | {"speedup": _ratios(samples, samples["dense"])}
+            found |= mean_quality(samples["dense"], samples["stock"], self.settings.prompts)
+            found["speedup"] = ratios(samples["stock"], samples["dense"])
         return found
-
-    def quality(self, drawn: list[Sample], stock: list[Sample]) -> dict[str, Any]:
-        """Means over the prompts; every prompt's clips are the same in every round."""
-        prompts = self.settings.prompts[: len(drawn)]
-        found = [report.compare_clips(a.clip, b.clip).to_dict() for a, b in zip(drawn, stock, strict=True)]
-        found = [
-            {key: float(row[key]) for key in ("psnr", "ssim", "flicker_psnr") if row.get(key) is not None}
-            | {"latent_relative_l2": report.relative_l2(a.latents[-1], b.latents[-1])}
-            for row, a, b in zip(found, drawn, stock, strict=True)
-        ][: len(prompts)]
-        mean = {key: statistics.fmean(row[key] for row in found) for key in found[0]}
-        return mean | {"per_prompt": [{"prompt": p} | row for p, row in zip(prompts, found, strict=True)]}
 
     def row(self, one: Contestant, samples: dict[str, list[Sample]]) -> dict[str, Any]:
         """One method's measured numbers."""
@@ -331,7 +321,7 @@ class _Bench:
             "value": one.found.value,
             "config": one.planner.to_dict(),
             "matched": abs(summary["sparse_calls"] - self.settings.density) <= TOLERANCE,
-            **self.quality(one.drawn, samples["stock"]),
+            **mean_quality(one.drawn, samples["stock"], self.settings.prompts),
             "density": summary,
             "recall": replayed.recall,
             "best_recall": replayed.best,
@@ -342,16 +332,11 @@ class _Bench:
             "overhead": planning / (dense_call * len(one.calls)) if one.calls else 0.0,
             "attention_seconds": sum(layer["attention_seconds"] for layer in one.stats["layers"]),
             "seconds": spread([sample.seconds for sample in one.drawn]),
-            "speedup": _ratios(samples, one.drawn),
-            "speedup_own": _ratios(samples, one.drawn, "dense"),
+            "speedup": ratios(samples["stock"], one.drawn),
+            "speedup_own": ratios(samples["dense"], one.drawn),
             "steps": step_rows(one.runs, [], one.drawn, samples["stock"]),
             "dense_reasons": _reasons(one.stats),
         }
-
-
-def _ratios(samples: dict[str, list[Sample]], drawn: list[Sample], base: str = "stock") -> dict[str, Any]:
-    """Speed-up over a baseline, from the rounds' own ratios: a slow round slows both sides."""
-    return spread([b.seconds / d.seconds for b, d in zip(samples[base], drawn, strict=True)])
 
 
 def _reasons(stats: dict[str, Any]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from vdit_fast.cli.bench import DENSITIES, SUITES, Shape, draw, run_bench
 from vdit_fast.cli.devices import DTYPES, resolve_device, resolve_dtype
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
-from vdit_fast.cli.verbs import bench_methods
+from vdit_fast.cli.verbs import bench_combinations, bench_methods
 
 Suite = Annotated[str, typer.Option(help=f"Shapes to run: {', '.join(SUITES)}.")]
 _DENSITIES = ",".join(f"{d:g}" for d in DENSITIES)
@@ -25,6 +25,7 @@ Repeats = Annotated[int, typer.Option(help="Timed rounds.", min=1)]
 
 app = typer.Typer(invoke_without_command=True)
 app.command("methods")(bench_methods.command)
+app.command("combinations")(bench_combinations.command)
 
 
 @app.callback()

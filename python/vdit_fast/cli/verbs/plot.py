@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
 
-_FILE = "results.json of demo, bench.json, methods.json or profile.json, or a picture's own JSON."
+_FILE = "results.json of demo, bench.json, methods.json, combinations.json or profile.json, or a picture's JSON."
 File = Annotated[Path, typer.Argument(help=_FILE)]
 OutDir = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the pictures; default: beside the file.")]
 
@@ -31,7 +31,15 @@ def redraw(file: Path, out_dir: Path | None = None) -> list[Path]:
         ValueError: it is not a results file.
     """
     from vdit_fast import report
-    from vdit_fast.cli import bench, methods_bench, methods_report, profile_report, profiling
+    from vdit_fast.cli import (
+        bench,
+        combinations_bench,
+        combinations_report,
+        methods_bench,
+        methods_report,
+        profile_report,
+        profiling,
+    )
     from vdit_fast.demo import pictures
     from vdit_fast.demo.run import KIND
 
@@ -45,6 +53,8 @@ def redraw(file: Path, out_dir: Path | None = None) -> list[Path]:
         return bench.draw(document, folder)
     if kind == methods_bench.KIND:
         return methods_report.draw(document, folder)
+    if kind == combinations_bench.KIND:
+        return combinations_report.draw(document, folder)
     if kind == profiling.KIND:
         return profile_report.draw(document, folder)
     return [report.replot(file, None if out_dir is None else folder / file.with_suffix(".png").name)]
