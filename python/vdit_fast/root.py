@@ -11,9 +11,10 @@ from torch import nn
 
 from vdit_fast.caching.engine import CachedForward
 from vdit_fast.config import Config
-from vdit_fast.models import blocks, text_kv
+from vdit_fast.models import blocks, hooks, text_kv
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
 from vdit_fast.models.fusion import attach, detach
+from vdit_fast.models.projections import FusedProjections
 from vdit_fast.models.served import begin_forward
 from vdit_fast.models.session import Session
 
@@ -35,12 +36,15 @@ class _BeforeForward:
         self.session = session
         self.adapter = adapter
         self.names = names
+        self.projections = FusedProjections()
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self.session.active:
             return None
+        if not torch.compiler.is_compiling():
+            self.projections.check(module)
         previous = self.session.forward
         if self.session.config.cache is not None and previous is not None and not previous.cached:
             # Whoever wrapped `forward` earlier has put its own back (offloading does after every run): wrap again.
@@ -49,6 +53,8 @@ class _BeforeForward:
         timestep = arguments.get("timestep")
         new = {} if torch.compiler.is_compiling() else self.adapter.simplify(module, arguments)
         noted = begin_forward(self.session, timestep, self.adapter.geometry(module, arguments))
+        if self.session.hooks.sites and self.session.forward is not None and not torch.compiler.is_compiling():
+            self.session.forward.volume = self.adapter.volume(module, arguments)
         if self.session.text is not None and not torch.compiler.is_compiling():
             self.session.text.note(self.session.forward, arguments)
         if noted is not timestep:
@@ -118,8 +124,7 @@ class Root:
         self.unwrap(module)
         if self.session.config.cache is not None and self.hooked:
             CachedForward(module, self.session).attach()
-        if self.session.around:
-            blocks.attach(module, self.session, self.adapter)
+        self._wrap_parts(module)
         text_kv.detach(module, self.session)
         if self.session.config.text_kv and self.hooked:
             text_kv.attach(module, self.session, self.adapter)
@@ -129,7 +134,38 @@ class Root:
         wrapper = module.__dict__.get("forward")
         if isinstance(wrapper, CachedForward) and wrapper.of(self.session):
             wrapper.detach()
+        self._unwrap_parts(module)
+
+    def _wrap_parts(self, module: nn.Module) -> None:
+        if self.session.around:
+            blocks.attach(module, self.session, self.adapter)
+        if self.session.around_attention:
+            hooks.attach(module, self.session)
+
+    def _unwrap_parts(self, module: nn.Module) -> None:
         blocks.detach(module, self.session, self.adapter)
+        hooks.detach(module, self.session)
+
+    def candidates(self, where: str) -> list[tuple[int, str]]:
+        """(index, module path) of everything that may be hooked at a place of this kind."""
+        module = self.module()
+        return [] if module is None else hooks.candidates(module, self.session, self.adapter, where)
+
+    def rehook(self) -> None:
+        """Put the hooks' wrappers in place, after the hooks have changed."""
+        session, module = self.session, self.module()
+        kinds = {entry.where for entry in session.hooks.entries}
+        pairs: tuple[tuple[dict[str, blocks.Around], bool, blocks.Around], ...] = (
+            (session.around, "block_output" in kinds, hooks.BlockHooks()),
+            (session.around_attention, bool(kinds & {"attention_input", "attention_output"}), hooks.AttentionHooks()),
+        )
+        for around, wanted, stands in pairs:
+            around.pop("hooks", None)
+            if wanted:
+                around["hooks"] = stands
+        if module is not None and session.active:
+            self._unwrap_parts(module)
+            self._wrap_parts(module)
 
     def check_cache(self, config: Config) -> None:
         """Raise where the configuration wants a cache that cannot work, and wants to know."""

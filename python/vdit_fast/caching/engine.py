@@ -49,7 +49,7 @@ class OutputCache:
         if step.generation != self._generation:
             self._generation = step.generation
             self._streams.clear()
-        key = (step.branch, step.frame_block)
+        key = (step.expert, step.branch, step.frame_block)  # one transformer may carry several models
         call = _signature(arguments)
         known = self._streams.get(key)
         if known is None or known[0] != call:
