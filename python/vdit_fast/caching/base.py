@@ -44,6 +44,7 @@ class CachePolicy(ABC):
         last_full: the last n steps are computed (known only with a scheduler).
         interval: after ``first_full``, every interval-th step is computed and those between are forecast; 1 computes
             all.
+        min_steps: schedules of fewer steps are computed as a whole: a student of 4 steps has nothing to forecast.
 
     Raises:
         TypeError, ValueError: a knob has a wrong type or value; the message names it.
@@ -54,6 +55,7 @@ class CachePolicy(ABC):
     first_full: int | float = 0.3
     last_full: int = 1
     interval: int = 2
+    min_steps: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -70,12 +72,15 @@ class CachePolicy(ABC):
             _count("first_full", self.first_full, 0)
         _count("last_full", self.last_full, 0)
         _count("interval", self.interval, 1)
+        _count("min_steps", self.min_steps, 0)
 
     def decide(self, step: StepContext, stream: Stream) -> str | None:
         """None when this step is forecast, else the reason why it is computed (one line for the report)."""
         total = step.num_steps
         if step.step < 0:
             return "the denoising step is unknown"
+        if total is not None and total < self.min_steps:
+            return f"a schedule of {total} steps, fewer than min_steps {self.min_steps}"
         if isinstance(self.first_full, float) and total is None:
             return "first_full is a fraction but the number of steps is unknown"
         first = self.first_full

@@ -76,8 +76,9 @@ def _adapted(layer: Any) -> bool:
 
 
 def _state(layer: Any) -> Any:
+    """What changes with the weights; peft folds adapters in through ``.data``, which leaves no other trace."""
     tensors = (getattr(layer, "weight", None), getattr(layer, "bias", None))
-    return [
+    return [list(getattr(layer, "merged_adapters", ()))] + [
         None if t is None else (id(t), None if t.is_meta else t.data_ptr(), None if t.is_inference() else t._version)
         for t in tensors
     ]
