@@ -12,6 +12,9 @@ from typing import Any
 from torch import nn
 
 from vdit_fast.config import Config
+from vdit_fast.hooks.registration import HookRemover, Layers, add_hook
+from vdit_fast.models.explicit import ExplicitStep
+from vdit_fast.models.hooks import HookFn
 from vdit_fast.models.rotary import PositionFn
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.root import NO_STEPS, Root
@@ -146,6 +149,61 @@ class Handle:
             root.session.repositioned.clear()
         return self
 
+    def hook(self, where: str, fn: HookFn, layers: Layers = None) -> HookRemover:
+        """Call a function at attention modules or blocks, from the next call on; it sees rows in the model's own order.
+
+        Args:
+            where: "attention_input" (after norm and modulation), "attention_heads" (behind the softmax, before the
+                output projection), "attention_output" (after the module) or "block_output".
+            fn: ``fn(step, place, rows)``, called with the ``StepContext``, the ``HookPlace`` and the ``HookRows``. It
+                returns new video rows, or (video, context) rows, of the same shape and dtype, or None. Hooks of one
+                place are called in the order they were made, each with what the one before left.
+            layers: which ones: indices (negative ones count from the end), patterns of module paths
+                (``"*.attn1"``), or several of either; None: all.
+
+        Returns:
+            what takes the hook out again when it is called, or as a context manager.
+
+        Raises:
+            TypeError: ``fn`` cannot be called, or ``layers`` is of a wrong kind.
+            ValueError: an unknown place, ``layers`` that name nothing, or a ready-made hook that belongs elsewhere.
+            RuntimeError: nothing can be hooked there, or this handle was removed.
+        """
+        return add_hook(self, where, fn, layers)
+
+    def step(
+        self,
+        step_id: int | None,
+        *,
+        timestep: float | None = None,
+        sigma: float | None = None,
+        branch: int | None = None,
+        model: str | None = None,
+        num_steps: int | None = None,
+    ) -> ExplicitStep:
+        """Name the denoising step of the forwards inside a ``with`` block, instead of having it derived.
+
+        For sampling loops that repeat steps, go backwards, take timesteps in any order, or change between models: what
+        is remembered between steps is not thrown away by more noise, and nothing is read from a device. A run of named
+        steps is one generation until ``reset()``; naming steps after steps that were derived begins another one, and
+        the other way round.
+
+        Args:
+            step_id: place in the schedule, the same for every evaluation of a step; None: unknown, so that whatever
+                depends on the step runs in full.
+            timestep: in the model's own units.
+            sigma: noise level in [0, 1]; None: ``timestep / 1000`` where that lies there.
+            branch: guidance branch; None: the forwards of a transformer inside the block are branches 0, 1, ...
+            model: name of the weights that compute this step (strong or weak, an adapter on or off). What one
+                remembers never serves another. None: the transformer's name in its pipeline.
+            num_steps: length of the schedule; None: unknown, and rules that are fractions of it go by sigma.
+
+        Raises:
+            TypeError, ValueError: a bad argument.
+            RuntimeError: at the ``with``, inside another one.
+        """
+        return ExplicitStep(self._tracker, step_id, timestep, sigma, branch, model, num_steps)
+
     def reset(self) -> None:
         """The next forward begins a new generation, whatever its timestep."""
         self._tracker.reset()
@@ -158,17 +216,19 @@ class Handle:
         """The same as numbers; JSON-ready.
 
         Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
-        ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``granularity``, ``hooked``: what it stands
-        around -> number, ``full``: reason -> forwards, ``forecast``: step -> forwards, ``blocks_run`` and
-        ``blocks_left_out`` where it stands around blocks, ``nbytes`` held, ``host_reads`` of changes), ``subset`` (None, or ``partial``: step -> forwards on some tokens,
-        ``whole``: reason -> forwards that computed all, the rows ``computed`` and ``left`` out, and ``nbytes`` of keys
-        and values held), ``fused`` (``blocks``: class -> number with a fused forward, ``left``:
-        reason -> blocks without one, ``unfused``: reason -> times it did not run), ``text_kv`` (None, or calls
-        ``computed``, ``reused`` and ``refused``: reason -> calls, ``nbytes`` held), ``positions`` (None, or step ->
-        forwards whose rotary tables were exchanged), ``layers`` and ``skipped`` (reason -> module paths). Each served
-        layer is a dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean
-        per step, None where the layer did not run), ``mean_density``, ``head_density`` (per head, one number where they
-        never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason -> calls).
+        ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``granularity``, ``hooked``: what it
+        stands around -> number, ``full``: reason -> forwards, ``forecast``: step -> forwards, ``blocks_run``
+        and ``blocks_left_out`` where it stands around blocks, ``nbytes`` held, ``host_reads`` of changes),
+        ``subset`` (None, or ``partial``: step -> forwards on some tokens, ``whole``: reason -> forwards that
+        computed all, the rows ``computed`` and ``left`` out, and ``nbytes`` of keys and values held), ``fused``
+        (``blocks``: class -> number with a fused forward, ``left``: reason -> blocks without one, ``unfused``:
+        reason -> times it did not run), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``:
+        reason -> calls, ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were
+        exchanged), ``hooks`` (place -> calls), ``layers`` and ``skipped`` (reason -> module paths). Each served
+        layer is a dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density``
+        (mean per step, None where the layer did not run), ``mean_density``, ``head_density`` (per head, one
+        number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks``
+        (both reason -> calls).
         """
         return collect_stats(self)
 

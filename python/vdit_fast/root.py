@@ -11,9 +11,10 @@ from torch import nn
 
 from vdit_fast.caching.output import CachedForward
 from vdit_fast.config import Config
-from vdit_fast.models import block_cache, blocks, text_kv
+from vdit_fast.models import block_cache, blocks, hooks, text_kv
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
 from vdit_fast.models.fusion import attach, detach
+from vdit_fast.models.projections import FusedProjections
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.row_subset import OutputRows, RowSubset
 from vdit_fast.models.served import begin_forward
@@ -37,12 +38,15 @@ class _BeforeForward:
         self.session = session
         self.adapter = adapter
         self.names = names
+        self.projections = FusedProjections()
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self.session.active:
             return None
+        if not torch.compiler.is_compiling():
+            self.projections.check(module)
         previous = self.session.forward
         if self.session.config.cache is not None and previous is not None and not previous.cached:
             # Whoever wrapped `forward` earlier has put its own back (offloading does after every run): wrap again.
@@ -53,6 +57,8 @@ class _BeforeForward:
         timestep = arguments.get("timestep")
         new = {} if torch.compiler.is_compiling() else self.adapter.simplify(module, arguments)
         noted = begin_forward(self.session, timestep, self.adapter.geometry(module, arguments))
+        if self.session.hooks.sites and self.session.forward is not None and not torch.compiler.is_compiling():
+            self.session.forward.volume = self.adapter.volume(module, arguments)
         if self.session.text is not None and not torch.compiler.is_compiling():
             self.session.text.note(self.session.forward, arguments)
         if noted is not timestep:
@@ -133,29 +139,50 @@ class Root:
         if self.session.cache.policy is not None and self.hooked and self.session.cache.features is None:
             CachedForward(module, self.session).attach()
         self._subset(module)
-        if self.session.around:
-            blocks.attach(module, self.session, self.adapter)
+        self._wrap_parts(module)
         text_kv.detach(module, self.session)
         if self.session.config.text_kv and self.hooked:
             text_kv.attach(module, self.session, self.adapter)
 
     def unwrap(self, module: nn.Module) -> None:
         """Take this session's wrappers off, where they are the outermost; elsewhere they pass calls through."""
+        OutputRows.remove(module, self.session)
         wrapper = module.__dict__.get("forward")
         if isinstance(wrapper, CachedForward) and wrapper.of(self.session):
             wrapper.detach()
-        blocks.detach(module, self.session, self.adapter)
+        self._unwrap_parts(module)
         block_cache.teardown(self.session)
 
-    def check_cache(self, config: Config) -> None:
-        """Raise where the configuration wants a cache that cannot work: around blocks that nobody knows, and, where it
-        wants to know, of a part."""
-        if config.cache is not None and not self.hooked and config.on_unsupported == "error":
-            raise RuntimeError(f"cache: {NO_STEPS}; accelerate the whole transformer, or set cache to null")
+    def _wrap_parts(self, module: nn.Module) -> None:
+        if self.session.around:
+            blocks.attach(module, self.session, self.adapter)
+        if self.session.around_attention:
+            hooks.attach(module, self.session)
+
+    def _unwrap_parts(self, module: nn.Module) -> None:
+        blocks.detach(module, self.session, self.adapter)
+        hooks.detach(module, self.session)
+
+    def candidates(self, where: str) -> list[tuple[int, str]]:
+        """(index, module path) of everything that may be hooked at a place of this kind."""
         module = self.module()
-        if config.cache is not None and self.hooked and module is not None:
-            block_cache.check(module, self.adapter, config.cache)
-        OutputRows.remove(module, self.session)
+        return [] if module is None else hooks.candidates(module, self.session, self.adapter, where)
+
+    def rehook(self) -> None:
+        """Put the hooks' wrappers in place, after the hooks have changed."""
+        session, module = self.session, self.module()
+        kinds = {entry.where for entry in session.hooks.entries}
+        pairs: tuple[tuple[dict[str, blocks.Around], bool, blocks.Around], ...] = (
+            (session.around, "block_output" in kinds, hooks.BlockHooks()),
+            (session.around_attention, bool(kinds & {"attention_input", "attention_output"}), hooks.AttentionHooks()),
+        )
+        for around, wanted, stands in pairs:
+            around.pop("hooks", None)
+            if wanted:
+                around["hooks"] = stands
+        if module is not None and session.active:
+            self._unwrap_parts(module)
+            self._wrap_parts(module)
 
     def _subset(self, module: nn.Module) -> None:
         """What runs blocks on some tokens, where the configuration and the family have it."""
@@ -179,12 +206,14 @@ class Root:
         return None
 
     def check(self, config: Config) -> None:
-        """Raise where the configuration wants a cache or a subset that cannot work, and wants to know."""
-        if config.on_unsupported != "error":
-            return
-        if config.cache is not None and not self.hooked:
+        """Raise where the configuration wants a cache around blocks that nobody knows, and, where it wants to know, a
+        cache or a subset that cannot work."""
+        module, strict = self.module(), config.on_unsupported == "error"
+        if config.cache is not None and not self.hooked and strict:
             raise RuntimeError(f"cache: {NO_STEPS}; accelerate the whole transformer, or set cache to null")
-        reason = self.no_subset() if config.subset is not None else None
+        if config.cache is not None and self.hooked and module is not None:
+            block_cache.check(module, self.adapter, config.cache)
+        reason = self.no_subset() if config.subset is not None and strict else None
         if reason is not None:
             raise RuntimeError(f"subset: {self.adapter.family}: {reason}; set subset to null in the configuration")
 

@@ -57,6 +57,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "fused": _fused(handle),
         "text_kv": _text_kv(handle),
         "positions": _positions(handle),
+        "hooks": _hooks(handle),
         "layers": layers,
         "skipped": skipped,
     }
@@ -132,6 +133,13 @@ def _positions(handle: Handle) -> dict[int, int] | None:
     for root in handle.roots:
         forwards.update(root.session.repositioned)
     return dict(sorted(forwards.items()))
+
+
+def _hooks(handle: Handle) -> dict[str, int]:
+    calls: Counter[str] = Counter()
+    for root in handle.roots:
+        calls.update(root.session.hooks.calls)
+    return dict(calls)
 
 
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
@@ -223,6 +231,9 @@ def report_text(handle: Handle) -> str:
         lines += _reasons("text keys and values computed and not kept:", Counter(text["refused"]))
     if stats["positions"] is not None:
         lines.append(f"positions: rotary tables exchanged in {sum(stats['positions'].values()):,} forwards")
+    if stats["hooks"]:
+        calls = ", ".join(f"{count:,} at {where}" for where, count in stats["hooks"].items())
+        lines.append(f"hooks: called {calls}")
     lines += _reasons("kept dense by the planner (calls):", dense)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():

@@ -48,6 +48,7 @@ class CachePolicy:
         max_bytes: most bytes kept in one transformer, an int or text such as "8 GB" or "512 MiB"; more is refused
             before anything is allocated. None: no limit.
         offload: keep factors in CPU memory between uses.
+        min_steps: schedules of fewer steps are computed as a whole: a student of 4 steps has nothing to forecast.
 
     Raises:
         TypeError, ValueError: a knob has a wrong type or value; the message names it.
@@ -66,6 +67,7 @@ class CachePolicy:
     storage: str = "auto"
     max_bytes: int | str | None = None
     offload: bool = False
+    min_steps: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -78,6 +80,7 @@ class CachePolicy:
         for knob in ("full_above", "full_below"):
             checks.optional_fraction(knob, getattr(self, knob))
         checks.count("interval", self.interval, 1)
+        checks.count("min_steps", self.min_steps, 0)
         checks.choice("storage", self.storage, STORAGE)
         checks.switch("offload", self.offload)
         if self.max_bytes is not None:
@@ -88,6 +91,8 @@ class CachePolicy:
         """None when this step is forecast, else the reason why it is computed (one line for the report)."""
         if step.step < 0:
             return "the denoising step is unknown"
+        if step.num_steps is not None and step.num_steps < self.min_steps:
+            return f"a schedule of {step.num_steps} steps, fewer than min_steps {self.min_steps}"
         return self._first(step, stream) or self._noise(step) or self._rhythm(step, stream)
 
     def _first(self, step: StepContext, stream: Stream) -> str | None:

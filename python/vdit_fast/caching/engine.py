@@ -99,7 +99,7 @@ class FeatureCache:
         if step.generation != self._generation:
             self._generation = step.generation
             self.forget()
-        key = (step.branch, step.frame_block)
+        key = (step.expert, step.branch, step.frame_block)  # one transformer may carry several models
         known = self._streams.get(key)
         if known is None or known[0] != signature:
             self._streams.pop(key, None)  # its memory before the new one's

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.fusion import BlockForward
+from vdit_fast.models.geometry import Volume
 from vdit_fast.models.rotary import served_tables
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.session import Geometry, Session
@@ -133,6 +134,15 @@ class ServedProcessor:
         """
         if not self.session.active:
             return True
+        stands = self._stands_aside(mask, reason, why)
+        if stands and self.session.hooks.at_heads(self._layer):
+            raise RuntimeError(
+                f"hook at 'attention_heads': the stock processor of {self.session.layers[self._layer].name} must run "
+                "here, which shows nothing behind its softmax; see the fallbacks in report(), or hook another place"
+            )
+        return stands
+
+    def _stands_aside(self, mask: Tensor | None, reason: str | None, why: str) -> bool:
         if self._parallel_config is not None:
             reason = "context parallelism is enabled"
         elif reason is None and mask is not None:
@@ -257,6 +267,15 @@ class ModelAdapter:
 
         Planners neither see nor count such a layer. One of at most 64 keys runs through ``short_attention``.
         """
+        return None
+
+    def attends_over(self, name: str, module: nn.Module) -> str | None:
+        """What one sequence of a served module holds, for hooks: "video", "frames" of one place, the tokens of one
+        "frame"; None: nothing may be hooked to it."""
+        return "video" if self.dense_reason(name, module) is None else None
+
+    def volume(self, module: nn.Module, arguments: dict[str, Any]) -> Volume | None:
+        """Batch and token grid of the finest level, for families whose layers see frames or places one at a time."""
         return None
 
     def simplify(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -59,12 +59,12 @@ class BlockCall:
 
     block: Block
     module: nn.Module
+    session: Session
+    """Of the transformer that the block belongs to."""
     arguments: dict[str, Any]
     """By name; whoever stands around may exchange them before going on."""
     rest: tuple[Any, ...] = ()
     """Positional arguments beyond the named ones."""
-    session: Session | None = None
-    """Of the transformer that the block belongs to."""
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -107,8 +107,11 @@ def with_streams(output: Any, new: Sequence[Tensor]) -> Any:
 class AroundForward:
     """Stands in for ``forward`` of one block, as an attribute of the object."""
 
-    def __init__(self, module: nn.Module, block: Block, session: Session, root: nn.Module) -> None:
+    def __init__(
+        self, module: nn.Module, block: Block, session: Session, root: nn.Module, around: str = "around"
+    ) -> None:
         self._module = weakref.ref(module)
+        self._around = around  # the session's attribute that says who stands here
         self._root = weakref.ref(root)
         self._session = session
         self._block = block
@@ -125,16 +128,21 @@ class AroundForward:
         return self._inner if self._inner is not None else _own_forward(module)
 
     # A compiled block is cut here: decisions are taken anew in every call. What lies inside is compiled on its own.
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(
+        recursive=False,
+        reason="hooks, caches and subsets at blocks decide anew in every call; compile without fullgraph",
+    )
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session, inner = self._session, self.inner
-        around = [session.around[layer] for layer in LAYERS if layer in session.around] if session.active else []
-        if not around:
+        present: dict[str, Around] = getattr(session, self._around) if session.active else {}
+        around = [present[layer] for layer in LAYERS if layer in present]
+        place = self._around, self._block.name
+        if not around or place in session.standing:  # another library's wrapper may hold an older one of ours
             return inner(*args, **kwargs)
         module = self._module()
         assert module is not None
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        call = BlockCall(self._block, module, named, args[len(self._names) :], session)
+        call = BlockCall(self._block, module, session, named, args[len(self._names) :])
 
         def enter(depth: int) -> Any:
             if depth < len(around):
@@ -145,7 +153,11 @@ class AroundForward:
             extra = {name: value for name, value in call.arguments.items() if name not in self._names}
             return inner(*first, *call.rest, **extra)
 
-        return enter(0)
+        session.standing.add(place)
+        try:
+            return enter(0)
+        finally:
+            session.standing.discard(place)
 
     def of(self, session: Session) -> bool:
         """Whether this is the wrapper of that session."""
@@ -178,7 +190,7 @@ class AroundForward:
         new = object.__new__(AroundForward)
         memo[id(self)] = new
         new._module, new._root = weakref.ref(copied), weakref.ref(memo[id(root)])
-        new._session = copy.deepcopy(self._session, memo)
+        new._session, new._around = copy.deepcopy(self._session, memo), self._around
         new._block, new._names, new.__signature__ = self._block, self._names, self.__signature__
         new._inner = copy.deepcopy(self._inner, memo)
         return new

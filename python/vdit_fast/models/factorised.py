@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import ModelAdapter, ServedProcessor, split_heads
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_heads
+from vdit_fast.models.geometry import Volume
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -62,16 +63,12 @@ class FactorisedProcessor(ServedProcessor):
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
     def _must_run_stock(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None, mask: Tensor | None) -> bool:
-        if self.stands_aside(mask):
-            return True
-        reason = ""
+        reason = None
         if hidden_states.ndim != 3:
             reason = f"the input has {hidden_states.ndim} dimensions, expected [batch, rows, channels]"
         elif encoder_hidden_states is not None and encoder_hidden_states.shape[1] != 1:
             reason = f"cross-attention to {encoder_hidden_states.shape[1]} keys instead of one"
-        if reason and not torch.compiler.is_compiling():
-            self.session.fall_back(self._layer, reason)
-        return bool(reason)
+        return self.stands_aside(mask, reason)
 
 
 def _trains_scores(attn: Any) -> bool:
@@ -109,11 +106,27 @@ class FactorisedAdapter(ModelAdapter):
         return super().skip_reason(name, module, processor)
 
     def dense_reason(self, name: str, module: nn.Module) -> str | None:
-        if getattr(module, "is_cross_attention", False):
+        over = self.attends_over(name, module)
+        if over is None:
             return "cross-attention to one key"
-        if any(part in _TEMPORAL for part in name.split(".")):
+        if over == "frames":
             return "temporal attention: one short sequence per place"
         return "spatial attention: one frame at a time"
+
+    def attends_over(self, name: str, module: nn.Module) -> str | None:
+        if getattr(module, "is_cross_attention", False):
+            return None
+        return "frames" if any(part in _TEMPORAL for part in name.split(".")) else "frame"
+
+    def volume(self, module: nn.Module, arguments: dict[str, Any]) -> Volume | None:
+        latents = arguments.get("sample", arguments.get("hidden_states"))
+        if not isinstance(latents, Tensor) or latents.ndim != 5:
+            return None
+        batch, frames, height, width = (latents.shape[axis] for axis in (0, 2, 3, 4))
+        if type(module).__name__ == _ONE_KEY:  # frames before channels
+            frames = latents.shape[1]
+        patch = getattr(getattr(module, "config", None), "patch_size", None) or 1
+        return batch, *patch_grid((frames, height, width), (1, patch, patch))
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vdit_fast.context import StepContext
-from vdit_fast.models.geometry import Geometry
+from vdit_fast.models.geometry import Geometry, Volume
 from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class Forward:
     step: StepContext
     timestep: Any = None
     """The transformer's argument."""
+    volume: Volume | None = None
+    """Where layers see frames or places one at a time, and something is hooked to them."""
     mask: weakref.ref[Tensor] | None = None
     """The attention mask that was found to say what the geometry says."""
     cached: bool = False

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Geometry"]
+__all__ = ["Geometry", "Volume", "level_grid"]
+
+Volume = tuple[int, int, int, int]
+"""(batch, frames, height, width) in tokens of the finest level."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,23 @@ class Geometry:
         """Undoes ``video_first``."""
         end = self.history + self.n_video
         return torch.cat((x[:, self.n_video : end], x[:, : self.n_video], x[:, end:]), dim=1)
+
+
+def level_grid(volume: Volume | None, over: str, sequences: int, rows: int) -> tuple[int, int, int] | None:
+    """The token grid that factorised attention over ``sequences`` of ``rows`` each works on, None when unknown.
+
+    A UNet halves height and width from level to level, rounding up.
+
+    Args:
+        over: "frames", one sequence per place, or "frame", one sequence per frame.
+    """
+    if volume is None:
+        return None
+    batch, frames, height, width = volume
+    while True:
+        places = height * width
+        if (sequences, rows) == ((batch * places, frames) if over == "frames" else (batch * frames, places)):
+            return frames, height, width
+        if places == 1:
+            return None
+        height, width = -(-height // 2), -(-width // 2)

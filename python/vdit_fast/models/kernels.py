@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
 from vdit_fast._info import kernel_catalogue
+from vdit_fast.ops.attention import attention
+
+if TYPE_CHECKING:
+    from vdit_fast.plan import AttentionPlan
 
 __all__ = [
     "FUSED_DEVICES",
@@ -18,6 +23,7 @@ __all__ = [
     "missing_device_kernel",
     "missing_fused_kernel",
     "missing_kernel",
+    "over_plan",
     "under_autocast",
 ]
 
@@ -85,3 +91,16 @@ def dense_attention(
     grouped = query.shape[1] != key.shape[1]
     out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+def over_plan(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float | None, plan: AttentionPlan | None
+) -> Tensor:
+    """Attention of q [B,L,H,D] over a plan, by torch where there is no kernel."""
+    if missing_kernel(q) is None:
+        return cast(Tensor, attention(q, k, v, plan, kv_len=kv_len, scale=scale))
+    mask = None if plan is None else plan.to_mask()
+    if mask is not None and kv_len is not None:
+        mask = mask & (torch.arange(k.shape[1], device=k.device) < kv_len.view(-1, 1)).view(-1, 1, 1, k.shape[1])
+        kv_len = None
+    return dense_attention(q, k, v, kv_len, scale, mask)

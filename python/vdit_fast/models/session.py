@@ -7,6 +7,7 @@ import itertools
 import logging
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +21,8 @@ from vdit_fast.context import LayerContext
 from vdit_fast.models.block_causal import block_causal_plan, is_block_causal
 from vdit_fast.models.forward import Forward
 from vdit_fast.models.geometry import Geometry
-from vdit_fast.models.kernels import dense_attention, missing_kernel
+from vdit_fast.models.hooks import Hooks
+from vdit_fast.models.kernels import dense_attention, missing_kernel, over_plan
 from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.ops.attention import attention
@@ -115,6 +117,9 @@ class Session:
         self.static: dict[Any, Any] = {}
         self.cache = FeatureCache(config.cache, config.attention)
         self.around: dict[str, Around] = {}
+        self.around_attention: dict[str, Around] = {}
+        self.hooks = Hooks()
+        self.standing: set[tuple[str, str]] = set()  # blocks and attention modules that are entered now
         self.text: TextKV | None = None
         self.positions: PositionFn | None = None
         self.repositioned: Counter[int] = Counter()
@@ -146,6 +151,8 @@ class Session:
         new.fused, new.left = dict(self.fused), self.left.copy()
         new.cache = self.cache.fresh()
         new.around = {name: new.cache if item is self.cache else item.fresh() for name, item in self.around.items()}
+        new.around_attention = {layer: item.fresh() for layer, item in self.around_attention.items()}
+        new.hooks = self.hooks.fresh()
         if self.text is not None:
             new.text = type(self.text)(self.text.inputs, self.text.embedders)
         memo[id(self)] = new
@@ -170,6 +177,11 @@ class Session:
         """The forward that a call belongs to: the running one, except inside backward. There gradient checkpointing
         runs an earlier one again, whichever has begun since; its anchor, a tensor made once per forward, tells."""
         return self._anchors.get(anchor, self.forward) if _in_backward() else self.forward
+
+    def forward_among(self, tensors: Iterable[Tensor]) -> Forward | None:
+        """``forward_of`` a call that gets these tensors, where nobody knows which of them is the anchor."""
+        known = (self._anchors.get(tensor) for tensor in tensors) if _in_backward() else ()
+        return next((forward for forward in known if forward is not None), self.forward)
 
     def reconfigure(self, config: Config) -> None:
         """Use another configuration from the next call on; the records begin anew, as they would mix the two."""
@@ -200,6 +212,23 @@ class Session:
 
         ``mask`` is the bool [1,1,N,N] of a transformer whose geometry has a frame block.
         """
+        out = self._attend_unhooked(layer, q, k, v, kv_len, anchor, scale, mask)
+        if not self.hooks.at_heads(layer):
+            return out
+        forward = self.forward_of(anchor) if anchor is not None else self.forward
+        return self.hooks.heads(self, forward, layer, out, lambda plan: over_plan(q, k, v, kv_len, scale, plan))
+
+    def _attend_unhooked(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | None,
+        anchor: Tensor | None,
+        scale: float | None,
+        mask: Tensor | None,
+    ) -> Tensor:
         run = self.forward.subset if self.forward is not None else None
         if run is not None:
             k, v, kv_len = run.attend(layer, k, v, kv_len)

@@ -1,4 +1,4 @@
-"""Derives the denoising step from what a transformer is called with.
+"""Derives the denoising step from what a transformer is called with, unless the caller names it.
 
 The order of sources, best first; none of them counts calls:
 
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from vdit_fast.context import StepContext
+from vdit_fast.models.explicit import ExplicitStep
 
 __all__ = ["StepTracker"]
 
@@ -82,11 +83,14 @@ class StepTracker:
                 self._pipe = lambda: pipe
         self.host_reads = 0
         self.context = StepContext()
+        self.explicit: ExplicitStep | None = None
+        """The step that the caller names, None where it is derived."""
         self._schedule: _Schedule | None = None
         self._forget()
 
     def _forget(self) -> None:
         self._started = False
+        self._named = False  # the run's steps are named by the caller
         self._index: int | None = None  # of the last forward in its schedule
         self._value = 0.0
         self._distinct = 0  # steps seen since the generation began, for schedules nobody knows
@@ -104,7 +108,7 @@ class StepTracker:
 
     def reset(self) -> None:
         """Forget the run: the next forward begins a new generation."""
-        if self._started:
+        if self._started or self._named:
             self.context = StepContext(generation=self.context.generation + 1)
         self._forget()
 
@@ -116,6 +120,14 @@ class StepTracker:
                 or None (the step stays -1).
             expert: the name of the transformer inside the pipeline.
         """
+        if self.explicit is not None:
+            if self._started:
+                self.reset()
+            self._named = True
+            self.context = self.explicit.context(expert, self.context.generation)
+            return self.context
+        if self._named:
+            self.reset()
         schedule, changed = self._read_schedule()
         if changed:
             self.reset()
