@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from vdit_fast.config import Config
+from vdit_fast.models.linear_layers import convert, linear_maps
 from vdit_fast.models.rotary import PositionFn
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.root import NO_STEPS, Root
@@ -87,9 +88,11 @@ class Handle:
         settings = Config.of(config)
         for root in self.roots:
             root.check_cache(settings)
+        maps = linear_maps([root.session for root in self.roots], settings)
         self._config = settings
-        for root in self.roots:
+        for root, found in zip(self.roots, maps, strict=True):
             root.session.reconfigure(self._config)
+            convert(root.session, found)
             root.wrap()
         return self
 
@@ -138,10 +141,12 @@ class Handle:
         step -> forwards, ``nbytes`` held), ``fused`` (``blocks``: class -> number with a fused forward, ``left``:
         reason -> blocks without one, ``unfused``: reason -> times it did not run), ``text_kv`` (None, or calls
         ``computed``, ``reused`` and ``refused``: reason -> calls, ``nbytes`` held), ``positions`` (None, or step ->
-        forwards whose rotary tables were exchanged), ``layers`` and ``skipped`` (reason -> module paths). Each served
-        layer is a dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean
-        per step, None where the layer did not run), ``mean_density``, ``head_density`` (per head, one number where they
-        never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason -> calls).
+        forwards whose rotary tables were exchanged), ``linear`` (None, or transformer -> indices of the layers that run
+        linear attention), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict of
+        ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None where
+        the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per head, one number where
+        they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason ->
+        calls).
         """
         return collect_stats(self)
 

@@ -8,6 +8,7 @@ import logging
 import weakref
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from vdit_fast.models.forward import Forward
 from vdit_fast.models.geometry import Geometry
 from vdit_fast.models.kernels import dense_attention, missing_kernel
 from vdit_fast.models.ledger import LayerLedger, stamp
+from vdit_fast.models.linear_layers import StandIn, convert, converted, stand_in
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.ops.attention import attention
 from vdit_fast.ops.short_attention import MAX_SHORT_KEYS, short_attention
@@ -107,6 +109,7 @@ class Session:
         self.fused: dict[str, str] = {}
         self.left: Counter[str] = Counter()
         self.unfused: Counter[str] = Counter()
+        self.stand_ins: dict[int, StandIn] = {}
         self.state: dict[Any, Any] = {}
         self.static: dict[Any, Any] = {}
         self.cache = OutputCache()
@@ -124,7 +127,7 @@ class Session:
     @property
     def planned(self) -> int:
         """Number of layers that planners see."""
-        return sum(ledger.always_dense is None for ledger in self.layers)
+        return sum(ledger.planned for ledger in self.layers)
 
     def add_layer(self, name: str, always_dense: str | None = None) -> int:
         """Register a layer by module path, and why no planner may see it; returns its index."""
@@ -138,6 +141,7 @@ class Session:
         new.positions = self.positions
         for layer in self.layers:
             new.add_layer(layer.name, layer.always_dense)
+        convert(new, converted(self))
         new.fused, new.left = dict(self.fused), self.left.copy()
         if self.text is not None:
             new.text = type(self.text)(self.text.inputs, self.text.embedders)
@@ -193,6 +197,24 @@ class Session:
 
         ``mask`` is the bool [1,1,N,N] of a transformer whose geometry has a frame block.
         """
+        softmax = partial(self._softmax, layer, q, k, v, kv_len, anchor, scale, mask)
+        found = self.stand_ins.get(layer)
+        if found is None:
+            return softmax()
+        return stand_in(found, self.layers[layer], softmax, q, k, v, kv_len, scale, mask, again=_in_backward())
+
+    def _softmax(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | None,
+        anchor: Tensor | None,
+        scale: float | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """``attend`` in a layer of softmax attention, as planned."""
         short = self._is_short(layer, k)
         reason = missing_kernel(q, short) if short else missing_kernel(q)
         if reason is not None:
@@ -344,6 +366,10 @@ class Session:
     def fall_back(self, layer: int, reason: str, served_dense: bool = False) -> None:
         """A call cannot be served as configured: count and log it, or raise when the configuration says so."""
         ledger = self.layers[layer]
+        if ledger.linear:
+            raise RuntimeError(
+                f"{ledger.name} is linear and cannot run as that: {reason}; take layer {layer} out of linear.layers"
+            )
         if self.config.on_unsupported == "error":
             raise RuntimeError(
                 f"{ledger.name} cannot be served: {reason}; set on_unsupported='dense' to run such calls densely"
