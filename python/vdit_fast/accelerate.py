@@ -16,6 +16,7 @@ from vdit_fast.config import Config
 from vdit_fast.handle import Handle, Skipped
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
 from vdit_fast.models.kernels import missing_device_kernel
+from vdit_fast.models.linear_layers import convert, linear_maps
 from vdit_fast.models.registry import adapter_for, adapters
 from vdit_fast.models.session import Session
 from vdit_fast.models.tracker import StepTracker
@@ -72,7 +73,7 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
         NothingServed: nothing can be served, for example in a model of an unknown class; it lists what was found.
         RuntimeError: the model is already accelerated with another configuration (``handle.reconfigure`` or
             ``remove`` first), or ``on_unsupported="error"`` and a module of a known family cannot be served.
-        TypeError, ValueError: a target or configuration of the wrong kind.
+        TypeError, ValueError: a target or configuration of the wrong kind, or feature maps of another model.
     """
     settings = Config.of(config)
     components = _components(target)
@@ -100,11 +101,13 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
         layer = root.session.add_layer(item.name, item.adapter.dense_reason(item.name, item.module))
         set_processor(item.module, item.adapter.make_processor(root.session, layer, stock, weakref.ref(item.root)))
     try:
-        for root in roots.values():
+        maps = linear_maps([root.session for root in roots.values()], settings)
+        for root, found_maps in zip(roots.values(), maps, strict=True):
             root.check(settings)
+            convert(root.session, found_maps)
             root.fuse()
             root.wrap()
-    except (RuntimeError, ValueError):
+    except Exception:
         handle.remove()
         raise
     counts = Counter(item.adapter.family for item in found)

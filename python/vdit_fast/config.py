@@ -17,6 +17,7 @@ from vdit_fast.presets import PRESETS
 
 if TYPE_CHECKING:
     from vdit_fast.caching import CachePolicy
+    from vdit_fast.linear import LinearAttention
     from vdit_fast.planners import Planner
     from vdit_fast.subset import RowPolicy
 
@@ -69,6 +70,12 @@ def _rows(value: Mapping[str, Any] | str) -> RowPolicy:
     return from_dict(data)
 
 
+def _linear(value: Mapping[str, Any] | str | os.PathLike[str]) -> LinearAttention:
+    from vdit_fast.linear import LinearAttention
+
+    return LinearAttention.from_dict(value)
+
+
 def _section_of(method: Any) -> str | None:
     """The key of a configuration that takes this method: "attention", "cache", "subset" or, for no method, None."""
     from vdit_fast import caching, planners, subset
@@ -106,6 +113,8 @@ class Config:
             rounding points, ``"off"`` as in the stock model.
         text_kv: compute keys and values of the text in cross-attention once per prompt instead of in every step
             (inference of the Wan and SkyReels families); costs their memory, same bits.
+        linear: the layers that run linear attention in place of softmax attention, with their trained feature maps;
+            the planner gets the others.
         on_unsupported: what to do with a call that cannot be served (device without a kernel, unknown mask,
             context parallelism, ...): ``"dense"`` runs it densely the stock way and counts it in the report,
             ``"error"`` raises.
@@ -120,6 +129,7 @@ class Config:
     subset: RowPolicy | None = None
     fuse: Literal["fast", "eager", "off"] = "fast"
     text_kv: bool = False
+    linear: LinearAttention | None = None
     on_unsupported: Literal["dense", "error"] = "dense"
     verbose: bool = False
 
@@ -144,6 +154,11 @@ class Config:
             raise TypeError(
                 f"subset must be a row policy with whole() and choose(), or None, got {type(rows).__name__}: {rows!r}; "
                 "use Config.from_dict for the mapping form"
+            )
+        if self.linear is not None and not hasattr(self.linear, "identity"):
+            raise TypeError(
+                f"linear must be a LinearAttention, or None, got {type(self.linear).__name__}: {self.linear!r}; use "
+                "Config.from_dict for the path of a file and the mapping form"
             )
         if self.fuse is False:  # what YAML makes of an unquoted off
             object.__setattr__(self, "fuse", "off")
@@ -186,6 +201,9 @@ class Config:
             elif isinstance(value, (bool, int, float, list, tuple)):
                 form = "the name of a method, a mapping {'method': name, knob: value} or null"
                 raise TypeError(f"{key} must be {form}, got {value!r}")
+        linear = values.get("linear")
+        if isinstance(linear, (Mapping, str, os.PathLike)):
+            values["linear"] = _linear(linear)
         return cls(**values)
 
     @classmethod
@@ -242,9 +260,10 @@ class Config:
         """The mapping form; ``Config.from_dict`` of it is equal to this object."""
         attention = self.attention.to_dict() if self.attention is not None else None
         cache = self.cache.to_dict() if self.cache is not None else None
+        linear = self.linear.to_dict() if self.linear is not None else None
         rest = {name: getattr(self, name) for name in ("fuse", "text_kv", "on_unsupported", "verbose")}
         subset = self.subset.to_dict() if self.subset is not None else None
-        return {"attention": attention, "cache": cache, "subset": subset} | rest
+        return {"attention": attention, "cache": cache, "subset": subset, "linear": linear} | rest
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a ``.json``, ``.yaml`` or ``.yml`` file that ``from_file`` reads back."""
@@ -259,7 +278,10 @@ class Config:
         file.write_text(text, encoding="utf-8")
 
     def digest(self) -> str:
-        """Ten hexadecimal digits, the same for equal configurations on every machine; ``verbose`` does not count."""
+        """Ten hexadecimal digits, the same for equal configurations on every machine; ``verbose`` does not count, and
+        of a file of feature maps its content does."""
         content = {key: item for key, item in self.to_dict().items() if key != "verbose"}
+        if self.linear is not None:
+            content["linear"] = self.linear.identity()
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:10]

@@ -15,6 +15,7 @@ from vdit_fast.config import Config
 from vdit_fast.hooks.registration import HookRemover, Layers, add_hook
 from vdit_fast.models.explicit import ExplicitStep
 from vdit_fast.models.hooks import HookFn
+from vdit_fast.models.linear_layers import convert, linear_maps
 from vdit_fast.models.rotary import PositionFn
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.root import NO_STEPS, Root
@@ -112,9 +113,11 @@ class Handle:
             raise RuntimeError("reconfigure: this handle was removed; call vdit_fast.accelerate on the model again")
         for root in self.roots:
             root.check(settings)
+        maps = linear_maps([root.session for root in self.roots], settings)
         self._config = settings
-        for root in self.roots:
+        for root, found in zip(self.roots, maps, strict=True):
             root.session.reconfigure(self._config)
+            convert(root.session, found)
             root.wrap()
         return self
 
@@ -224,11 +227,12 @@ class Handle:
         (``blocks``: class -> number with a fused forward, ``left``: reason -> blocks without one, ``unfused``:
         reason -> times it did not run), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``:
         reason -> calls, ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were
-        exchanged), ``hooks`` (place -> calls), ``layers`` and ``skipped`` (reason -> module paths). Each served
-        layer is a dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density``
-        (mean per step, None where the layer did not run), ``mean_density``, ``head_density`` (per head, one
-        number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks``
-        (both reason -> calls).
+        exchanged), ``hooks`` (place -> calls), ``linear`` (None, or transformer -> indices of the layers that
+        run linear attention), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict
+        of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
+        None where the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per
+        head, one number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and
+        ``fallbacks`` (both reason -> calls).
         """
         return collect_stats(self)
 

@@ -58,6 +58,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "text_kv": _text_kv(handle),
         "positions": _positions(handle),
         "hooks": _hooks(handle),
+        "linear": _linear(handle),
         "layers": layers,
         "skipped": skipped,
     }
@@ -142,6 +143,13 @@ def _hooks(handle: Handle) -> dict[str, int]:
     return dict(calls)
 
 
+def _linear(handle: Handle) -> dict[str, list[int]] | None:
+    if handle.config.linear is None:
+        return None
+    sessions = [root.session for root in handle.roots]
+    return {session.expert: [ledger.layer for ledger in session.layers if ledger.linear] for session in sessions}
+
+
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = []
@@ -175,19 +183,25 @@ def report_text(handle: Handle) -> str:
     table: list[tuple[str, ...]] = [header]
     for (expert, family), layers in groups.items():
         calls = sum(layer["calls"] for layer in layers)
-        total = sum(layer["mean_density"] * layer["calls"] for layer in layers if layer["calls"])
+        measured = [layer for layer in layers if layer["mean_density"] is not None]
+        total = sum(layer["mean_density"] * layer["calls"] for layer in measured)
+        softmax_calls = sum(layer["calls"] for layer in measured)
         table.append(
             (
                 f"{expert} ({family})",
                 f"{len(layers):,}",
                 f"{calls:,}",
                 f"{sum(layer['sparse_calls'] for layer in layers):,}",
-                f"{total / calls:.1%}" if calls else "-",
+                f"{total / softmax_calls:.1%}" if softmax_calls else "-",
                 f"{sum(layer['plan_seconds'] for layer in layers):.3f} s",
                 f"{sum(layer['attention_seconds'] for layer in layers):.3f} s",
             )
         )
     lines += _rows(table)
+    for expert, linear in (stats["linear"] or {}).items():
+        served = sum(layer["expert"] == expert for layer in stats["layers"])
+        where = f": {', '.join(map(str, linear))}" if linear else ""
+        lines.append(f"linear attention: {len(linear):,} of {served:,} layers of {expert}{where}")
     dense: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
     for layer in stats["layers"]:

@@ -71,9 +71,11 @@ class LayerLedger:
     layer: int
     """Index among all served layers of the transformer."""
     place: int = 0
-    """Index among those that planners see: the served layers before it that have a video grid."""
+    """Index among those that planners see: the served layers before it with a video grid and softmax attention."""
     always_dense: str | None = None
     """Why no planner sees it, None when planners do."""
+    linear: bool = False
+    """Whether it runs linear attention: no planner sees it then."""
     calls: int = 0
     """Attention calls, recomputation under gradient checkpointing excluded."""
     sparse_calls: int = 0
@@ -85,9 +87,14 @@ class LayerLedger:
     """Calls that could not be served as configured, by reason."""
     _density: dict[int, list[Any]] = field(default_factory=dict)
 
+    @property
+    def planned(self) -> bool:
+        """Whether planners see it."""
+        return self.always_dense is None and not self.linear
+
     def fresh(self) -> LayerLedger:
         """An empty record of the same layer."""
-        return LayerLedger(self.name, self.layer, self.place, self.always_dense)
+        return LayerLedger(self.name, self.layer, self.place, self.always_dense, self.linear)
 
     def count(self, kind: Counter[str], reason: str) -> None:
         """Count a reason; beyond a bound on different ones the rest counts as one."""

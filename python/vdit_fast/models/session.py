@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from vdit_fast.models.geometry import Geometry
 from vdit_fast.models.hooks import Hooks
 from vdit_fast.models.kernels import dense_attention, missing_kernel, over_plan
 from vdit_fast.models.ledger import LayerLedger, stamp
+from vdit_fast.models.linear_layers import StandIn, convert, converted, stand_in
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.ops.attention import attention
 from vdit_fast.ops.short_attention import MAX_SHORT_KEYS, short_attention
@@ -113,6 +115,7 @@ class Session:
         self.fused: dict[str, str] = {}
         self.left: Counter[str] = Counter()
         self.unfused: Counter[str] = Counter()
+        self.stand_ins: dict[int, StandIn] = {}
         self.state: dict[Any, Any] = {}
         self.static: dict[Any, Any] = {}
         self.cache = FeatureCache(config.cache, config.attention)
@@ -134,7 +137,7 @@ class Session:
     @property
     def planned(self) -> int:
         """Number of layers that planners see."""
-        return sum(ledger.always_dense is None for ledger in self.layers)
+        return sum(ledger.planned for ledger in self.layers)
 
     def add_layer(self, name: str, always_dense: str | None = None) -> int:
         """Register a layer by module path, and why no planner may see it; returns its index."""
@@ -148,6 +151,7 @@ class Session:
         new.positions = self.positions
         for layer in self.layers:
             new.add_layer(layer.name, layer.always_dense)
+        convert(new, converted(self))
         new.fused, new.left = dict(self.fused), self.left.copy()
         new.cache = self.cache.fresh()
         new.around = {name: new.cache if item is self.cache else item.fresh() for name, item in self.around.items()}
@@ -212,13 +216,21 @@ class Session:
 
         ``mask`` is the bool [1,1,N,N] of a transformer whose geometry has a frame block.
         """
-        out = self._attend_unhooked(layer, q, k, v, kv_len, anchor, scale, mask)
+        run = self.forward.subset if self.forward is not None else None
+        if run is not None:
+            k, v, kv_len = run.attend(layer, k, v, kv_len)
+        softmax = partial(self._softmax, layer, q, k, v, kv_len, anchor, scale, mask)
+        found = self.stand_ins.get(layer)
+        if found is None:
+            out = softmax()
+        else:
+            out = stand_in(found, self.layers[layer], softmax, q, k, v, kv_len, scale, mask, again=_in_backward())
         if not self.hooks.at_heads(layer):
             return out
         forward = self.forward_of(anchor) if anchor is not None else self.forward
         return self.hooks.heads(self, forward, layer, out, lambda plan: over_plan(q, k, v, kv_len, scale, plan))
 
-    def _attend_unhooked(
+    def _softmax(
         self,
         layer: int,
         q: Tensor,
@@ -229,9 +241,7 @@ class Session:
         scale: float | None,
         mask: Tensor | None,
     ) -> Tensor:
-        run = self.forward.subset if self.forward is not None else None
-        if run is not None:
-            k, v, kv_len = run.attend(layer, k, v, kv_len)
+        """``attend`` in a layer of softmax attention, as planned."""
         short = self._is_short(layer, k)
         reason = missing_kernel(q, short) if short else missing_kernel(q)
         if reason is not None:
@@ -386,6 +396,10 @@ class Session:
     def fall_back(self, layer: int, reason: str, served_dense: bool = False) -> None:
         """A call cannot be served as configured: count and log it, or raise when the configuration says so."""
         ledger = self.layers[layer]
+        if ledger.linear:
+            raise RuntimeError(
+                f"{ledger.name} is linear and cannot run as that: {reason}; take layer {layer} out of linear.layers"
+            )
         if self.config.on_unsupported == "error":
             raise RuntimeError(
                 f"{ledger.name} cannot be served: {reason}; set on_unsupported='dense' to run such calls densely"
