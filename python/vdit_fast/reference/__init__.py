@@ -5,6 +5,7 @@ from .attention import attention
 from .block_mass import block_mass, score_lse, softmax_mass
 from .block_mean import block_mean
 from .clusters import counting_sort, kmeans_assign, permute_tokens
+from .combine_rows import combine_rows
 from .merge import merge
 from .qk_norm_rope import qk_norm_rope
 from .select import select_top_k, select_top_p
@@ -15,6 +16,7 @@ __all__ = [
     "attention",
     "block_mass",
     "block_mean",
+    "combine_rows",
     "counting_sort",
     "gate_residual",
     "gate_residual_norm",
