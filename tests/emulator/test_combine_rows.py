@@ -40,6 +40,12 @@ def test_misaligned_rows(moved: str, offset: int) -> None:
     check(functools.partial(combine_rows, policy=RANDOMS[1]), kwargs | {moved: begins})
 
 
+def test_a_single_row_that_ends_inside_a_piece() -> None:
+    # No stride tells that it is not made of whole pieces.
+    kwargs = draw(13, F32, 1, 0, rows=1)
+    check(combine_rows, kwargs | {"slots": torch.zeros(1, 1, dtype=torch.int32), "rows": kwargs["rows"][:1]})
+
+
 @pytest.mark.parametrize("slot", [-1, -(2**31), 15, 2**31 - 1])
 @pytest.mark.parametrize("dim", [16, 13])
 def test_slots_outside_count_for_nothing(slot: int, dim: int) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["grouped_linear", "has_grouped_gemm", "say_once"]
 
 logger = logging.getLogger("vdit_fast")
 
+_grouped_mm: Any = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 _told: set[str] = set()
 
 
@@ -21,7 +24,7 @@ def has_grouped_gemm(x: Tensor, weight: Tensor) -> bool:
 
     Elsewhere torch loops over the groups itself, with a host read of their sizes.
     """
-    if x.device.type != "cuda" or not hasattr(torch, "_grouped_mm"):
+    if x.device.type != "cuda" or _grouped_mm is None:
         return False
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return False
@@ -66,8 +69,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
             f"{counts.device}; convert them to one dtype and device"
         )
     if has_grouped_gemm(x, weight):
-        ends = counts.cumsum(0, dtype=torch.int32)
-        return torch._grouped_mm(x, weight.transpose(1, 2), offs=ends)
+        out: Tensor = _grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+        return out
     if x.device.type != "cpu":
         say_once(f"grouped products wait for the host: no grouped GEMM for {x.dtype} of width {x.shape[1]}")
     return _loop(x, weight, counts.tolist())
