@@ -34,6 +34,7 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
       "Tensor? scale_base, Tensor? shift_base, Tensor? index, bool tanh_gate, int post_norm, float post_eps, "
       "Tensor? post_weight, Tensor? post_bias, int norm, float eps, Tensor? weight, Tensor? bias, bool eager) -> "
       "(Tensor, Tensor)");
+  m.def("gather_rows(Tensor[] full, Tensor rows, Tensor? count) -> Tensor[]");
   m.def("kmeans_assign(Tensor x, Tensor centroids) -> Tensor");
   m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
   m.def("permute_tokens(Tensor x, Tensor order, bool inverse) -> Tensor");
@@ -43,6 +44,7 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
       "Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, Tensor? k_sin, Tensor? q_positions, Tensor? k_positions, "
       "Tensor? q_rows, Tensor? kv_rows, int norm, float eps, int rotary, int[] axes, int q_start, int k_start, "
       "int rounding, bool round_products, bool relu, Tensor(a!) q_out, Tensor(b!)? k_out, Tensor(c!)? v_out) -> ()");
+  m.def("scatter_rows(Tensor(a!)[] full, Tensor[] part, Tensor rows, Tensor? count, Tensor? gate, bool add) -> ()");
   m.def("score_lse(Tensor q, Tensor k, float scale, int fold, Tensor? kv_len) -> Tensor");
   m.def("select_top_k(Tensor scores, Tensor? k_rows, int k) -> Tensor");
   m.def("select_top_p(Tensor mass, float p, int min_keep) -> Tensor");

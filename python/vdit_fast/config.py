@@ -18,6 +18,7 @@ from vdit_fast.presets import PRESETS
 if TYPE_CHECKING:
     from vdit_fast.caching import CachePolicy
     from vdit_fast.planners import Planner
+    from vdit_fast.subset import RowPolicy
 
 __all__ = ["Config"]
 
@@ -60,11 +61,23 @@ def _policy(value: Mapping[str, Any] | str) -> CachePolicy:
     return from_dict(data)
 
 
-def _section_of(method: Any) -> str | None:
-    """The key of a configuration that takes this method: "attention", "cache" or, for no method, None."""
-    from vdit_fast import caching, planners
+def _rows(value: Mapping[str, Any] | str) -> RowPolicy:
+    from vdit_fast.subset import from_dict
 
-    sections: dict[str, Mapping[str, Any]] = {"attention": planners.REGISTRY, "cache": caching.REGISTRY}
+    data: Mapping[str, Any] = {"method": value} if isinstance(value, str) else value
+    _check_numbers(data, "subset")
+    return from_dict(data)
+
+
+def _section_of(method: Any) -> str | None:
+    """The key of a configuration that takes this method: "attention", "cache", "subset" or, for no method, None."""
+    from vdit_fast import caching, planners, subset
+
+    sections: dict[str, Mapping[str, Any]] = {
+        "attention": planners.REGISTRY,
+        "cache": caching.REGISTRY,
+        "subset": subset.REGISTRY,
+    }
     return next((key for key, known in sections.items() if isinstance(method, str) and method in known), None)
 
 
@@ -87,6 +100,7 @@ class Config:
             package's kernel.
         cache: the policy that forecasts the transformer's output at some steps instead of computing it, None to
             compute every step.
+        subset: the policy that computes only some of the video tokens at some steps, None to compute all of them.
         fuse: how norms, RoPE, modulation and residuals of known blocks run: ``"fast"`` through fused operators that
             keep fp32 until the result is written, ``"eager"`` through the same operators with the stock model's
             rounding points, ``"off"`` as in the stock model.
@@ -103,6 +117,7 @@ class Config:
 
     attention: Planner | None = None
     cache: CachePolicy | None = None
+    subset: RowPolicy | None = None
     fuse: Literal["fast", "eager", "off"] = "fast"
     text_kv: bool = False
     on_unsupported: Literal["dense", "error"] = "dense"
@@ -123,6 +138,12 @@ class Config:
             raise TypeError(
                 f"cache must be a cache policy with decide() and forecast(), or None, got {type(policy).__name__}: "
                 f"{policy!r}; use Config.from_dict for the mapping form"
+            )
+        rows = self.subset
+        if rows is not None and not (callable(getattr(rows, "choose", None)) and hasattr(rows, "whole")):
+            raise TypeError(
+                f"subset must be a row policy with whole() and choose(), or None, got {type(rows).__name__}: {rows!r}; "
+                "use Config.from_dict for the mapping form"
             )
         if self.fuse is False:  # what YAML makes of an unquoted off
             object.__setattr__(self, "fuse", "off")
@@ -164,6 +185,9 @@ class Config:
         cache = values.get("cache")
         if isinstance(cache, (Mapping, str)):
             values["cache"] = _policy(cache)
+        subset = values.get("subset")
+        if isinstance(subset, (Mapping, str)):
+            values["subset"] = _rows(subset)
         return cls(**values)
 
     @classmethod
@@ -219,7 +243,8 @@ class Config:
         attention = self.attention.to_dict() if self.attention is not None else None
         cache = self.cache.to_dict() if self.cache is not None else None
         rest = {name: getattr(self, name) for name in ("fuse", "text_kv", "on_unsupported", "verbose")}
-        return {"attention": attention, "cache": cache} | rest
+        subset = self.subset.to_dict() if self.subset is not None else None
+        return {"attention": attention, "cache": cache, "subset": subset} | rest
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a ``.json``, ``.yaml`` or ``.yml`` file that ``from_file`` reads back."""

@@ -75,6 +75,9 @@ class Handle:
                     notes["an attention backend is set, served layers do not use it"] += 1
             if self._config.cache is not None and not root.hooked:
                 notes[f"no cache: {NO_STEPS}"] += len(root.session.layers)
+            reason = root.no_subset() if self._config.subset is not None and root.session.active else None
+            if reason is not None:
+                notes[f"no subset: {reason}"] += len(root.session.layers)
             if self._config.text_kv and root.session.active and root.session.text is None:
                 notes[NO_TEXT_KV] += len(root.session.layers)
             replaced = len(root.session.layers) - len(processors)
@@ -86,7 +89,7 @@ class Handle:
         """Use another configuration from the next call on; takes what ``accelerate`` takes. Returns this handle."""
         settings = Config.of(config)
         for root in self.roots:
-            root.check_cache(settings)
+            root.check(settings)
         self._config = settings
         for root in self.roots:
             root.session.reconfigure(self._config)
@@ -135,7 +138,9 @@ class Handle:
 
         Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
         ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``full``: reason -> forwards, ``forecast``:
-        step -> forwards, ``nbytes`` held), ``fused`` (``blocks``: class -> number with a fused forward, ``left``:
+        step -> forwards, ``nbytes`` held), ``subset`` (None, or ``partial``: step -> forwards on some tokens,
+        ``whole``: reason -> forwards that computed all, the rows ``computed`` and ``left`` out, and ``nbytes`` of keys
+        and values held), ``fused`` (``blocks``: class -> number with a fused forward, ``left``:
         reason -> blocks without one, ``unfused``: reason -> times it did not run), ``text_kv`` (None, or calls
         ``computed``, ``reused`` and ``refused``: reason -> calls, ``nbytes`` held), ``positions`` (None, or step ->
         forwards whose rotary tables were exchanged), ``layers`` and ``skipped`` (reason -> module paths). Each served

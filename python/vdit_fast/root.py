@@ -14,6 +14,8 @@ from vdit_fast.config import Config
 from vdit_fast.models import blocks, text_kv
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
 from vdit_fast.models.fusion import attach, detach
+from vdit_fast.models.row_layout import RowLayout
+from vdit_fast.models.row_subset import OutputRows, RowSubset
 from vdit_fast.models.served import begin_forward
 from vdit_fast.models.session import Session
 
@@ -45,6 +47,8 @@ class _BeforeForward:
         if self.session.config.cache is not None and previous is not None and not previous.cached:
             # Whoever wrapped `forward` earlier has put its own back (offloading does after every run): wrap again.
             CachedForward(module, self.session).attach()
+        if "subset" in self.session.around and isinstance(self.adapter.rows, RowLayout):
+            OutputRows.place(module, self.session, self.adapter.rows)
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         timestep = arguments.get("timestep")
         new = {} if torch.compiler.is_compiling() else self.adapter.simplify(module, arguments)
@@ -118,6 +122,7 @@ class Root:
         self.unwrap(module)
         if self.session.config.cache is not None and self.hooked:
             CachedForward(module, self.session).attach()
+        self._subset(module)
         if self.session.around:
             blocks.attach(module, self.session, self.adapter)
         text_kv.detach(module, self.session)
@@ -130,11 +135,38 @@ class Root:
         if isinstance(wrapper, CachedForward) and wrapper.of(self.session):
             wrapper.detach()
         blocks.detach(module, self.session, self.adapter)
+        OutputRows.remove(module, self.session)
 
-    def check_cache(self, config: Config) -> None:
-        """Raise where the configuration wants a cache that cannot work, and wants to know."""
-        if config.cache is not None and not self.hooked and config.on_unsupported == "error":
+    def _subset(self, module: nn.Module) -> None:
+        """What runs blocks on some tokens, where the configuration and the family have it."""
+        self.session.around.pop("subset", None)
+        policy, layout = self.session.config.subset, self.adapter.rows
+        if policy is None or not isinstance(layout, RowLayout) or self.no_subset() is not None:
+            return
+        inside = tuple(f"{name}." for name, _ in blocks.transformer_blocks(module, self.adapter))
+        layers = sum(layer.name.startswith(inside) for layer in self.session.layers)
+        self.session.around["subset"] = RowSubset(policy, layout, layers)
+
+    def no_subset(self) -> str | None:
+        """Why no subset of the tokens can run by itself in this transformer, or None."""
+        module = self.module()
+        if not self.hooked:
+            return NO_STEPS
+        if isinstance(self.adapter.rows, str):
+            return self.adapter.rows
+        if module is not None and not blocks.transformer_blocks(module, self.adapter):
+            return "it has no list of blocks"
+        return None
+
+    def check(self, config: Config) -> None:
+        """Raise where the configuration wants a cache or a subset that cannot work, and wants to know."""
+        if config.on_unsupported != "error":
+            return
+        if config.cache is not None and not self.hooked:
             raise RuntimeError(f"cache: {NO_STEPS}; accelerate the whole transformer, or set cache to null")
+        reason = self.no_subset() if config.subset is not None else None
+        if reason is not None:
+            raise RuntimeError(f"subset: {self.adapter.family}: {reason}; set subset to null in the configuration")
 
     def processors(self) -> dict[str, ServedProcessor]:
         """This session's processors that are in place, by module path."""
@@ -158,6 +190,8 @@ class Root:
         self.unwrap(module)
         detach(module, self.session)
         self.session.cache.forget()
+        if isinstance(subset := self.session.around.get("subset"), RowSubset):
+            subset.forget()
         text_kv.detach(module, self.session)
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _BeforeForward) and hook.session is self.session:

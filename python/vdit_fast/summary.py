@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from vdit_fast.models.row_subset import RowSubset
+
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
 
@@ -51,6 +53,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "forwards": sum(root.session.forwards for root in handle.roots),
         "host_reads": handle.host_reads,
         "cache": _cache(handle),
+        "subset": _subset(handle),
         "fused": _fused(handle),
         "text_kv": _text_kv(handle),
         "positions": _positions(handle),
@@ -69,6 +72,24 @@ def _cache(handle: Handle) -> dict[str, Any] | None:
         forecast.update(root.session.cache.forecasts)
     nbytes = sum(root.session.cache.nbytes for root in handle.roots)
     return {"full": dict(full), "forecast": dict(sorted(forecast.items())), "nbytes": nbytes}
+
+
+def _subset(handle: Handle) -> dict[str, Any] | None:
+    running = [item for root in handle.roots if isinstance(item := root.session.around.get("subset"), RowSubset)]
+    if not running:
+        return None
+    whole: Counter[str] = Counter()
+    partial: Counter[int] = Counter()
+    for item in running:
+        whole.update(item.whole)
+        partial.update(item.partial)
+    return {
+        "partial": dict(sorted(partial.items())),
+        "whole": dict(whole),
+        "computed": sum(item.rows_computed for item in running),
+        "left": sum(item.rows_left for item in running),
+        "nbytes": sum(item.nbytes for item in running),
+    }
 
 
 def _fused(handle: Handle) -> dict[str, dict[str, int]]:
@@ -161,6 +182,15 @@ def report_text(handle: Handle) -> str:
             f"{cache['nbytes'] / 2**20:,.1f} MiB held"
         )
         lines += _reasons("forwards computed:", Counter(cache["full"]))
+    if stats["subset"] is not None and handle.config.subset is not None:
+        rows = stats["subset"]
+        some, every = sum(rows["partial"].values()), sum(rows["whole"].values())
+        lines.append(
+            f"subset {handle.config.subset.name}: {some:,} of {some + every:,} forwards on some tokens, "
+            f"{rows['left']:,} of {rows['left'] + rows['computed']:,} rows left out, "
+            f"{rows['nbytes'] / 2**20:,.1f} MiB of keys and values held"
+        )
+        lines += _reasons("forwards on all tokens:", Counter(rows["whole"]))
     if handle.config.fuse != "off" and stats["fused"]["blocks"]:
         blocks = ", ".join(f"{count:,} {kind}" for kind, count in stats["fused"]["blocks"].items())
         lines.append(f"fused ({handle.config.fuse} rounding): {blocks}")

@@ -17,6 +17,7 @@ from vdit_fast.models.allegro_block import ALLEGRO_BLOCKS
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_heads
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
+from vdit_fast.models.row_layout import RowLayout, Take
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
 
@@ -47,6 +48,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rotary(tables: _Tables, width: int) -> Rotary:
     cos, sin = _token_tables(tables)
     return Rotary(cos, sin, lambda x: _rotate(x, cos, sin), layout="half", axes=(width,) * 3)
+
+
+def _some_positions(tables: _Tables, take: Take) -> _Tables:
+    """The rotary tables with the positions of some tokens."""
+    values, places = tables
+    return values, tuple(take(axis, 1) for axis in places)
 
 
 class AllegroProcessor(ServedProcessor):
@@ -80,6 +87,7 @@ class AllegroAdapter(ModelAdapter):
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"AllegroAttnProcessor2_0": AllegroProcessor}
     blocks = ALLEGRO_BLOCKS
     block_lists = ("transformer_blocks",)
+    rows = RowLayout("last", arguments={"image_rotary_emb": _some_positions}, refused={"attention_mask": _MASKED})
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vdit_fast.models.fusion import BlockForward
 from vdit_fast.models.rotary import served_tables
+from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.session import Geometry, Session
 
 __all__ = [
@@ -216,6 +217,9 @@ class ModelAdapter:
     than the next block follows a block."""
     block_streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")
     """The arguments that blocks change, in the order of what they return."""
+
+    rows: ClassVar[RowLayout | str] = "its blocks are not known to work token by token"
+    """Where the family has one row per video token, or why no subset of them can run by itself."""
 
     left_alone: ClassVar[dict[str, str]] = {}
     """Class name of a stock processor that must stay -> why, for the report."""

@@ -63,6 +63,8 @@ class BlockCall:
     """By name; whoever stands around may exchange them before going on."""
     rest: tuple[Any, ...] = ()
     """Positional arguments beyond the named ones."""
+    session: Session | None = None
+    """Of the transformer that the block belongs to."""
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -132,7 +134,7 @@ class AroundForward:
         module = self._module()
         assert module is not None
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        call = BlockCall(self._block, module, named, args[len(self._names) :])
+        call = BlockCall(self._block, module, named, args[len(self._names) :], session)
 
         def enter(depth: int) -> Any:
             if depth < len(around):

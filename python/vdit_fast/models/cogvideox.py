@@ -17,6 +17,7 @@ from vdit_fast.models.cogvideox_block import COGVIDEOX_BLOCKS
 from vdit_fast.models.joint import join
 from vdit_fast.models.qk import pair_rotary, turned_heads
 from vdit_fast.models.registry import register
+from vdit_fast.models.row_layout import RowLayout, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
 
@@ -58,6 +59,7 @@ class CogVideoXAdapter(ModelAdapter):
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"CogVideoXAttnProcessor2_0": CogVideoXProcessor}
     blocks = COGVIDEOX_BLOCKS
     block_lists = ("transformer_blocks",)
+    rows = RowLayout("first", arguments={"image_rotary_emb": along({2: 0})})
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False):

@@ -14,6 +14,7 @@ from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, spl
 from vdit_fast.models.cosmos_block import COSMOS_BLOCKS
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
+from vdit_fast.models.row_layout import RowLayout, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
 
@@ -68,6 +69,14 @@ class CosmosAdapter(ModelAdapter):
     }
     blocks = COSMOS_BLOCKS
     block_lists = ("transformer_blocks",)
+    rows = RowLayout(
+        "last",
+        arguments={
+            name: along({3: 1})
+            for name in ("embedded_timestep", "temb", "extra_pos_emb", "controlnet_residual", "latents")
+        }
+        | {"image_rotary_emb": along({2: 0})},
+    )
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if hasattr(module, "q_img"):

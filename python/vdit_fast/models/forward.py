@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from vdit_fast.context import StepContext
 from vdit_fast.models.geometry import Geometry
 from vdit_fast.planners.base import Decision
+
+if TYPE_CHECKING:
+    from vdit_fast.models.row_subset import RowRun
 
 __all__ = ["Forward"]
 
@@ -35,6 +38,8 @@ class Forward:
     """Decisions by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
     tables: dict[Any, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
     """Rotary tables that stand in for the model's, by the model's shape, dtype and device; None: the model's own."""
+    subset: RowRun | None = None
+    """How its blocks run on some of the tokens, or keep what later steps need to; None: they do neither."""
     _distinct: Distinct | None = None
 
     def distinct(self, batch: int, tokens: int) -> Distinct | None:
@@ -42,6 +47,8 @@ class Forward:
         argument says less, or where an earlier call of this forward was about other tokens. A GPU is waited for
         once per forward."""
         timestep = self.timestep
+        if self.subset is not None and self.subset.partial:  # the tokens are not those of the timesteps
+            return None
         if not isinstance(timestep, Tensor) or timestep.ndim != 2 or timestep.shape[0] != batch or timestep.is_meta:
             return None
         if self._distinct is None:

@@ -26,6 +26,7 @@ from vdit_fast.models.hunyuan_video_block import HUNYUAN_BLOCKS
 from vdit_fast.models.joint import join
 from vdit_fast.models.qk import joint_heads, pair_rotary, turned_heads
 from vdit_fast.models.registry import register
+from vdit_fast.models.row_layout import RowLayout, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
 
@@ -99,6 +100,12 @@ class HunyuanVideoAdapter(ModelAdapter):
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"HunyuanVideoAttnProcessor2_0": HunyuanVideoProcessor}
     blocks = HUNYUAN_BLOCKS
     block_lists = ("transformer_blocks", "single_transformer_blocks")
+    rows = RowLayout(
+        "first",
+        arguments={"freqs_cis": along({2: 0}), "image_rotary_emb": along({2: 0})},
+        joint={"attention_mask": along({4: 3})},
+        refused={"token_replace_emb": "the tokens of the first frame have a modulation of their own"},
+    )
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")

@@ -23,6 +23,7 @@ from vdit_fast.models.base import (
 from vdit_fast.models.hunyuan_video_block import HUNYUAN_BLOCKS
 from vdit_fast.models.qk import joint_heads, pair_rotary
 from vdit_fast.models.registry import register
+from vdit_fast.models.row_layout import RowLayout, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
 
@@ -75,6 +76,7 @@ class HunyuanVideo15Adapter(ModelAdapter):
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"HunyuanVideo15AttnProcessor2_0": HunyuanVideo15Processor}
     blocks = HUNYUAN_BLOCKS
     block_lists = ("transformer_blocks",)
+    rows = RowLayout("first", arguments={"freqs_cis": along({2: 0})})
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")

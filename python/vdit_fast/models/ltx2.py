@@ -132,6 +132,7 @@ class LTX2Adapter(ModelAdapter):
     }
     block_lists = ("transformer_blocks",)
     block_streams = ("hidden_states", "audio_hidden_states")
+    rows = "the audio reads the video tokens by a cross-attention whose keys are not kept"
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         place = name.rpartition(".")[2]

@@ -10,6 +10,7 @@ from vdit_fast.models.base import ModelAdapter, ServedProcessor, split_heads
 from vdit_fast.models.ltx_video_block import LTX_BLOCKS
 from vdit_fast.models.qk import Rotary, rotate_pairs, turned_heads
 from vdit_fast.models.registry import register
+from vdit_fast.models.row_layout import RowLayout, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
 
@@ -56,6 +57,7 @@ class LTXVideoAdapter(ModelAdapter):
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"LTXVideoAttnProcessor": LTXVideoProcessor}
     blocks = LTX_BLOCKS
     block_lists = ("transformer_blocks",)
+    rows = RowLayout("last", arguments={"temb": along({3: 1}), "image_rotary_emb": along({3: 1})})
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if name.rpartition(".")[2] == "attn2":

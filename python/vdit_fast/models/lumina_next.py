@@ -82,6 +82,7 @@ class LuminaNextAdapter(ModelAdapter):
     family = "lumina_next"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"LuminaAttnProcessor2_0": LuminaNextProcessor}
     block_lists = ("layers",)
+    rows = "a mask may hide image tokens, and which ones is not read on the host"
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False) or name.rpartition(".")[2] == "attn2":

@@ -16,6 +16,7 @@ from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, spl
 from vdit_fast.models.mochi_block import MOCHI_BLOCKS
 from vdit_fast.models.qk import Rotary, joint_heads
 from vdit_fast.models.registry import register
+from vdit_fast.models.row_layout import RowLayout, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
 
@@ -82,6 +83,7 @@ class MochiAdapter(ModelAdapter):
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"MochiAttnProcessor2_0": MochiProcessor}
     blocks = MOCHI_BLOCKS
     block_lists = ("transformer_blocks",)
+    rows = RowLayout("last", arguments={"image_rotary_emb": along({3: 0})})
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")

@@ -40,6 +40,9 @@ STATIC_ENTRIES = 64
 STATIC_PER_LAYER = 4
 """Most entries that outlive a generation: a few grids of training buckets, or a few of each layer."""
 
+SOME_ROWS = "queries of some tokens only: planners see whole grids"
+"""Why a layer runs dense in a step that computes a subset of the tokens."""
+
 _ids = itertools.count(1)
 _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 
@@ -196,6 +199,9 @@ class Session:
 
         ``mask`` is the bool [1,1,N,N] of a transformer whose geometry has a frame block.
         """
+        run = self.forward.subset if self.forward is not None else None
+        if run is not None:
+            k, v, kv_len = run.attend(layer, k, v, kv_len)
         short = self._is_short(layer, k)
         reason = missing_kernel(q, short) if short else missing_kernel(q)
         if reason is not None:
@@ -298,6 +304,9 @@ class Session:
         if ledger.always_dense is not None:
             ledger.count(ledger.dense, ledger.always_dense)
             return Decision(reason=ledger.always_dense)
+        if forward is not None and forward.subset is not None and forward.subset.partial:
+            ledger.count(ledger.dense, SOME_ROWS)
+            return Decision(reason=SOME_ROWS)
         context, problem = self._context(ledger, forward, q, kv_len)
         if context is None:
             self.fall_back(ledger.layer, problem, served_dense=True)

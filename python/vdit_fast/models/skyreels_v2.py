@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vdit_fast.models.base import ServedProcessor
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
+from vdit_fast.models.row_layout import RowLayout, Take, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
 from vdit_fast.models.wan import WanAdapter, wan_rotary
@@ -34,6 +35,11 @@ def _rotary(table: tuple[Tensor, Tensor] | Tensor) -> Rotary:
         return torch.view_as_real(turned).flatten(-2).type_as(x)
 
     return Rotary(turn.real.float().contiguous(), turn.imag.float().contiguous(), rotate)
+
+
+def _some_positions(tables: Any, take: Take) -> Any:
+    """Rotary tables of some tokens: cos and sin [1, N, 1, D], or one complex table [1, 1, N, D / 2]."""
+    return take(tables, 2) if isinstance(tables, Tensor) else along({4: 1})(tables, take)
 
 
 class SkyReelsV2Processor(ServedProcessor):
@@ -75,6 +81,11 @@ class SkyReelsV2Adapter(WanAdapter):
         "SkyReelsV2AttnProcessor2_0": SkyReelsV2Processor,
     }
     block_lists = ("blocks",)
+    rows = RowLayout(
+        "last",
+        arguments={"temb": along({4: 2}), "rotary_emb": _some_positions},
+        refused={"attention_mask": "a mask says which keys a token reads"},
+    )
     left_alone: ClassVar[dict[str, str]] = {}
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, patch_grid
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
+from vdit_fast.models.row_layout import RowLayout, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
 from vdit_fast.models.wan_block import WAN_BLOCKS
@@ -79,6 +80,7 @@ class WanAdapter(ModelAdapter):
     }
     blocks = WAN_BLOCKS
     block_lists = ("blocks",)
+    rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})})
 
     left_alone: ClassVar[dict[str, str]] = {
         "WanAnimateFaceBlockAttnProcessor": "face cross-attention: each frame reads its own few motion tokens",

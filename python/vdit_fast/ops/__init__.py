@@ -11,6 +11,7 @@ from .gated_attention import gated_attention
 from .merge import merge
 from .pooled_attention import pooled_attention
 from .qk_norm_rope import qk_norm_rope
+from .rows import gather_rows, scatter_rows
 from .select import select_top_k, select_top_p
 from .short_attention import short_attention
 
@@ -25,12 +26,14 @@ __all__ = [
     "gate_residual",
     "gate_residual_norm",
     "gated_attention",
+    "gather_rows",
     "kmeans",
     "kmeans_assign",
     "merge",
     "permute_tokens",
     "pooled_attention",
     "qk_norm_rope",
+    "scatter_rows",
     "score_lse",
     "select_top_k",
     "select_top_p",

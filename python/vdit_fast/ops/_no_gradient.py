@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,20 +45,25 @@ def refuse_tangents(name: str, *tensors: Any) -> None:
         )
 
 
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    parts = [part for a in arguments for part in (a if isinstance(a, (list, tuple)) else (a,))]
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
 def refuses_gradients(name: str, instead: str) -> None:
     """A call of this operator that autograd would have to record is an error; `instead` says what to call. What it
-    writes to counts as changed, so that a backward pass that saved it before complains."""
+    writes to, tensors or lists of them, counts as changed, so that a backward pass that saved it before complains."""
     operator = getattr(torch.ops.vdit_fast, name).default
     written = [
         i for i, a in enumerate(operator._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
     ]
 
     def refuse(*arguments: Any) -> Any:
-        if needs_gradient(*arguments):
+        if needs_gradient(*_tensors(arguments)):
             raise RuntimeError(f"vdit_fast::{name} has no gradient; call it under torch.no_grad(), or call {instead}")
         with torch._C._AutoDispatchBelowAutograd():
             result = operator(*arguments)
-        torch.autograd.graph.increment_version([a for i in written if isinstance(a := arguments[i], Tensor)])
+        torch.autograd.graph.increment_version(_tensors(arguments[i] for i in written))
         return result
 
     _LIBRARY.impl(name, refuse, "Autograd")

@@ -8,6 +8,7 @@ from .clusters import counting_sort, kmeans_assign, permute_tokens
 from .combine_rows import combine_rows
 from .merge import merge
 from .qk_norm_rope import qk_norm_rope
+from .rows import gather_rows, scatter_rows
 from .select import select_top_k, select_top_p
 from .short_attention import short_attention
 
@@ -20,10 +21,12 @@ __all__ = [
     "counting_sort",
     "gate_residual",
     "gate_residual_norm",
+    "gather_rows",
     "kmeans_assign",
     "merge",
     "permute_tokens",
     "qk_norm_rope",
+    "scatter_rows",
     "score_lse",
     "select_top_k",
     "select_top_p",
