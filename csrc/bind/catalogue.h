@@ -22,6 +22,8 @@ constexpr KernelEntry kCatalogue[] = {
     {"block_mass", "cuda", "portable", "float16 bfloat16"},
     {"block_mean", "cpu", "portable", "float32 float16 bfloat16"},
     {"block_mean", "cuda", "portable", "float32 float16 bfloat16"},
+    {"combine_rows", "cpu", "portable", "float32 float16 bfloat16"},
+    {"combine_rows", "cuda", "portable", "float32 float16 bfloat16"},
     {"compile_blocks", "cpu", "portable", "bool"},
     {"compile_blocks", "cuda", "portable", "bool"},
     {"counting_sort", "cpu", "portable", "int32"},

@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
       "Tensor");
   m.def("block_mean(Tensor x, Tensor lengths, Tensor? order, Tensor? kv_len) -> (Tensor, Tensor)");
   m.def(
+      "combine_rows(Tensor rows, Tensor slots, Tensor? weights, Tensor? base, Tensor? residual, Tensor? gate) -> "
+      "Tensor");
+  m.def(
       "compile_blocks(Tensor keep, Tensor q_len, Tensor kv_len, int lq, int? q_tile=None) -> "
       "(Tensor, Tensor, Tensor)");
   m.def("counting_sort(Tensor labels, int classes) -> (Tensor, Tensor)");

@@ -5,6 +5,7 @@ from .attention import attention
 from .block_mass import block_mass, score_lse, softmax_mass
 from .block_mean import block_mean
 from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
+from .combine_rows import combine_rows
 from .compile_blocks import compile_blocks
 from .gated_attention import gated_attention
 from .linear_attention import linear_attention, linear_attention_readout, linear_attention_state
@@ -20,6 +21,7 @@ __all__ = [
     "attention",
     "block_mass",
     "block_mean",
+    "combine_rows",
     "compile_blocks",
     "counting_sort",
     "gate_residual",

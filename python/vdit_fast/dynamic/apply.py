@@ -1,0 +1,356 @@
+"""DyDiT on a model of diffusers: put around the attention and the MLP of its blocks, and taken off again.
+
+Dynamic Diffusion Transformer (arXiv 2410.03456) and DyDiT++ (arXiv 2504.06803).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vdit_fast.models.base import parameter_names
+from vdit_fast.models.tracker import StepTracker
+
+from .routers import Masks, width_masks
+from .standins import AttentionStandIn, LinearStandIn, MlpStandIn, NormStandIn, Place, StandIn, Work
+from .units import Units
+
+__all__ = ["DyDiTHandle", "Layout", "apply_dydit"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model has what DyDiT works on. Paths are relative to the model or to the block."""
+
+    blocks: tuple[str, ...]
+    """Lists of blocks."""
+    embedder: str
+    """The module whose output is the timestep embedding ``[B, C]``, before anything is added to it."""
+    projection: str
+    """The module that makes the embedder's input of timesteps ``[B]``."""
+    mlp: str
+    norm: str
+    """In a block: the norm before the MLP; its input is what the token router reads."""
+    attention: str = "attn1"
+
+
+_ADALN_SINGLE = {"embedder": "adaln_single.emb.timestep_embedder", "projection": "adaln_single.emb.time_proj"}
+LAYOUTS = {
+    "AllegroTransformer3DModel": Layout(("transformer_blocks",), mlp="ff", norm="norm2", **_ADALN_SINGLE),
+    "LatteTransformer3DModel": Layout(
+        ("transformer_blocks", "temporal_transformer_blocks"), mlp="ff", norm="norm2", **_ADALN_SINGLE
+    ),
+    "WanTransformer3DModel": Layout(
+        ("blocks",), "condition_embedder.time_embedder", "condition_embedder.timesteps_proj", mlp="ffn", norm="norm3"
+    ),
+}
+"""Model classes that ``apply_dydit`` knows."""
+
+ATTENTION, MLP, TOKENS = "attn_rate.router", "mlp_rate.router", "token_selection.mlp_head"
+_LAYERS = (ATTENTION, MLP, f"{TOKENS}.0", f"{TOKENS}.2")
+_PARTS = [f"{layer}.{leaf}" for layer in _LAYERS for leaf in ("weight", "bias")]
+_EVEN_AT_ZERO = ("GELU", "GEGLU", "SwiGLU", "ApproximateGELU", "LinearActivation")
+"""Activations of diffusers that make 0 of a group that is off, as the released code has it."""
+
+_ATTRIBUTE = "_vdit_fast_dydit"
+
+
+def apply_dydit(
+    model: nn.Module, routers: Mapping[str, Tensor], *, pipe: Any = None, layout: Layout | None = None
+) -> DyDiTHandle:
+    """Let a model's blocks compute only the heads, hidden groups and tokens that DyDiT's routers choose.
+
+    Heads and hidden groups follow from the timestep embedding: they are decided once per forward for all blocks, with
+    one host read, or with none for timesteps seen before or given to ``DyDiTHandle.precompute``. Weights are cut to
+    what is on. Tokens are decided per block, on the device. What is off counts as 0, as in the released code: an
+    attention head's output, a hidden group, the MLP of a token. Where everything is on, the model's own modules run
+    and the result is the same bit for bit.
+
+    Modules are called, hooks and classes stay. Projections must be plain ``nn.Linear``. No gradient reaches the
+    routers; it does reach the model.
+
+    Args:
+        model: a transformer of diffusers (Wan, Allegro, Latte), or any with a ``layout``: attention with ``to_q``,
+            ``to_k``, ``to_v``, ``to_out`` and ``heads``, an MLP with ``net`` (diffusers) or ``fc1``, ``fc2``.
+        routers: released parameters by name, ``<block path>.`` and one of ``attn_rate.router.weight`` [H - 1, C],
+            ``mlp_rate.router.weight`` [groups - 1, C], ``token_selection.mlp_head.{0,2}.weight``, or ``.bias`` of
+            these. A block without one of the three routers is dense in that respect.
+        pipe: the model's pipeline, by whose scheduler timesteps on a GPU are told apart without a host read.
+        layout: for models that this package does not know.
+
+    Raises:
+        ValueError: an unknown model or name, shapes that do not fit, a module that cannot be cut; nothing is changed.
+    """
+    if _ATTRIBUTE in model.__dict__:
+        raise ValueError(f"DyDiT is applied to this {type(model).__name__} already; call remove() on its handle first")
+    layout = layout or LAYOUTS.get(type(model).__name__)
+    if layout is None:
+        raise ValueError(
+            f"apply_dydit does not know {type(model).__name__} (it knows {', '.join(LAYOUTS)}); pass layout"
+        )
+    paths = {f"{name}.{i}": block for name in layout.blocks for i, block in enumerate(model.get_submodule(name))}  # type: ignore[arg-type]
+    known = {f"{path}.{part}": path for path in paths for part in _PARTS}
+    for name in routers:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(
+                f"routers: {name!r} is no router's parameter" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    if not routers:
+        raise ValueError(f"routers is empty; expected names such as {next(iter(known))!r}")
+    plans = [_Plan(path, block, routers, layout) for path, block in paths.items()]
+    return DyDiTHandle(model, layout, [plan for plan in plans if plan.any], pipe)
+
+
+class _Plan:
+    """One block's routers, checked against the block; nothing is changed yet."""
+
+    def __init__(self, path: str, block: nn.Module, routers: Mapping[str, Tensor], layout: Layout) -> None:
+        self.path, self.block, self.layout = path, block, layout
+        self.heads = self._pair(routers, ATTENTION)
+        self.groups = self._pair(routers, MLP)
+        first, second = self._pair(routers, f"{TOKENS}.0"), self._pair(routers, f"{TOKENS}.2")
+        if (first is None) != (second is None):
+            raise ValueError(f"routers: {path}.{TOKENS} needs both of its layers, 0 and 2")
+        self.tokens = None if first is None or second is None else (first, second)
+        self.any = any(router is not None for router in (self.heads, self.groups, self.tokens))
+        if self.heads is not None:
+            self._check_attention(len(self.heads[0]) + 1)
+        if self.groups is not None or self.tokens is not None:
+            self._check_mlp(None if self.groups is None else len(self.groups[0]) + 1)
+
+    def _pair(self, routers: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor | None] | None:
+        weight, bias = (routers.get(f"{self.path}.{name}.{leaf}") for leaf in ("weight", "bias"))
+        if weight is None:
+            if bias is not None:
+                raise ValueError(f"routers: {self.path}.{name} has a bias and no weight")
+            return None
+        if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+            raise ValueError(
+                f"routers: {self.path}.{name} has weight {list(weight.shape)} and bias "
+                f"{None if bias is None else list(bias.shape)}; expected [out, in] and [out]"
+            )
+        return weight.detach(), None if bias is None else bias.detach()
+
+    def _linears(self, owner: Any, names: tuple[str, ...]) -> list[nn.Linear]:
+        found = []
+        for name in names:
+            module = owner.get_submodule(name)
+            if type(module) is not nn.Linear:
+                raise ValueError(
+                    f"{self.path}: {name} is a {type(module).__name__}; only plain nn.Linear can be cut: fuse or "
+                    "unload adapters, and apply DyDiT before quantisation"
+                )
+            found.append(module)
+        return found
+
+    def _check_attention(self, heads: int) -> None:
+        self.attention: Any = self.block.get_submodule(self.layout.attention)
+        attn = self.attention
+        if heads != attn.heads:
+            raise ValueError(
+                f"routers: {self.path}.{ATTENTION} decides on {heads} heads, the attention has {attn.heads}"
+            )
+        if getattr(attn, "fused_projections", False):
+            raise ValueError(f"{self.path}: the projections are fused; call unfuse_qkv_projections() first")
+        self.projections = self._linears(attn, ("to_q", "to_k", "to_v", "to_out.0"))
+        widths = {linear.out_features for linear in self.projections[:3]} | {self.projections[3].in_features}
+        if len(widths) != 1:
+            raise ValueError(
+                f"{self.path}: q, k and v have different widths {sorted(widths)}; grouped heads cannot be cut"
+            )
+        norms = [getattr(attn, name, None) for name in ("norm_q", "norm_k")]
+        sizes = [0 if norm is None else _norm_width(norm) for norm in norms]
+        self.across = heads > 1 and widths.pop() in sizes
+        self.norms = [norm for norm in norms if norm is not None] if self.across else []
+
+    def _check_mlp(self, groups: int | None) -> None:
+        self.mlp: Any = self.block.get_submodule(self.layout.mlp)
+        if hasattr(self.mlp, "net"):
+            kind = type(self.mlp.net[0]).__name__
+            if kind not in _EVEN_AT_ZERO:
+                raise ValueError(
+                    f"{self.path}: the MLP's activation is a {kind}; expected one of {', '.join(_EVEN_AT_ZERO)}"
+                )
+            self.layers = self._linears(self.mlp, ("net.0.proj", "net.2"))
+        else:
+            self.layers = self._linears(self.mlp, ("fc1", "fc2"))
+        hidden = self.layers[1].in_features
+        self.halves = self.layers[0].out_features // hidden
+        if groups is not None and hidden % groups:
+            raise ValueError(
+                f"routers: {self.path}.{MLP} decides on {groups} groups, which do not divide {hidden} channels"
+            )
+
+    def attach(self, work: Work) -> tuple[Place, list[StandIn], Any]:
+        """Put the stand-ins in place."""
+        place = Place(self.path, work)
+        new: list[StandIn] = []
+        if self.heads is not None:
+            cut = self.projections[2:3] if self.across else self.projections[:3]
+            new += [LinearStandIn(linear, place, "heads", into=True) for linear in cut]
+            new += [LinearStandIn(self.projections[3], place, "heads", into=False)]
+            new += [NormStandIn(norm, place) for norm in self.norms]
+            new += [AttentionStandIn(self.attention, place, across=self.across)]
+        if self.groups is not None or self.tokens is not None:
+            new += [LinearStandIn(self.layers[0], place, "groups", into=True, parts=self.halves)]
+            new += [LinearStandIn(self.layers[1], place, "groups", into=False)]
+            router = 0 if self.tokens is None else sum(weight.numel() for weight, _ in self.tokens)
+            new += [MlpStandIn(self.mlp, place, sum(layer.weight.numel() for layer in self.layers), router)]
+        hook = None
+        if self.tokens is not None:
+            place.token_router = _TokenRouter(*self.tokens)
+            hook = self.block.get_submodule(self.layout.norm).register_forward_pre_hook(place.select)
+        return place, new, hook
+
+
+def _norm_width(norm: Any) -> int:
+    shape = getattr(norm, "normalized_shape", None)
+    if shape is None:
+        weight = getattr(norm, "weight", None)
+        return 0 if weight is None else int(weight.numel())
+    return int(shape) if isinstance(shape, int) else int(torch.Size(shape).numel())
+
+
+class _TokenRouter:
+    def __init__(self, first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None]) -> None:
+        self.layers = [first, second]
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        for i, (weight, bias) in enumerate(self.layers):
+            if weight.device != x.device:
+                weight, bias = self.layers[i] = (weight.to(x.device), None if bias is None else bias.to(x.device))
+            x = functional.linear(x.to(weight.dtype), weight, bias)
+            x = x if i else functional.relu(x)
+        return x[..., 0].float().sigmoid() > 0.5
+
+
+class DyDiTHandle:
+    """DyDiT applied to one model; ``remove()`` gives the stock model back. A context manager removes it at the end."""
+
+    def __init__(self, model: nn.Module, layout: Layout, plans: list[_Plan], pipe: Any) -> None:
+        self.work = Work()
+        self.host_reads = 0
+        self.forwards = 0
+        self._model, self._layout = model, layout
+        self._tracker = StepTracker(pipe)
+        self._names = parameter_names(type(model).forward)
+        self._known: dict[float, list[Masks]] = {}
+        self._key: float | None = None
+        self._decided = False
+        self._routers = [r for plan in plans for r in (plan.heads, plan.groups) if r is not None]
+        self._places, self._stand_ins, self._hooks = [], [], []
+        for plan in plans:
+            place, stand_ins, hook = plan.attach(self.work)
+            self._places.append((place, plan.heads is not None, plan.groups is not None))
+            self._stand_ins += stand_ins
+            self._hooks += [hook] if hook is not None else []
+        self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._hooks.append(model.get_submodule(layout.embedder).register_forward_hook(self._embedded))
+        object.__setattr__(model, _ATTRIBUTE, self)
+
+    def __enter__(self) -> DyDiTHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """The stock model again."""
+        for place, _, _ in self._places:
+            place.active = False
+        for hook in self._hooks:
+            hook.remove()
+        for stand_in in reversed(self._stand_ins):
+            stand_in.detach()
+        self._model.__dict__.pop(_ATTRIBUTE, None)
+
+    @torch.no_grad()
+    def precompute(self, timesteps: Tensor) -> None:
+        """Decide the width at every timestep of a schedule ``[S]`` beforehand, with one host read.
+
+        The masks are those that the forwards would decide on. Call it again after the timestep embedder has changed;
+        what was known is forgotten.
+
+        Args:
+            timesteps: as the model gets them: with their dtype, on its device.
+        """
+        if timesteps.dim() != 1:
+            raise ValueError(f"precompute: timesteps has shape {list(timesteps.shape)}; expected [S]")
+        embedder = self._model.get_submodule(self._layout.embedder)
+        projection = self._model.get_submodule(self._layout.projection)
+        dtype = next(embedder.parameters()).dtype
+        self._decided = True  # not a forward of the model: the embedder's hook has nothing to do
+        # one by one, as a forward embeds its timestep: a product's bits may depend on the batch
+        rows = [embedder(projection(timestep[None]).to(dtype))[0] for timestep in timesteps]
+        self.host_reads += 2 * int(timesteps.device.type != "cpu")
+        found = width_masks(self._on(rows[0].device), torch.stack(rows)) if rows else []
+        self._known = {float(t): [masks] for t, masks in zip(timesteps.tolist(), found, strict=True)}
+
+    def report(self) -> dict[str, Any]:
+        """What was done: ``forwards``, ``host_reads``, ``blocks`` served, ``flop`` executed and ``dense_flop`` of the
+        routed layers (attention with its projections, MLP, token routers), and ``weight_bytes`` of cut weights."""
+        return {
+            "blocks": len(self._places),
+            "forwards": self.forwards,
+            "host_reads": self.host_reads,
+            "flop": self.work.done,
+            "dense_flop": self.work.dense,
+            "weight_bytes": sum(parts.bytes for place, _, _ in self._places for parts in place.parts),
+        }
+
+    # ------------------------------------------------------------------ one forward
+    @torch.compiler.disable
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.forwards += 1
+        timestep = (dict(zip(self._names, args, strict=False)) | kwargs).get("timestep")
+        self._key = self._key_of(timestep) if self._routers else None
+        found = self._known.get(self._key) if self._key is not None else None
+        self._decided = found is not None or not self._routers
+        if found is not None:
+            self._set(found, torch.device("cpu"))
+
+    @torch.compiler.disable
+    def _embedded(self, embedder: nn.Module, args: tuple[Any, ...], embedding: Tensor) -> None:
+        if self._decided:
+            return
+        found = width_masks(self._on(embedding.device), embedding)
+        self.host_reads += int(embedding.device.type != "cpu")
+        if self._key is not None:
+            found = found[:1]
+            self._known[self._key] = found
+        self._set(found, embedding.device)
+        self._decided = True
+
+    def _on(self, device: torch.device) -> list[tuple[Tensor, Tensor | None]]:
+        if any(weight.device != device for weight, _ in self._routers):
+            self._routers = [(w.to(device), None if b is None else b.to(device)) for w, b in self._routers]
+        return self._routers
+
+    def _key_of(self, timestep: Any) -> float | None:
+        """The one timestep of a forward where the host knows it, None where items differ or only the device knows."""
+        if not isinstance(timestep, Tensor):
+            return None if timestep is None else float(timestep)
+        if timestep.device.type == "cpu":
+            values = timestep.reshape(-1)
+            return float(values[0]) if len(values) and bool((values == values[0]).all()) else None
+        if self._tracker.pipe is None:
+            return None
+        before = self._tracker.host_reads
+        value = self._tracker.observe(timestep).timestep
+        self.host_reads += self._tracker.host_reads - before
+        return value if self._tracker.host_reads == before else None
+
+    def _set(self, items: list[Masks], device: torch.device) -> None:
+        """``items``: for every batch item the masks of all routers, one for all of them."""
+        columns = iter(zip(*items, strict=True))
+        for place, heads, groups in self._places:
+            place.heads = Units.of(next(columns), device) if heads else None
+            place.groups = Units.of(next(columns), device) if groups else None
