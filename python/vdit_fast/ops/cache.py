@@ -34,9 +34,7 @@ def taylor_weights(steps_ahead: float, *, known: int, damping: float = 1.0) -> l
     return [reach**i / math.factorial(i) for i in range(known)]
 
 
-def factor_update(
-    factors: Tensor, output: Tensor, distance: float, *, known: int, minus: Tensor | None = None
-) -> int:
+def factor_update(factors: Tensor, output: Tensor, distance: float, *, known: int, minus: Tensor | None = None) -> int:
     """Take a computed output into its factors, in place and in one pass: ``F_0 ← output`` and
     ``F_{i+1} ← (F_i new − F_i old) / distance`` (TaylorSeer, arXiv 2503.06923).
 

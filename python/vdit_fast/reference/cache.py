@@ -12,9 +12,7 @@ from .adaln import Rounding, Table, table_rows
 Gates = Table | Sequence[Table | None] | None
 
 
-def factor_update(
-    factors: Tensor, output: Tensor, distance: float, *, known: int, minus: Tensor | None = None
-) -> int:
+def factor_update(factors: Tensor, output: Tensor, distance: float, *, known: int, minus: Tensor | None = None) -> int:
     """See ``ops.factor_update``; every tensor may also be fp64, and the arithmetic is fp64 where one is."""
     wide = _wide(factors, output, minus)
     new = output.to(wide, copy=True)
