@@ -27,21 +27,6 @@ constexpr float kInf = __builtin_inff();
 
 static inline vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
 static inline void store(float* p, vf v) { *reinterpret_cast<vf_u*>(p) = v; }
-// Past the caches, to an address that is a multiple of a vector's bytes; fence_streams() ends a series of them.
-static inline void stream(float* p, vf v) {
-#if VDIT_VL == 16 && defined(__AVX512F__)
-  _mm512_stream_ps(p, (__m512)v);
-#elif VDIT_VL == 8 && defined(__AVX__)
-  _mm256_stream_ps(p, (__m256)v);
-#else
-  store(p, v);
-#endif
-}
-static inline void fence_streams() {
-#if defined(__AVX__)
-  _mm_sfence();
-#endif
-}
 static inline vf splat(float x) { return x - vf{}; }
 static inline vi splat_i(int32_t x) { return x - vi{}; }
 

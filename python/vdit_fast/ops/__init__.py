@@ -4,6 +4,7 @@ from .adaln import adaln_modulate, gate_residual, gate_residual_norm
 from .attention import attention
 from .block_mass import block_mass, score_lse, softmax_mass
 from .block_mean import block_mean
+from .cache import factor_update, forecast, forecast_gate_add, taylor_weights
 from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .combine_rows import combine_rows
 from .compile_blocks import compile_blocks
@@ -24,6 +25,9 @@ __all__ = [
     "combine_rows",
     "compile_blocks",
     "counting_sort",
+    "factor_update",
+    "forecast",
+    "forecast_gate_add",
     "gate_residual",
     "gate_residual_norm",
     "gated_attention",
@@ -43,4 +47,5 @@ __all__ = [
     "select_top_p",
     "short_attention",
     "softmax_mass",
+    "taylor_weights",
 ]

@@ -4,6 +4,7 @@ from .adaln import adaln_modulate, gate_residual, gate_residual_norm
 from .attention import attention
 from .block_mass import block_mass, score_lse, softmax_mass
 from .block_mean import block_mean
+from .cache import factor_update, forecast, forecast_gate_add
 from .clusters import counting_sort, kmeans_assign, permute_tokens
 from .linear_attention import linear_attention, linear_attention_readout, linear_attention_state
 from .combine_rows import combine_rows
@@ -20,6 +21,9 @@ __all__ = [
     "block_mean",
     "combine_rows",
     "counting_sort",
+    "factor_update",
+    "forecast",
+    "forecast_gate_add",
     "gate_residual",
     "gate_residual_norm",
     "gather_rows",
