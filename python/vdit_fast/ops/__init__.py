@@ -7,6 +7,7 @@ from .block_mean import block_mean
 from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .compile_blocks import compile_blocks
 from .gated_attention import gated_attention
+from .linear_attention import linear_attention, linear_attention_readout, linear_attention_state
 from .merge import merge
 from .pooled_attention import pooled_attention
 from .qk_norm_rope import qk_norm_rope
@@ -25,6 +26,9 @@ __all__ = [
     "gated_attention",
     "kmeans",
     "kmeans_assign",
+    "linear_attention",
+    "linear_attention_readout",
+    "linear_attention_state",
     "merge",
     "permute_tokens",
     "pooled_attention",

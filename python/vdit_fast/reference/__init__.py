@@ -5,6 +5,7 @@ from .attention import attention
 from .block_mass import block_mass, score_lse, softmax_mass
 from .block_mean import block_mean
 from .clusters import counting_sort, kmeans_assign, permute_tokens
+from .linear_attention import linear_attention, linear_attention_readout, linear_attention_state
 from .merge import merge
 from .qk_norm_rope import qk_norm_rope
 from .select import select_top_k, select_top_p
@@ -19,6 +20,9 @@ __all__ = [
     "gate_residual",
     "gate_residual_norm",
     "kmeans_assign",
+    "linear_attention",
+    "linear_attention_readout",
+    "linear_attention_state",
     "merge",
     "permute_tokens",
     "qk_norm_rope",
