@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import adaln, qk_norm_rope, short_attention
+from benchmarks import adaln, linear_attention, qk_norm_rope, short_attention
 
 from . import machine, timing
 from .items import arguments, guarded
@@ -27,7 +27,8 @@ OWN, OWN_EAGER, TORCH, COMPILED = "vdit_fast", "vdit_fast, eager rounding", "tor
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one model's size: ``shape`` is (rows, width), (tokens,), or short attention's four sizes."""
+    """One operator at one model's size: ``shape`` is (rows, width), (tokens,), linear attention's (heads, tokens, dim), or
+    short attention's four sizes."""
 
     operator: str
     model: str
@@ -46,6 +47,8 @@ FULL_CASES = (
     Case("qk_norm_rope", "LTX 0.9", (13_376,)),
     Case("qk_norm_rope", "Mochi", (44_520,)),
     Case("qk_norm_rope", "Cosmos 7B", (56_320,)),
+    Case("linear_attention", "Wan 14B", (40, 75_600, 128)),
+    Case("linear_attention", "Wan 1.3B", (12, 32_760, 128)),
     Case("short_attention", "Stable Video Diffusion", (25, 18_432, 5, 64)),
     Case("short_attention", "AnimateDiff, 320 wide", (16, 8192, 8, 40)),
     Case("short_attention", "Latte", (16, 2048, 16, 72)),
@@ -53,6 +56,7 @@ FULL_CASES = (
 QUICK_CASES = (
     Case("gate_residual_norm", "wan", (50, 64)),
     Case("qk_norm_rope", "HunyuanVideo", (40,)),
+    Case("linear_attention", "Wan 1.3B", (2, 100, 64)),
     Case("short_attention", "Latte", (5, 12, 2, 24)),
 )
 
@@ -81,6 +85,11 @@ def build(case: Case, device: str) -> tuple[int, Calls]:
         calls = short_attention.contenders((frames, places, heads, dim), torch.bfloat16, device)
         prefix = "frames first: "
         names = (prefix + "short_attention", "", prefix + "torch", prefix + "torch.compile")
+    elif case.operator == "linear_attention":
+        heads, tokens, dim = case.shape
+        moved = 4 * heads * tokens * dim * 2
+        calls = linear_attention.contenders(heads, tokens, dim, torch.bfloat16, device=device)
+        names = (linear_attention.OWN, "", linear_attention.EAGER, linear_attention.COMPILED)
     else:
         chain = getattr(adaln, case.model)
         rows, width = case.shape
