@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import adaln, cache, qk_norm_rope, short_attention
+from benchmarks import adaln, cache, linear_attention, qk_norm_rope, short_attention
 
 from . import machine, timing
 from .items import arguments, guarded
@@ -27,7 +27,8 @@ OWN, OWN_EAGER, TORCH, COMPILED = "vdit_fast", "vdit_fast, eager rounding", "tor
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one model's size: ``shape`` is (rows, width), (tokens,), or short attention's four sizes."""
+    """One operator at one model's size: ``shape`` is (rows, width), (tokens,), linear attention's (heads, tokens, dim), or
+    short attention's four sizes."""
 
     operator: str
     model: str
@@ -47,6 +48,8 @@ FULL_CASES = (
     Case("qk_norm_rope", "LTX 0.9", (13_376,)),
     Case("qk_norm_rope", "Mochi", (44_520,)),
     Case("qk_norm_rope", "Cosmos 7B", (56_320,)),
+    Case("linear_attention", "Wan 14B", (40, 75_600, 128)),
+    Case("linear_attention", "Wan 1.3B", (12, 32_760, 128)),
     Case("short_attention", "Stable Video Diffusion", (25, 18_432, 5, 64)),
     Case("short_attention", "AnimateDiff, 320 wide", (16, 8192, 8, 40)),
     Case("short_attention", "Latte", (16, 2048, 16, 72)),
@@ -55,6 +58,7 @@ QUICK_CASES = (
     Case("cache", "three modules, order 1", (50, 64)),
     Case("gate_residual_norm", "wan", (50, 64)),
     Case("qk_norm_rope", "HunyuanVideo", (40,)),
+    Case("linear_attention", "Wan 1.3B", (2, 100, 64)),
     Case("short_attention", "Latte", (5, 12, 2, 24)),
 )
 
@@ -89,6 +93,11 @@ def build(case: Case, device: str) -> tuple[int, Calls]:
             replace(cache.NAMED[case.model], rows=rows, width=width), torch.bfloat16, device
         )
         names = (cache.OWN, "", cache.TORCH, cache.COMPILED)
+    elif case.operator == "linear_attention":
+        heads, tokens, dim = case.shape
+        moved = 4 * heads * tokens * dim * 2
+        calls = linear_attention.contenders(heads, tokens, dim, torch.bfloat16, device=device)
+        names = (linear_attention.OWN, "", linear_attention.EAGER, linear_attention.COMPILED)
     else:
         chain = getattr(adaln, case.model)
         rows, width = case.shape

@@ -40,6 +40,12 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
       "(Tensor, Tensor)");
   m.def("gather_rows(Tensor[] full, Tensor rows, Tensor? count) -> Tensor[]");
   m.def("kmeans_assign(Tensor x, Tensor centroids) -> Tensor");
+  m.def(
+      "linear_attention_readout(Tensor q, Tensor state, int feature_map, Tensor? weight, Tensor? q_den, float eps) -> "
+      "Tensor");
+  m.def(
+      "linear_attention_state(Tensor k, Tensor v, int feature_map, Tensor? weight, Tensor? k_den, Tensor? kv_len) -> "
+      "Tensor");
   m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
   m.def("permute_tokens(Tensor x, Tensor order, bool inverse) -> Tensor");
   m.def(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from vdit_fast import reference
+from ._no_gradient import refuse_tangents
+from .linear_attention_backward import FEATURE_MAPS
 
 __all__ = ["FEATURE_MAPS", "linear_attention", "linear_attention_readout", "linear_attention_state"]
-
-FEATURE_MAPS = ("hedgehog", "relu", "elu", "identity")
 
 
 def linear_attention(
@@ -46,6 +46,10 @@ def linear_attention(
         ValueError: an unknown feature map, or a weight without ``"hedgehog"``.
         RuntimeError: shapes, dtypes or devices do not fit.
     """
+    if feature_map != "hedgehog":
+        for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+            if weight is not None:
+                raise ValueError(f'{name} is given, but feature_map is {feature_map!r}; only "hedgehog" has weights')
     state = linear_attention_state(k, v, feature_map=feature_map, weight=k_weight, k_den=k_den, kv_len=kv_len)
     return linear_attention_readout(q, state, feature_map=feature_map, weight=q_weight, q_den=q_den, eps=eps)
 
@@ -72,7 +76,9 @@ def linear_attention_state(
     Raises:
         as ``linear_attention``.
     """
-    return reference.linear_attention_state(k, v, feature_map=feature_map, weight=weight, k_den=k_den, kv_len=kv_len)
+    refuse_tangents("linear_attention_state", k, v, weight, k_den)
+    state: Tensor = torch.ops.vdit_fast.linear_attention_state(k, v, _code(feature_map, weight), weight, k_den, kv_len)
+    return state
 
 
 def linear_attention_readout(
@@ -97,4 +103,30 @@ def linear_attention_readout(
     Raises:
         as ``linear_attention``.
     """
-    return reference.linear_attention_readout(q, state, feature_map=feature_map, weight=weight, q_den=q_den, eps=eps)
+    refuse_tangents("linear_attention_readout", q, state, weight, q_den)
+    code = _code(feature_map, weight)
+    return torch.ops.vdit_fast.linear_attention_readout(q, state.contiguous(), code, weight, q_den, eps)
+
+
+def _code(feature_map: str, weight: Tensor | None) -> int:
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map is {feature_map!r}; expected one of {', '.join(FEATURE_MAPS)}")
+    if weight is not None and feature_map != "hedgehog":
+        raise ValueError(f'weight is given, but feature_map is {feature_map!r}; only "hedgehog" has one')
+    return FEATURE_MAPS.index(feature_map)
+
+
+@torch.library.register_fake("vdit_fast::linear_attention_state")
+def _fake_state(
+    k: Tensor, v: Tensor, feature_map: int, weight: Tensor | None, k_den: Tensor | None, kv_len: Tensor | None
+) -> Tensor:
+    batch, _, heads, dim = k.shape
+    features = 2 * dim if feature_map == 0 else dim
+    return k.new_empty((batch, heads, features, v.shape[-1] + 1), dtype=torch.float32)
+
+
+@torch.library.register_fake("vdit_fast::linear_attention_readout")
+def _fake_readout(
+    q: Tensor, state: Tensor, feature_map: int, weight: Tensor | None, q_den: Tensor | None, eps: float
+) -> Tensor:
+    return q.new_empty((*q.shape[:3], state.shape[-1] - 1))

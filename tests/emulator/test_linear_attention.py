@@ -1,0 +1,121 @@
+"""The kernels of linear attention (csrc/kernels/linear), emulated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulator_linear_attention import linear_attention_readout, linear_attention_state
+from linear_cases import BF16, CASES, F32, LinearCase, build, check_out, check_state, state_errors
+
+from emulator import POLICIES, RANDOMS, EmulatorError, stats
+from vdit_fast import reference
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_case_under_every_policy(case: LinearCase) -> None:
+    problem = build(case)
+    first = None
+    for policy in POLICIES:
+        state = linear_attention_state(problem.k, problem.v, **problem.state_options, splits=2, policy=policy)
+        out = linear_attention_readout(problem.q, state, **problem.readout_options, policy=policy)
+        try:
+            check_state(problem, state)
+            check_out(problem, out)
+            first = first or (state, out)
+            assert torch.equal(state, first[0]) and torch.equal(out, first[1]), "bits differ from the first policy's"
+        except AssertionError as error:
+            raise AssertionError(f"{case.name}, policy {policy}: {error}") from None
+
+
+@pytest.mark.parametrize("feature_map", ["hedgehog", "elu"])
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("splits", [0, 1, 3, 7, 40])
+def test_parts_add_up(splits: int, dtype: torch.dtype, feature_map: str) -> None:
+    """Any number of parts, also more than there are stages, gives the state up to the order of sums."""
+    problem = build(LinearCase("parts", lk=330, heads=1, kv_heads=1, dtype=dtype, feature_map=feature_map))
+    one = linear_attention_state(problem.k, problem.v, **problem.state_options, splits=1)
+    state = linear_attention_state(problem.k, problem.v, **problem.state_options, splits=splits, policy=RANDOMS[0])
+    check_state(problem, state)
+    assert max(state_errors(state, one.double())) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_constant_value_comes_back(dim: int, dtype: torch.dtype) -> None:
+    """L1c: the weights of a row sum to 1, with the rounded features too."""
+    problem = build(LinearCase("constant", dim=dim, dim_v=dim, dtype=dtype, lk=140))
+    v = torch.randn(dim).to(dtype).expand_as(problem.v).contiguous()
+    state = linear_attention_state(problem.k, v, **problem.state_options)
+    out = linear_attention_readout(problem.q, state, **problem.readout_options)
+    torch.testing.assert_close(out, v[:, :1].expand_as(out), rtol=6e-3 if dtype == BF16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_no_key_and_no_feature_give_zero(dtype: torch.dtype) -> None:
+    problem = build(LinearCase("dead", feature_map="relu", dtype=dtype, batch=2, kv_len=(150, 0)))
+    problem.q[0, 3] = -1
+    state = linear_attention_state(problem.k, problem.v, **problem.state_options)
+    assert not state[1].any()
+    for eps in (0.0, 1e-15):
+        out = linear_attention_readout(problem.q, state, **problem.readout_options, eps=eps)
+        assert not out[1].any() and not out[0, 3].any() and out[0, 4].all()
+
+
+@pytest.mark.parametrize("eps", [0.5, 100.0])
+def test_eps_is_added(eps: float) -> None:
+    for case in (LinearCase("eps"), LinearCase("eps-fp32", dtype=F32), LinearCase("eps-relu", feature_map="relu")):
+        problem = build(case)
+        options = problem.readout_options
+        wide = {**options, "weight": None if options["weight"] is None else options["weight"].double()}
+        want = reference.linear_attention_readout(problem.q.double(), problem.want_state, **wide, eps=eps)
+        out = linear_attention_readout(problem.q, problem.want_state.float(), **options, eps=eps)
+        assert float((out.double() - want).norm() / want.norm()) < 2 * problem.error + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_nan_stays_in_its_row(dtype: torch.dtype) -> None:
+    for feature_map in ("hedgehog", "relu", "elu"):
+        problem = build(LinearCase("nan", dtype=dtype, feature_map=feature_map))
+        state = linear_attention_state(problem.k, problem.v, **problem.state_options)
+        clean = linear_attention_readout(problem.q, state, **problem.readout_options)
+        problem.q[0, 5] = torch.nan
+        out = linear_attention_readout(problem.q, state, **problem.readout_options)
+        assert out[0, 5].isnan().all()
+        out[0, 5] = clean[0, 5]
+        assert torch.equal(out, clean)
+
+
+def test_matrices_without_bank_conflicts() -> None:
+    problem = build(LinearCase("conflicts", dim=128, dim_v=128, lk=128))
+    stats("linear_attention")
+    state = linear_attention_state(problem.k, problem.v, **problem.state_options)
+    linear_attention_readout(problem.q, state, **problem.readout_options)
+    counted = stats("linear_attention")
+    assert counted.mma > 0 and counted.ldmatrix > 0 and counted.ldmatrix_conflicts == 0, counted
+
+
+def test_wild_lengths_stay_inside_the_tensors() -> None:
+    problem = build(LinearCase("wild", batch=2))
+    for kv_len in (torch.tensor([-3, 2**31 - 1], dtype=torch.int32), torch.tensor([-(2**62), 2**62])):
+        state = linear_attention_state(problem.k, problem.v, **{**problem.state_options, "kv_len": kv_len})
+        assert not state[0].any()
+        assert max(state_errors(state[1:], problem.want_state[1:])) < 2 * max(problem.state_error)
+
+
+@pytest.mark.parametrize(("batch", "lq", "lk"), [(0, 5, 5), (1, 0, 5), (2, 5, 0)])
+def test_empty_tensors(batch: int, lq: int, lk: int) -> None:
+    q, k = torch.randn(batch, lq, 2, 64).to(BF16), torch.randn(batch, lk, 2, 64).to(BF16)
+    state = linear_attention_state(k, k)
+    assert state.shape == (batch, 2, 128, 65) and (lk > 0 or not state.any())
+    out = linear_attention_readout(q, state)
+    assert out.shape == q.shape and (lk > 0 or not out.any())
+
+
+def test_calls_the_kernel_cannot_serve_are_refused() -> None:
+    x = torch.randn(1, 3, 1, 257).to(BF16)
+    y = torch.randn(1, 3, 1, 64).to(BF16)
+    for k, v in ((x, y), (y, x)):
+        with pytest.raises(EmulatorError, match="error code 1"):
+            linear_attention_state(k, v, feature_map="relu")
+    with pytest.raises(EmulatorError, match="error code 1"):
+        linear_attention_state(y, y, splits=-1)
