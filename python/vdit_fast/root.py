@@ -186,7 +186,8 @@ class Root:
 
     def _subset(self, module: nn.Module) -> None:
         """What runs blocks on some tokens, where the configuration and the family have it."""
-        self.session.around.pop("subset", None)
+        if isinstance(self.session.around.get("subset"), RowSubset):
+            del self.session.around["subset"]
         policy, layout = self.session.config.subset, self.adapter.rows
         if policy is None or not isinstance(layout, RowLayout) or self.no_subset() is not None:
             return
