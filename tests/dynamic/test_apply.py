@@ -232,9 +232,9 @@ def test_accelerated_wan_needs_all_heads() -> None:
         want = tiny.run(model, inputs)
         with accelerate(model):
             assert tiny.relative(tiny.run(model, inputs), want) < 2e-5
-    with apply_dydit(model, dydit.draw(model, "wan")), accelerate(model):
-        with pytest.raises(RuntimeError, match=r"blocks.0: its norms of q and k run over all heads.*remove"):
-            tiny.run(model, inputs)
+    message = r"blocks.0: its norms of q and k run over all heads.*remove"
+    with apply_dydit(model, dydit.draw(model, "wan")), accelerate(model), pytest.raises(RuntimeError, match=message):
+        tiny.run(model, inputs)
 
 
 class Mlp(nn.Module):
@@ -302,12 +302,14 @@ def test_bad_routers() -> None:
             apply_dydit(model, routers)
         assert all("forward" not in m.__dict__ for m in model.modules())
 
-    refused(r"'blocks.0.attn_rate.router.weigth' is no router's parameter; did you mean 'blocks.0.attn_rate.router.weight'",
-            {"blocks.0.attn_rate.router.weigth": torch.zeros(1, 32)})  # fmt: skip
-    refused("blocks.1.attn_rate.router decides on 3 heads, the attention has 2",
-            {"blocks.1.attn_rate.router.weight": torch.zeros(2, 32), "blocks.1.attn_rate.router.bias": torch.zeros(2)})  # fmt: skip
-    refused("decides on 7 groups, which do not divide 48 channels",
-            {"blocks.0.mlp_rate.router.weight": torch.zeros(6, 32), "blocks.0.mlp_rate.router.bias": torch.zeros(6)})  # fmt: skip
+    def pair(name: str, rows: int) -> dict[str, Tensor]:
+        return {f"{name}.weight": torch.zeros(rows, 32), f"{name}.bias": torch.zeros(rows)}
+
+    attention = "blocks.0.attn_rate.router"
+    misspelt = rf"'{attention}.weigth' is no router's parameter; did you mean '{attention}.weight'"
+    refused(misspelt, {f"{attention}.weigth": torch.zeros(1, 32)})
+    refused("blocks.1.attn_rate.router decides on 3 heads, the attention has 2", pair("blocks.1.attn_rate.router", 2))
+    refused("decides on 7 groups, which do not divide 48 channels", pair("blocks.0.mlp_rate.router", 6))
     refused("has weight .1, 32. and bias .2.", {"blocks.0.attn_rate.router.bias": torch.zeros(2)})
     refused("has a bias and no weight", {}, drop="0.attn_rate.router.weight")
     one_layer = {name: x for name, x in good.items() if "mlp_head.2" not in name}

@@ -55,7 +55,7 @@ LAYOUTS = {
 ATTENTION, MLP, TOKENS = "attn_rate.router", "mlp_rate.router", "token_selection.mlp_head"
 _LAYERS = (ATTENTION, MLP, f"{TOKENS}.0", f"{TOKENS}.2")
 _PARTS = [f"{layer}.{leaf}" for layer in _LAYERS for leaf in ("weight", "bias")]
-_EVEN_AT_ZERO = ("GELU", "GEGLU", "SwiGLU", "ApproximateGELU", "LinearActivation")
+_ZERO_AT_ZERO = ("GELU", "GEGLU", "SwiGLU", "ApproximateGELU", "LinearActivation")
 """Activations of diffusers that make 0 of a group that is off, as the released code has it."""
 
 _ATTRIBUTE = "_vdit_fast_dydit"
@@ -94,7 +94,10 @@ def apply_dydit(
         raise ValueError(
             f"apply_dydit does not know {type(model).__name__} (it knows {', '.join(LAYOUTS)}); pass layout"
         )
-    paths = {f"{name}.{i}": block for name in layout.blocks for i, block in enumerate(model.get_submodule(name))}  # type: ignore[arg-type]
+    paths: dict[str, nn.Module] = {}
+    for name in layout.blocks:
+        for i, block in model.get_submodule(name).named_children():
+            paths[f"{name}.{i}"] = block
     known = {f"{path}.{part}": path for path in paths for part in _PARTS}
     for name in routers:
         if name not in known:
@@ -171,16 +174,20 @@ class _Plan:
         self.norms = [norm for norm in norms if norm is not None] if self.across else []
 
     def _check_mlp(self, groups: int | None) -> None:
-        self.mlp: Any = self.block.get_submodule(self.layout.mlp)
-        if hasattr(self.mlp, "net"):
-            kind = type(self.mlp.net[0]).__name__
-            if kind not in _EVEN_AT_ZERO:
+        mlp: Any = self.block.get_submodule(self.layout.mlp)
+        self.mlp = mlp
+        if hasattr(mlp, "net"):
+            kind = type(mlp.net[0]).__name__
+            if kind not in _ZERO_AT_ZERO:
                 raise ValueError(
-                    f"{self.path}: the MLP's activation is a {kind}; expected one of {', '.join(_EVEN_AT_ZERO)}"
+                    f"{self.path}: the MLP's activation is a {kind}; expected one of {', '.join(_ZERO_AT_ZERO)}"
                 )
-            self.layers = self._linears(self.mlp, ("net.0.proj", "net.2"))
+            self.layers = self._linears(mlp, ("net.0.proj", "net.2"))
         else:
-            self.layers = self._linears(self.mlp, ("fc1", "fc2"))
+            self.layers = self._linears(mlp, ("fc1", "fc2"))
+            act = getattr(mlp, "act", None)
+            if act is None or bool(act(torch.zeros(1)).any()):
+                raise ValueError(f"{self.path}: the MLP's act must make 0 of 0, as GELU and SiLU do; it is {act}")
         hidden = self.layers[1].in_features
         self.halves = self.layers[0].out_features // hidden
         if groups is not None and hidden % groups:

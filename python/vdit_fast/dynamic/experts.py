@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ops import combine_rows, counting_sort, permute_tokens
-from ..reference import combine_rows as plain_combine_rows
+from ..reference.combine_rows import combine_rows as plain_combine_rows
 from .grouped import grouped_linear
 
 __all__ = ["ExpertGroups", "GroupedExperts", "SwiGLU", "group_by_expert", "grouped_experts", "route"]

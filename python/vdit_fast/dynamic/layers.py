@@ -71,7 +71,9 @@ class DynamicAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, heads: int) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
-        return attention(self.q_norm(q), self.k_norm(k), v).flatten(2)
+        out = attention(self.q_norm(q), self.k_norm(k), v)
+        assert isinstance(out, Tensor)
+        return out.flatten(2)
 
     def _cut(self, on: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         bias = None if self.qkv.bias is None else take(self.qkv.bias, 0, on, parts=3)

@@ -172,7 +172,8 @@ class AttentionStandIn(StandIn):
 
     def _count(self, x: Tensor, on: float) -> None:
         batch, n, channels = x.shape
-        inner = self.module.get_submodule("to_v").weight.shape[0]
+        to_v: Any = self.module.get_submodule("to_v")
+        inner = int(to_v.weight.shape[0])
         one = 2.0 * batch * n * channels * inner  # q, k, v or the output
         scores = 4.0 * batch * n * n * inner
         self.place.work.add(4 * one + scores, ((2 + 2 * on) if self.across else 4 * on) * one + on * scores)

@@ -34,7 +34,7 @@ class TokenSubset:
 
     @classmethod
     def of(cls, selected: Tensor) -> TokenSubset | None:
-        """From bool ``[B, N]``, without host synchronisation; None for all tokens, as far as the host knows: on a CPU."""
+        """From bool ``[B, N]``, without host synchronisation; None where the host knows that it is all: on a CPU."""
         subset = cls.on_device(selected)
         if selected.device.type != "cpu" or subset.count is None:
             return subset

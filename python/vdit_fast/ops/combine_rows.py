@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import combine_rows as reference
+from ..reference.combine_rows import combine_rows as plain_combine_rows
 from ._no_gradient import needs_gradient
 
 
@@ -46,7 +46,7 @@ def combine_rows(
         RuntimeError: shapes, dtypes, devices, strides or slots do not fit.
     """
     if needs_gradient(rows, weights, base, residual, gate):
-        return reference.combine_rows(rows, slots, weights, base=base, residual=residual, gate=gate)
+        return plain_combine_rows(rows, slots, weights, base=base, residual=residual, gate=gate)
     return torch.ops.vdit_fast.combine_rows(rows, slots, weights, base, residual, gate)
 
 
