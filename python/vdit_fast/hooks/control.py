@@ -45,7 +45,12 @@ class ControlConnector(nn.Module):
         self.out, self.skip = _mlp(channels, width, zero=True), _mlp(channels, width, zero=True)
 
     def forward(self, h: Tensor, control: Tensor) -> Tensor:
-        """h [B, N, C], control [B or 1, M, C] -> [B, N, C]."""
+        """h [B, N, C], control [B or 1, N, C] -> [B, N, C]."""
+        if control.ndim != 3 or control.shape[0] not in (1, h.shape[0]) or control.shape[1:] != h.shape[1:]:
+            raise ValueError(
+                f"a control state must be [{h.shape[0]} or 1, {h.shape[1]}, {h.shape[2]}] like the video rows, "
+                f"got {list(control.shape)}"
+            )
         control = control.to(h.dtype).expand(h.shape[0], -1, -1)
         query = self.norm_q(self.to_q(h).unflatten(-1, (self.heads, -1)))
         key = self.norm_k(self.to_k(control).unflatten(-1, (self.heads, -1)))
@@ -64,7 +69,7 @@ class ControlBranch(nn.Module):
         connectors: one for each block, None for a block without.
         blocks_per_state: how many blocks share a state.
 
-    ``states`` are [B or 1, M, C], in the transformer's dtype; empty: every block is left as it is.
+    ``states`` are [B or 1, N, C] in the order of the token grid; empty: every block is left as it is.
     """
 
     where: ClassVar[str] = "block_output"
