@@ -140,7 +140,7 @@ class Root:
         if isinstance(wrapper, CachedForward) and wrapper.of(self.session):
             wrapper.detach()
         blocks.detach(module, self.session, self.adapter)
-        block_cache.teardown(self.session)
+        block_cache.teardown(module, self.session, self.adapter)
 
     def check_cache(self, config: Config) -> None:
         """Raise where the configuration wants a cache that cannot work: around blocks that nobody knows, and, where it

@@ -199,14 +199,15 @@ class FeatureCache:
         return output
 
     # ------------------------------------------------------------------ memory
-    def factors(self, run: Run, key: Hashable, like: Tensor) -> Factors:
-        """The factors of one feature of the forward's stream; new ones at its first computed forward."""
+    def factors(self, run: Run, key: Hashable, like: Tensor, dtype: torch.dtype | None = None) -> Factors:
+        """The factors of one feature of the forward's stream; new ones at its first computed forward. ``dtype`` is that
+        of the residual stream where it may be another one than the feature's."""
         found = run.stream.factors.get(key)
         if found is None:
             policy = self.policy
             assert policy is not None
-            dtype = budget.storage_dtype(policy, like.dtype)
-            found = Factors(like.shape, policy.degree, dtype, like.device, policy.offload)
+            kept = budget.storage_dtype(policy, dtype or like.dtype)
+            found = Factors(like.shape, policy.degree, kept, like.device, policy.offload)
             run.stream.factors[key] = found
         return found
 

@@ -8,10 +8,12 @@ from torch import nn
 
 from vdit_fast.caching.base import CachePolicy
 from vdit_fast.caching.engine import FeatureCache
-from vdit_fast.caching.features import BlockFeatures
+from vdit_fast.caching.features import BlockFeatures, Features
 from vdit_fast.caching.span import SpanFeatures
 from vdit_fast.context import StepContext
+from vdit_fast.models import module_cache
 from vdit_fast.models.blocks import transformer_blocks
+from vdit_fast.reference.adaln import Rounding
 
 if TYPE_CHECKING:
     from vdit_fast.models.base import ModelAdapter
@@ -22,7 +24,15 @@ __all__ = ["check", "granularities", "setup", "teardown"]
 
 def granularities(root: nn.Module, adapter: ModelAdapter) -> tuple[str, ...]:
     """What a cache may keep of this transformer."""
-    return ("model", "span", "block") if transformer_blocks(root, adapter) else ("model",)
+    blocks = _blocks(root, adapter)
+    if not blocks:
+        return ("model",)
+    described = module_cache.unknown_block(blocks, adapter.block_modules) is None
+    return ("model", "span", "block", "module") if described else ("model", "span", "block")
+
+
+def _blocks(root: nn.Module, adapter: ModelAdapter) -> list[nn.Module]:
+    return [block for _, block in transformer_blocks(root, adapter)]
 
 
 def check(root: nn.Module, adapter: ModelAdapter, policy: CachePolicy) -> None:
@@ -50,13 +60,27 @@ def setup(root: nn.Module, session: Session, adapter: ModelAdapter) -> None:
     if policy.granularity == "model":
         cache.hooked = {"transformers": 1}
         return
+    blocks, known = _blocks(root, adapter), adapter.block_modules
+    cache.hooked = {"blocks": len(blocks)}
+    if policy.granularity == "module":
+        cache.hooked["modules"] = module_cache.attach(root, blocks, known, session)
     if cache.features is None:
-        cache.features = BlockFeatures(cache) if policy.granularity == "block" else SpanFeatures(cache)
-    cache.hooked = {"blocks": len(transformer_blocks(root, adapter))}
+        cache.features = _features(blocks, adapter, session)
     session.around["cache"] = cache
 
 
-def teardown(session: Session) -> None:
+def _features(blocks: list[nn.Module], adapter: ModelAdapter, session: Session) -> Features:
+    cache, policy = session.cache, session.cache.policy
+    if policy is not None and policy.granularity == "module":
+        known = adapter.block_modules
+        parts = [known[type(block).__name__].parts(block) for block in blocks]
+        rounding: Rounding = "fast" if session.config.fuse == "fast" else "eager"
+        return module_cache.ModuleFeatures(cache, known, parts, rounding)
+    return BlockFeatures(cache) if policy is not None and policy.granularity == "block" else SpanFeatures(cache)
+
+
+def teardown(root: nn.Module, session: Session, adapter: ModelAdapter) -> None:
     """Take away what ``setup`` put up."""
+    module_cache.detach(_blocks(root, adapter), adapter.block_modules, session)
     if isinstance(session.around.get("cache"), FeatureCache):
         del session.around["cache"]
