@@ -41,13 +41,13 @@ class Exchanged:
         parts = [output] if isinstance(output, Tensor) else list(output)
         if self.step in COMPUTED:
             for at, part in enumerate(parts):
-                self.known[*key, at, self.step] = part.double()
+                self.known[(*key, at, self.step)] = part.double()
             return None
         last = max(s for s in COMPUTED if s < self.step)
         before = max(s for s in COMPUTED if s < last)
         made = []
         for at, part in enumerate(parts):
-            new, old = self.known[*key, at, last], self.known[*key, at, before]
+            new, old = self.known[(*key, at, last)], self.known[(*key, at, before)]
             made.append((new + (new - old) * (self.step - last) / (last - before)).to(part.dtype))
         return made[0] if isinstance(output, Tensor) else tuple(made)
 

@@ -68,6 +68,11 @@ class _Modules:
     def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
         return {name: outputs[name][0] for name in self.parts(block)}
 
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        rows = block.scale_shift_table + arguments["temb"].unflatten(-1, (6, -1)).flatten(0, -3)
+        normed: Tensor = block.norm1(arguments["hidden_states"])
+        return normed * (1 + rows[:, None, 1]) + rows[:, None, 0]
+
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> Tensor:
         x, temb = arguments["hidden_states"], arguments["temb"]
         both = list(zip(block.scale_shift_table.unbind(0), temb.reshape(x.shape[0], 6, -1).unbind(1), strict=True))

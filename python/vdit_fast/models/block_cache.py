@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
+from vdit_fast.caching.adaptive import AdaptivePolicy
 from vdit_fast.caching.base import CachePolicy
 from vdit_fast.caching.engine import FeatureCache
 from vdit_fast.caching.features import BlockFeatures, Features
@@ -17,6 +19,8 @@ from vdit_fast.reference.adaln import Rounding
 
 if TYPE_CHECKING:
     from vdit_fast.models.base import ModelAdapter
+    from vdit_fast.models.block_modules import BlockModules
+    from vdit_fast.models.blocks import BlockCall
     from vdit_fast.models.session import Session
 
 __all__ = ["check", "granularities", "setup", "teardown"]
@@ -49,6 +53,11 @@ def check(root: nn.Module, adapter: ModelAdapter, policy: CachePolicy) -> None:
             f"{type(root).__name__} (family {adapter.family!r}) does not have: there it is "
             f"{' or '.join(map(repr, known))}"
         )
+    if isinstance(policy, AdaptivePolicy) and policy.looks_at == "input" and "module" not in known:
+        raise RuntimeError(
+            f"the cache policy {policy.name!r} looks at the modulated input of the first block, which is not known of "
+            f"{type(root).__name__} (family {adapter.family!r}); use 'first_block' or 'taylorseer'"
+        )
     if policy.granularity != "model":
         policy.span(StepContext(), len(transformer_blocks(root, adapter)))
 
@@ -64,9 +73,21 @@ def setup(root: nn.Module, session: Session, adapter: ModelAdapter) -> None:
     cache.hooked = {"blocks": len(blocks)}
     if policy.granularity == "module":
         cache.hooked["modules"] = module_cache.attach(root, blocks, known, session)
+    if isinstance(policy, AdaptivePolicy) and policy.looks_at == "input":
+        cache.modulated = _Modulated(known)
     if cache.features is None:
         cache.features = _features(blocks, adapter, session)
     session.around["cache"] = cache
+
+
+class _Modulated:
+    """The timestep-modulated input of a block's attention."""
+
+    def __init__(self, known: Mapping[str, BlockModules]) -> None:
+        self._known = known
+
+    def __call__(self, call: BlockCall) -> Tensor:
+        return self._known[type(call.module).__name__].modulated(call.module, call.arguments)
 
 
 def _features(blocks: list[nn.Module], adapter: ModelAdapter, session: Session) -> Features:

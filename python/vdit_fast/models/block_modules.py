@@ -1,4 +1,4 @@
-"""What a feature cache of modules must know of a block: what it keeps, and how that enters the residual."""
+"""What feature caches must know of a block: what of it is kept, how that enters the residual, what moves it."""
 
 from __future__ import annotations
 
@@ -65,6 +65,10 @@ class BlockModules(Protocol):
 
     def features(self, block: Any, outputs: Outputs) -> Mapping[str, Tensor]:
         """Feature -> [B, N, D], what it adds to the residual stream once its gate has multiplied it."""
+        ...
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        """The video's input of the block's attention, normed and modulated by the timestep, from its arguments."""
         ...
 
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> Any:

@@ -104,6 +104,11 @@ class _Modules:
         y, text_y = outputs["attn1"][0]
         return {"attn1": join(text_y, y), "ff": outputs["ff"][0]}
 
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        streams = arguments["hidden_states"], arguments["encoder_hidden_states"]
+        normed: Tensor = block.norm1(*streams, arguments["temb"])[0]
+        return normed
+
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> tuple[Tensor, Tensor]:
         x, text, temb = arguments["hidden_states"], arguments["encoder_hidden_states"], arguments["temb"]
         both, length = join(text, x), text.shape[1]

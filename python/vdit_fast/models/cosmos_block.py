@@ -76,6 +76,12 @@ class _Modules:
     def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
         return {name: outputs[name][0] for name in self.hooked}
 
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        x, extra = arguments["hidden_states"], arguments.get("extra_pos_emb")
+        x = x if extra is None else x + extra
+        normed: Tensor = block.norm1(x, arguments["embedded_timestep"], arguments.get("temb"))[0]
+        return normed
+
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> Tensor:
         x, extra, control = (arguments.get(n) for n in ("hidden_states", "extra_pos_emb", "controlnet_residual"))
         assert x is not None

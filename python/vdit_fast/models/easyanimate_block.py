@@ -86,6 +86,11 @@ class _Modules:
             mlp, text_mlp = block.norm3(mlp), block.norm3(text_mlp)
         return {"attn1": video, "ff": mlp, "attn1_text": text, "ff_text": text_mlp}
 
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        streams = arguments["hidden_states"], arguments["encoder_hidden_states"]
+        normed: Tensor = block.norm1(*streams, arguments["temb"])[0]
+        return normed
+
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> tuple[Tensor, Tensor]:
         first, text_first = _modulation(block.norm1, arguments["temb"])
         second, text_second = _modulation(block.norm2, arguments["temb"])

@@ -171,6 +171,14 @@ HUNYUAN_BLOCKS: dict[str, BlockForward] = {
 }
 
 
+def _modulated(norm: Any, x: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    replaced = arguments.get("token_replace_emb")
+    shift, scale = _modulation(norm, arguments["temb"], replaced)[:2]
+    index = _index(x, arguments["num_tokens"]) if replaced is not None else None
+    shift, scale = (row[:, None] if index is None else row[:, index] for row in (shift, scale))
+    return torch.addcmul(shift, norm.norm(x), 1 + scale)
+
+
 class _DualModules:
     """Joint attention and two feed-forwards, all under gates."""
 
@@ -184,6 +192,9 @@ class _DualModules:
         return {
             "attn": video, "ff": outputs["ff"][0], "attn_context": text, "ff_context": outputs["ff_context"][0],
         }  # fmt: skip
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        return _modulated(block.norm1, arguments["hidden_states"], arguments)
 
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> tuple[Tensor, Tensor]:
         x, text, temb = arguments["hidden_states"], arguments["encoder_hidden_states"], arguments["temb"]
@@ -206,6 +217,9 @@ class _SingleModules:
 
     def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
         return {"proj_out": outputs["proj_out"][0]}
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        return _modulated(block.norm, arguments["hidden_states"], arguments)
 
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> tuple[Tensor, Tensor]:
         x, text, replaced = (arguments.get(n) for n in ("hidden_states", "encoder_hidden_states", "token_replace_emb"))

@@ -32,6 +32,11 @@ class _Modules:
     def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
         return {name: outputs[name][0] for name in self.hooked}
 
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        shift, scale = (sum(_gate(block.scale_shift_table, arguments["temb"], row)) for row in (0, 1))
+        normed: Tensor = block.norm1(arguments["hidden_states"])
+        return normed * (1 + scale) + shift
+
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> tuple[Tensor, Tensor]:
         video, audio = arguments["hidden_states"], arguments["audio_hidden_states"]
         table, temb = block.scale_shift_table, arguments["temb"]

@@ -68,6 +68,12 @@ class _Modules:
     def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
         return {name: outputs[name][0] for name in self.hooked}
 
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        rows = arguments["temb"].unflatten(-1, (6, -1))
+        shift, scale = block.scale_shift_table[0] + rows[:, :, 0], block.scale_shift_table[1] + rows[:, :, 1]
+        normed: Tensor = block.norm1(arguments["hidden_states"])
+        return normed * (1 + scale) + shift
+
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> Tensor:
         temb, index = arguments["temb"], None
         rows = temb.reshape(temb.shape[0], temb.shape[1], 6, -1)

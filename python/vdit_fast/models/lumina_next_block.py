@@ -24,6 +24,10 @@ class _Modules:
     def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
         return {name: outputs[name][0] for name in self.hooked}
 
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        normed: Tensor = block.norm1(arguments["hidden_states"], arguments["temb"])[0]
+        return normed
+
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> Tensor:
         rows = block.norm1.linear(block.norm1.silu(arguments["temb"]))
         _, gate, _, mlp_gate = (torch.tanh(row) for row in rows.chunk(4, dim=1))

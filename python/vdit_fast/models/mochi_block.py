@@ -116,6 +116,10 @@ class _Modules:
             found["ff_context"] = block.norm4_context(outputs["ff_context"][0])
         return found
 
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        normed: Tensor = block.norm1(arguments["hidden_states"], arguments["temb"])[0]
+        return normed
+
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> tuple[Tensor, Tensor]:
         x, text, temb = arguments["hidden_states"], arguments["encoder_hidden_states"], arguments["temb"]
         _, gate, _, mlp_gate = (torch.tanh(row) for row in _modulation(block.norm1, temb))

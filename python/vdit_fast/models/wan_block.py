@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
@@ -104,6 +105,12 @@ WAN_BLOCKS: dict[str, BlockForward] = {
 }
 
 
+def _row(pair: tuple[Tensor, Tensor]) -> Tensor:
+    """[B, D] or [B, N, D] as it multiplies tokens."""
+    rows = pair[0] + pair[1]
+    return rows.unsqueeze(1) if rows.ndim == 2 else rows
+
+
 class _Modules:
     """Self-attention and feed-forward under gates, cross-attention without one."""
 
@@ -117,6 +124,11 @@ class _Modules:
 
     def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
         return {name: outputs[name][0] for name in self.hooked}
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        shift, scale = _tables(block, arguments["temb"].unbind(self._rows_dim))[:2]
+        x = block.norm1(arguments["hidden_states"].float())
+        return torch.addcmul(_row(shift), x, 1 + _row(scale))
 
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> Tensor:
         temb, index = forecast.distinct(arguments["temb"], self._rows_dim)
