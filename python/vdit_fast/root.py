@@ -151,7 +151,7 @@ class Root:
         if isinstance(wrapper, CachedForward) and wrapper.of(self.session):
             wrapper.detach()
         self._unwrap_parts(module)
-        block_cache.teardown(self.session)
+        block_cache.teardown(module, self.session, self.adapter)
 
     def _wrap_parts(self, module: nn.Module) -> None:
         if self.session.around:

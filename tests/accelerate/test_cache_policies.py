@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from test_cache_blocks import blocks_of, equal, generate
 from torch import Tensor, nn
 
 from vdit_fast.accelerate import accelerate
-from vdit_fast.caching import DeltaDiT, FirstBlock, TaylorSeer
+from vdit_fast.caching import DeltaDiT, FirstBlock, TaylorSeer, TeaCache
 from vdit_fast.config import Config
 
 STEADY: dict[str, Any] = {"first_full": 1, "last_full": 0}
@@ -81,10 +82,11 @@ def test_first_block_looks_at_what_the_first_block_adds() -> None:
 def test_noise_between_steps_fires_a_refresh() -> None:
     """Latents edited between steps (DiffSynth, sheet section 10 L9): what was kept is not used for them."""
     model, inputs = tiny.wan(layers=3)
-    for noise, computed in (({}, [0]), ({4: 0.5}, [0, 4])):
-        with accelerate(model, Config(cache=FirstBlock(threshold=0.2, interval=99, **STEADY))) as handle:
-            steps(model, inputs, 7, noise)
-            assert sorted(set(range(7)) - set(handle.stats()["cache"]["forecast"])) == computed
+    for policy in (FirstBlock, TeaCache):
+        for noise, computed in (({}, [0]), ({4: 0.5}, [0, 4])):
+            with accelerate(model, Config(cache=policy(threshold=0.2, interval=99, **STEADY))) as handle:
+                steps(model, inputs, 7, noise)
+                assert sorted(set(range(7)) - set(handle.stats()["cache"]["forecast"])) == computed
 
 
 def test_both_branches_of_a_step_do_the_same() -> None:
@@ -177,3 +179,40 @@ def test_w2sd_repeats_steps_under_a_cache_that_refreshes_every_call() -> None:
         with accelerate(model, Config(cache=policy)) as handle:
             assert equal([tiny.run(model, tiny.at(inputs, t)) for t in order], plain)
             assert handle.stats()["cache"]["forecast"] == {}
+
+
+def test_teacache_looks_at_what_attention_gets(family: str) -> None:
+    """The modulated input is what the first block's self-attention is called with; its changes add up."""
+    model, inputs = tiny.build(family)
+    with accelerate(model) as handle:
+        count, adapter = blocks_of(handle), handle.roots[0].adapter
+    if not count:
+        with pytest.raises(RuntimeError, match="there it is 'model'"):
+            accelerate(model, Config(cache=TeaCache()))
+        return
+    seen: list[Tensor] = []
+    first = model.get_submodule(f"{adapter.block_lists[0]}.0")
+    attention = next(getattr(first, name) for name in ("attn1", "attn") if hasattr(first, name))
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    hook = attention.register_forward_pre_hook(note, with_kwargs=True)
+    for step in range(6):
+        tiny.run(model, tiny.at(inputs, 900.0 - step * step))
+    hook.remove()
+    changes = [float((b - a).abs().mean() / a.abs().mean()) for a, b in pairwise(seen)]
+    threshold = 1.01 * (changes[0] + changes[1])
+    total, computed = 0.0, [0]
+    for step, change in enumerate(changes, 1):
+        total += change
+        if total >= threshold:
+            total = 0.0
+            computed.append(step)
+    assert 1 < len(computed) < 6
+    with accelerate(model, Config(cache=TeaCache(threshold=threshold, interval=99, **STEADY))) as handle:
+        for step in range(6):
+            tiny.run(model, tiny.at(inputs, 900.0 - step * step))
+        stats = handle.stats()["cache"]
+        assert sorted(set(range(6)) - set(stats["forecast"])) == computed and stats["host_reads"] == 5
+        assert stats["blocks_left_out"] == (6 - len(computed)) * count

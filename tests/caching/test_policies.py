@@ -5,8 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from vdit_fast.caching import GRANULARITIES, REGISTRY, CachePolicy, DeltaDiT, FirstBlock, Stream, TaylorSeer, from_dict
+from vdit_fast.caching import (
+    GRANULARITIES,
+    REGISTRY,
+    CachePolicy,
+    DeltaDiT,
+    FirstBlock,
+    Stream,
+    TaylorSeer,
+    TeaCache,
+    from_dict,
+)
 from vdit_fast.caching.checks import size
 from vdit_fast.context import StepContext
 
@@ -69,6 +80,20 @@ def test_first_block_follows_the_change() -> None:
         policy.span(at(0), 1)
 
 
+def test_teacache_adds_up_rescaled_changes() -> None:
+    policy, stream = TeaCache(threshold=1.0, coefficients=[2.0, -0.5, 0.1]), Stream()  # type: ignore[arg-type]
+    assert policy.rescaled(0.3) == pytest.approx(2 * 0.09 - 0.15 + 0.1)
+    assert TeaCache().rescaled(0.3) == 0.3
+    plain = TeaCache(threshold=1.0)
+    verdicts = []
+    for change in (0.4, 0.4, 0.3, 0.9, 0.2):
+        verdicts.append(plain.verdict(stream, change) is None)
+        plain.keep(stream, torch.ones(1), computed=not verdicts[-1])
+    assert verdicts == [True, True, False, True, False]
+    assert "1 or more" in str(plain.verdict(Stream(), float("nan")))
+    assert from_dict(policy.to_dict()) == policy
+
+
 @pytest.mark.parametrize(
     ("policy", "knobs", "message"),
     [
@@ -87,6 +112,9 @@ def test_first_block_follows_the_change() -> None:
         (DeltaDiT, {"bound": True}, "bound"),
         (DeltaDiT, {"length": 0}, "length"),
         (DeltaDiT, {"length": 1.0}, "length"),
+        (TeaCache, {"coefficients": [1.0, "x"]}, "coefficients"),
+        (TeaCache, {"coefficients": []}, "coefficients"),
+        (TeaCache, {"coefficients": [float("inf")]}, "coefficients"),
         (FirstBlock, {"threshold": -0.1}, "threshold"),
         (FirstBlock, {"threshold": float("nan")}, "threshold"),
     ],

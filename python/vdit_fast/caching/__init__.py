@@ -5,5 +5,16 @@ from .delta_dit import DeltaDiT
 from .first_block import FirstBlock
 from .stream import Stream
 from .taylorseer import TaylorSeer
+from .teacache import TeaCache
 
-__all__ = ["GRANULARITIES", "REGISTRY", "CachePolicy", "DeltaDiT", "FirstBlock", "Stream", "TaylorSeer", "from_dict"]
+__all__ = [
+    "GRANULARITIES",
+    "REGISTRY",
+    "CachePolicy",
+    "DeltaDiT",
+    "FirstBlock",
+    "Stream",
+    "TaylorSeer",
+    "TeaCache",
+    "from_dict",
+]

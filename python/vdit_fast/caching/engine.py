@@ -72,6 +72,8 @@ class FeatureCache:
         """The running forward; the session sets it."""
         self.features: Features | None = None
         """What is kept of blocks; None at granularity "model"."""
+        self.modulated: Callable[[BlockCall], Tensor] | None = None
+        """The timestep-modulated input of a block's attention, where a policy looks at it."""
         self._generation: int | None = None
         self._streams: dict[Hashable, tuple[Hashable, Stream]] = {}
         self._verdicts: dict[int | None, tuple[int, str | None]] = {}
@@ -89,7 +91,7 @@ class FeatureCache:
     def fresh(self) -> FeatureCache:
         """The same settings without records, for a copied model."""
         new = FeatureCache(self.policy, self.planner)
-        new.hooked = dict(self.hooked)
+        new.hooked, new.modulated = dict(self.hooked), self.modulated
         new.features = self.features.of(new) if self.features is not None else None
         return new
 
@@ -180,7 +182,8 @@ class FeatureCache:
         run.called.add(call.block.index)
         looks = self.policy.looks_at if isinstance(self.policy, AdaptivePolicy) and run.leads and first_call else ""
         if looks == "input":
-            self._look(run, forward, features.modulated_input(call))
+            assert self.modulated is not None
+            self._look(run, forward, self.modulated(call))
         inside = run.span[0] <= call.block.index < run.span[1]
         if inside and run.reason is None:
             output = features.forecast(run, call)
@@ -199,14 +202,15 @@ class FeatureCache:
         return output
 
     # ------------------------------------------------------------------ memory
-    def factors(self, run: Run, key: Hashable, like: Tensor) -> Factors:
-        """The factors of one feature of the forward's stream; new ones at its first computed forward."""
+    def factors(self, run: Run, key: Hashable, like: Tensor, dtype: torch.dtype | None = None) -> Factors:
+        """The factors of one feature of the forward's stream; new ones at its first computed forward. ``dtype`` is that
+        of the residual stream where it may be another one than the feature's."""
         found = run.stream.factors.get(key)
         if found is None:
             policy = self.policy
             assert policy is not None
-            dtype = budget.storage_dtype(policy, like.dtype)
-            found = Factors(like.shape, policy.degree, dtype, like.device, policy.offload)
+            kept = budget.storage_dtype(policy, dtype or like.dtype)
+            found = Factors(like.shape, policy.degree, kept, like.device, policy.offload)
             run.stream.factors[key] = found
         return found
 

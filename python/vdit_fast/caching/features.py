@@ -38,10 +38,6 @@ class Features(ABC):
     def forecast(self, run: Run, call: BlockCall) -> Any | None:
         """The block's output, None where it has to run."""
 
-    def modulated_input(self, call: BlockCall) -> Tensor:
-        """The timestep-modulated input of a block's attention."""
-        raise NotImplementedError
-
     def _pairs(self, call: BlockCall, inputs: Sequence[Tensor | None], output: Any) -> list[tuple[Tensor, Tensor]]:
         """(input, output) of every stream that a block returned; the form of its output is remembered.
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from vdit_fast.models.block_modules import BlockModules
 from vdit_fast.models.fusion import BlockForward
 from vdit_fast.models.geometry import Volume
 from vdit_fast.models.rotary import served_tables
@@ -230,6 +231,8 @@ class ModelAdapter:
 
     rows: ClassVar[RowLayout | str] = "its blocks are not known to work token by token"
     """Where the family has one row per video token, or why no subset of them can run by itself."""
+    block_modules: ClassVar[Mapping[str, BlockModules]] = {}
+    """Block class name -> which of its sub-modules a cache keeps, and how their outputs enter the residual streams."""
 
     left_alone: ClassVar[dict[str, str]] = {}
     """Class name of a stock processor that must stay -> why, for the report."""

@@ -18,7 +18,7 @@ from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
-from vdit_fast.models.wan_block import WAN_BLOCKS
+from vdit_fast.models.wan_block import WAN_BLOCKS, WAN_MODULES
 
 __all__ = ["WanAdapter", "WanProcessor", "rotate", "wan_rotary"]
 
@@ -79,6 +79,7 @@ class WanAdapter(ModelAdapter):
         "WanAttnProcessor2_0": WanProcessor,
     }
     blocks = WAN_BLOCKS
+    block_modules = WAN_MODULES
     block_lists = ("blocks",)
     rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})})
 

@@ -6,8 +6,8 @@ from .block_mass import block_mass, score_lse, softmax_mass
 from .block_mean import block_mean
 from .cache import factor_update, forecast, forecast_gate_add
 from .clusters import counting_sort, kmeans_assign, permute_tokens
-from .linear_attention import linear_attention, linear_attention_readout, linear_attention_state
 from .combine_rows import combine_rows
+from .linear_attention import linear_attention, linear_attention_readout, linear_attention_state
 from .merge import merge
 from .qk_norm_rope import qk_norm_rope
 from .rows import gather_rows, scatter_rows
