@@ -1,4 +1,4 @@
-"""The feature cache's kernels on a CUDA device: the mixtures of the emulated kernels, and what only a device can show."""
+"""The feature cache's kernels on a CUDA device: the mixtures of the emulated ones, and what only a device shows."""
 
 from __future__ import annotations
 
