@@ -5,8 +5,8 @@
 Three parts. "speed": hedgehog with a weight per head, one head of growing length; contenders run in turn in one
 process, so that a slow spell of the machine hits all alike, and ratios are medians of the rounds' own ratios with their
 minimum and maximum (dense attention of more than 16k tokens runs in the first round only). "maps": the other feature
-maps at one length. "exact": 40 heads of 75,600 tokens and 128 channels, four heads at a time for their memory, against the
-explicit matrix of weights in fp64 on sampled rows.
+maps at one length. "exact": 40 heads of 75,600 tokens and 128 channels, four heads at a time for their memory, against
+the explicit matrix of weights in fp64 on sampled rows.
 """
 
 from __future__ import annotations

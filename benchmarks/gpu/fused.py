@@ -27,8 +27,10 @@ OWN, OWN_EAGER, TORCH, COMPILED = "vdit_fast", "vdit_fast, eager rounding", "tor
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one model's size: ``shape`` is (rows, width), (tokens,), linear attention's (heads, tokens, dim),
-    or short attention's four sizes."""
+    """One operator at one model's size.
+
+    ``shape``: (rows, width), (tokens,), linear attention's (heads, tokens, dim), or short attention's four sizes.
+    """
 
     operator: str
     model: str

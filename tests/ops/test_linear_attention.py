@@ -171,7 +171,7 @@ def test_opcheck_and_compile() -> None:
     torch.library.opcheck(ops.linear_attention_state, (k, v, 2, None, leaf(draw(2, 7, 2, 8)), None))
     torch.library.opcheck(ops.linear_attention_readout, (q, state, 0, leaf(draw(4, 8, 8)), None, 1e-15))
     torch.library.opcheck(
-        ops.linear_attention_readout, (q, leaf(state[:, :, :8].detach()), 1, None, leaf(q.detach().abs()), 0.5)
+        ops.linear_attention_readout, (q, leaf(draw(2, 2, 8, 5).abs()), 1, None, leaf(q.detach().abs()), 0.5)
     )
 
     def run(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:

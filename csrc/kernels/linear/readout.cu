@@ -31,8 +31,9 @@ int cuda_linear_readout(const LinearReadoutParams& p, int32_t processors, void* 
   const bool matrix = on_tensor_cores(p), small = p.dim <= 64 && p.dim_v <= 64;
   static_assert(plain::kTokens == 16);  // tiles of both kernels
   const auto tiles = int32_t((int64_t{p.length} + 15) / 16);
-  // A block of the tensor-core kernel takes 8 tiles at a time, and brings the state first: about as much work as 3 x 8.
-  const int64_t slots = int64_t{processors} * (matrix && small ? 2 : 1), step = matrix ? 8 : 1;
+  // A block of the tensor-core kernels takes a tile per warp at a time, and brings the state first: about the work
+  // of 3.
+  const int64_t slots = int64_t{processors} * (matrix && small ? 3 : 1), step = !matrix ? 1 : small ? 4 : 8;
   const ReadoutArgs a{p, parts_for(sequences, (tiles + step - 1) / step, slots, matrix ? 3 : 1, 1024), tiles};
   const auto s = static_cast<arch::stream_t>(stream);
   switch (p.dtype) {

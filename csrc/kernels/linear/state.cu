@@ -42,7 +42,7 @@ namespace vdit {
 int32_t linear_state_splits(const LinearStateParams& p, int32_t processors) {
   using namespace gpu::linear;
   const bool matrix = on_tensor_cores(p), small = p.dim <= 64 && p.dim_v <= 64;
-  const int64_t resident = !matrix ? 1 : p.map == FeatureMap::hedgehog ? (small ? 3 : 1) : (small ? 4 : 2);
+  const int64_t resident = !matrix ? 1 : p.map == FeatureMap::hedgehog ? (small ? 2 : 1) : (small ? 4 : 2);
   // A part writes its state and has it read again: as many bytes as about that many stages of keys and values.
   const int64_t stages = (int64_t{p.length} + kStageTokens - 1) / kStageTokens, fixed = 8;
   return parts_for(int64_t{p.batch} * p.heads, stages, resident * processors, fixed, 256);

@@ -35,20 +35,23 @@ struct StateConfig {
   static constexpr uint32_t kK = kHedgehog ? kDim * kDim * 2 : 0, kV = kK + kTile, kPhi = kV + kTile;
   static constexpr uint32_t kHalves = kPhi + 2 * kTile;
   static constexpr uint32_t kHedgehogBytes = kHalves + (kGroups > 1 ? 2 * kStageTokens * 16 : 0);
-  static constexpr int kMinBlocks = kHedgehog ? (kDim > 64 ? 1 : 3) : (kDim > 64 ? 2 : 4);
+  static constexpr int kMinBlocks = kHedgehog ? (kDim > 64 ? 1 : 2) : (kDim > 64 ? 2 : 4);
 };
 
 // 64 rows from token `first` on, zeros from `end` and from column dim on.
 template <int kDim, bool kHedgehog>
-VD_DEV void load_stage(const TokenRows& x, int32_t batch, int32_t head, int64_t first, int32_t end, int32_t dim,
+VD_DEV void load_stage(const TokenRows& x, int32_t batch, int32_t head, int32_t first, int32_t end, int32_t dim,
                        uint32_t tile) {
   using C = StateConfig<kDim, kHedgehog>;
-  const auto* from = static_cast<const uint16_t*>(x.data) + row_offset(x, batch, head, first);
-  VD_UNROLL for (int n = 0; n < kStageTokens * C::kChunks / C::kThreads; ++n) {
-    const int i = threadIdx.x + n * C::kThreads, row = i / C::kChunks, chunk = i % C::kChunks;
-    const bool inside = first + row < end && chunk * 8 < dim;
-    arch::cp_async16(tile + chunk_offset<C::kChunks>(row, chunk),
-                     inside ? static_cast<const void*>(from + row * x.row_stride + chunk * 8) : x.data, inside);
+  constexpr int kStep = C::kThreads / C::kChunks;  // rows
+  static_assert(kStep % 8 == 0, "the swizzle does not change from step to step");
+  const int row = threadIdx.x / C::kChunks, chunk = threadIdx.x % C::kChunks;
+  const uint32_t to = tile + chunk_offset<C::kChunks>(row, chunk);
+  const auto* from = static_cast<const uint16_t*>(x.data) + row_offset(x, batch, head, first + row) + chunk * 8;
+  VD_UNROLL for (int n = 0; n < kStageTokens / kStep; ++n) {
+    const bool inside = first + row + n * kStep < end && chunk * 8 < dim;
+    arch::cp_async16(to + n * kStep * C::kChunks * 16,
+                     inside ? static_cast<const void*>(from + n * kStep * x.row_stride) : x.data, inside);
   }
 }
 
@@ -78,34 +81,43 @@ VD_DEV void store_features(uint32_t smem, int32_t dim) {
     arch::ldsm4(smem + C::kK + chunk_offset<C::kChunks>(row + lane % 16, 2 * k + lane / 16), a);
     VD_UNROLL for (int n = 0; n < 4; ++n) {
       uint32_t b[4];
-      arch::ldsm4t(smem + chunk_offset<C::kChunks>(k * 16 + lane % 16, half * 8 + 2 * n + lane / 16), b);
+      load_right<C::kChunks>(smem, k * 16, half * 4 + n, b);
       arch::mma<T>(y[2 * n], a, b[0], b[1]);
       arch::mma<T>(y[2 * n + 1], a, b[2], b[3]);
     }
   }
-  SignedSoftmax<8> s(y);
-  s.run(half * 64, dim);
-  float scale_p[2], scale_m[2];
-  if constexpr (C::kGroups == 1) {
-    VD_UNROLL for (int r = 0; r < 2; ++r) {
-      scale_p[r] = 1.f / s.plus[r];
-      scale_m[r] = 1.f / s.minus[r];
+  const SignedScores<8> s(y, half * 64, dim);
+  float m[8][4], plus[2] = {0.f, 0.f}, minus[2] = {0.f, 0.f};
+  VD_UNROLL for (int n = 0; n < 8; ++n) {
+    VD_UNROLL for (int c = 0; c < 4; ++c) {
+      m[n][c] = s.minus(n, c);
+      y[n][c] = s.plus(n, c);
+      plus[c / 2] += y[n][c];
+      minus[c / 2] += m[n][c];
     }
-  } else {
-    const uint32_t mine = smem + C::kHalves + half * kStageTokens * 16;
-    const uint32_t other = smem + C::kHalves + (1 - half) * kStageTokens * 16;
+  }
+  float scale_p[2], scale_m[2];
+  VD_UNROLL for (int r = 0; r < 2; ++r) {
+    plus[r] = quad_sum(plus[r]);
+    minus[r] = quad_sum(minus[r]);
+    scale_p[r] = 1.f / plus[r];
+    scale_m[r] = 1.f / minus[r];
+  }
+  if constexpr (C::kGroups == 2) {
+    const uint32_t mine = smem + C::kHalves + (half * kStageTokens + row + lane / 4) * 16;
+    const uint32_t other = smem + C::kHalves + ((1 - half) * kStageTokens + row + lane / 4) * 16;
     VD_UNROLL for (int r = 0; r < 2; ++r) {
       if (lane % 4 == 0)
-        arch::sts128(mine + (row + lane / 4 + 8 * r) * 16, uint4{arch::as_uint(s.top[r]), arch::as_uint(s.plus[r]),
-                                                                 arch::as_uint(s.low[r]), arch::as_uint(s.minus[r])});
+        arch::sts128(mine + r * 8 * 16, uint4{arch::as_uint(s.top[r]), arch::as_uint(plus[r]), arch::as_uint(s.low[r]),
+                                              arch::as_uint(minus[r])});
     }
     arch::syncthreads();
     VD_UNROLL for (int r = 0; r < 2; ++r) {
-      const uint4 v = arch::lds128(other + (row + lane / 4 + 8 * r) * 16);
+      const uint4 v = arch::lds128(other + r * 8 * 16);
       const float top = fmaxf(s.top[r], arch::as_float(v.x)), low = fminf(s.low[r], arch::as_float(v.z));
-      const float p = arch::ex2(s.top[r] - top), m = arch::ex2(low - s.low[r]);
-      scale_p[r] = p / (s.plus[r] * p + arch::as_float(v.y) * arch::ex2(arch::as_float(v.x) - top));
-      scale_m[r] = m / (s.minus[r] * m + arch::as_float(v.w) * arch::ex2(low - arch::as_float(v.z)));
+      const float a = arch::ex2(s.top[r] - top), b = arch::ex2(low - s.low[r]);
+      scale_p[r] = a / (plus[r] * a + arch::as_float(v.y) * arch::ex2(arch::as_float(v.x) - top));
+      scale_m[r] = b / (minus[r] * b + arch::as_float(v.w) * arch::ex2(low - arch::as_float(v.z)));
     }
   }
   VD_UNROLL for (int r = 0; r < 2; ++r) {
@@ -114,9 +126,9 @@ VD_DEV void store_features(uint32_t smem, int32_t dim) {
       const int chunk = half * 8 + n;
       const uint32_t to = smem + C::kPhi + lane % 4 * 4;
       arch::sts32(to + chunk_offset<2 * C::kChunks>(token, chunk),
-                  arch::pack<T>(s.p[n][2 * r] * scale_p[r], s.p[n][2 * r + 1] * scale_p[r]));
+                  arch::pack<T>(y[n][2 * r] * scale_p[r], y[n][2 * r + 1] * scale_p[r]));
       arch::sts32(to + chunk_offset<2 * C::kChunks>(token, C::kChunks + chunk),
-                  arch::pack<T>(s.m[n][2 * r] * scale_m[r], s.m[n][2 * r + 1] * scale_m[r]));
+                  arch::pack<T>(m[n][2 * r] * scale_m[r], m[n][2 * r + 1] * scale_m[r]));
     }
   }
 }
@@ -140,8 +152,8 @@ struct Accumulator {
 
   VD_STATIC_METHOD void load_left(FeatureMap map, uint32_t phi, int tokens, int m, uint32_t (&a)[4]) {
     const int lane = threadIdx.x % 32;
-    arch::ldsm4t(
-        phi + chunk_offset<kRowChunks>(tokens + lane % 8 + lane / 16 * 8, (first_tile() + m) * 2 + lane / 8 % 2), a);
+    const int row = lane % 8 + lane / 16 * 8, chunk = (first_tile() + m) * 2 + lane / 8 % 2;
+    arch::ldsm4t(phi + chunk_offset<kRowChunks>(row, chunk) + tokens * kRowChunks * 16, a);
     if constexpr (!kHedgehog) {
       VD_UNROLL for (int i = 0; i < 4; ++i) a[i] = mapped_pair<T>(map, a[i]);
     }
@@ -151,23 +163,23 @@ struct Accumulator {
   VD_METHOD void add(FeatureMap map, uint32_t phi, uint32_t den, uint32_t v, int valid) {
     const int lane = threadIdx.x % 32;
     VD_UNROLL for (int k = 0; k < kStageTokens / 16; ++k) {
-      uint32_t b[4][4];
-      VD_UNROLL for (int n = 0; n < 4; ++n)
-          arch::ldsm4t(v + chunk_offset<C::kChunks>(k * 16 + lane % 16, group() * 8 + 2 * n + lane / 16), b[n]);
+      uint32_t a[C::kTiles][4];
+      VD_UNROLL for (int m = 0; m < C::kTiles; ++m) load_left(map, phi, k * 16, m, a[m]);
+      VD_UNROLL for (int n = 0; n < 4; ++n) {
+        uint32_t b[4];
+        load_right<C::kChunks>(v, k * 16, group() * 4 + n, b);
+        VD_UNROLL for (int m = 0; m < C::kTiles; ++m) {
+          arch::mma<T>(state[m][2 * n], a[m], b[0], b[1]);
+          arch::mma<T>(state[m][2 * n + 1], a[m], b[2], b[3]);
+        }
+      }
       const int token = k * 16 + 2 * (lane % 4);
       const uint32_t low = arch::pack<T>(token < valid ? 1.f : 0.f, token + 1 < valid ? 1.f : 0.f);
       const uint32_t high = arch::pack<T>(token + 8 < valid ? 1.f : 0.f, token + 9 < valid ? 1.f : 0.f);
       VD_UNROLL for (int m = 0; m < C::kTiles; ++m) {
-        uint32_t a[4];
-        load_left(map, phi, k * 16, m, a);
-        VD_UNROLL for (int n = 0; n < 4; ++n) {
-          arch::mma<T>(state[m][2 * n], a, b[n][0], b[n][1]);
-          arch::mma<T>(state[m][2 * n + 1], a, b[n][2], b[n][3]);
-        }
-        if (sums_tile(m)) {
-          if (den != phi) load_left(map, den, k * 16, m, a);
-          arch::mma<T>(sums[m % C::kSumTiles], a, low, high);
-        }
+        if (!sums_tile(m)) continue;
+        if (den != phi) load_left(map, den, k * 16, m, a[m]);
+        arch::mma<T>(sums[m % C::kSumTiles], a[m], low, high);
       }
     }
   }
@@ -206,7 +218,7 @@ state_matrix(const VD_GRID_CONST StateArgs a) {
   int32_t end = int32_t(int64_t(a.stages) * (part + 1) / a.splits);
   if (end > (valid + kStageTokens - 1) / kStageTokens) end = (valid + kStageTokens - 1) / kStageTokens;
   auto load = [&](const TokenRows& x, int32_t stage, int32_t dim, uint32_t to) {
-    load_stage<kDim, kHedgehog>(x, batch, head, int64_t(stage) * kStageTokens, valid, dim, to);
+    load_stage<kDim, kHedgehog>(x, batch, head, stage * kStageTokens, valid, dim, to);
   };
   Accumulator<T, kDim, kHedgehog> acc;
   acc.clear();

@@ -73,54 +73,55 @@ VD_DEV uint32_t chunk_offset(int row, int chunk) {
   return (row * kChunks + (chunk ^ (row & 7))) * 16;
 }
 
+// Rows `row` ... row + 15 of a tile, a multiple of 16, as two right operands of 16 rows by 8 columns: chunks 2n and 2n
+// + 1. The lane's part of the address does not depend on the row, so that steps differ by a constant.
+template <int kChunks>
+VD_DEV void load_right(uint32_t tile, int row, int n, uint32_t (&b)[4]) {
+  const int lane = threadIdx.x % 32;
+  arch::ldsm4t(tile + chunk_offset<kChunks>(lane % 16, 2 * n + lane / 16) + row * kChunks * 16, b);
+}
+
 VD_DEV float quad_sum(float x) {
   x += arch::shfl_xor_f(x, 1);
   return x + arch::shfl_xor_f(x, 2);
 }
 
-// Softmax of both signs over the columns that a warp holds of its 16 rows: kTiles tiles of 8, from column `first` on;
-// columns from `dim` on weigh 0.
+// A warp's scores of 16 rows, accumulators of kTiles tiles of 8 columns from column `first` on: for softmaxes of both
+// signs over the columns below `dim`.
 template <int kTiles>
-struct SignedSoftmax {
-  float top[2], low[2];     // of rows lane / 4 and lane / 4 + 8, in base 2
-  float plus[2], minus[2];  // sums, relative to them
-  float (&p)[kTiles][4];    // scores, then exponentials
-  float m[kTiles][4];       // exponentials of the negative scores
+struct SignedScores {
+  float (&y)[kTiles][4];  // in base 2 after bounds()
+  int first, dim;
+  float top[2], low[2];  // of rows lane / 4 and lane / 4 + 8
 
-  VD_METHOD explicit SignedSoftmax(float (&scores)[kTiles][4]) : p(scores) {}
-
-  VD_METHOD void run(int first, int dim) {
-    const int column = first + 2 * (threadIdx.x % 4);
+  VD_METHOD SignedScores(float (&scores)[kTiles][4], int first_column, int columns)
+      : y(scores), first(first_column + 2 * int(threadIdx.x % 4)), dim(columns) {
     VD_UNROLL for (int r = 0; r < 2; ++r) {
-      float most = -INFINITY, least = INFINITY;
-      VD_UNROLL for (int n = 0; n < kTiles; ++n) {
-        VD_UNROLL for (int c = 2 * r; c < 2 * r + 2; ++c) {
-          p[n][c] *= kLog2e;
-          const bool exists = column + 8 * n + c % 2 < dim;
-          most = fmaxf(most, exists ? p[n][c] : -INFINITY);
-          least = fminf(least, exists ? p[n][c] : INFINITY);
-        }
-      }
-      VD_UNROLL for (int step = 1; step < 4; step *= 2) {
-        most = fmaxf(most, arch::shfl_xor_f(most, step));
-        least = fminf(least, arch::shfl_xor_f(least, step));
-      }
-      top[r] = most;
-      low[r] = least;
-      float sum_p = 0.f, sum_m = 0.f;
-      VD_UNROLL for (int n = 0; n < kTiles; ++n) {
-        VD_UNROLL for (int c = 2 * r; c < 2 * r + 2; ++c) {
-          const bool exists = column + 8 * n + c % 2 < dim;
-          m[n][c] = exists ? arch::ex2(least - p[n][c]) : 0.f;
-          p[n][c] = exists ? arch::ex2(p[n][c] - most) : 0.f;
-          sum_p += p[n][c];
-          sum_m += m[n][c];
-        }
-      }
-      plus[r] = quad_sum(sum_p);
-      minus[r] = quad_sum(sum_m);
+      top[r] = -INFINITY;
+      low[r] = INFINITY;
     }
+    VD_UNROLL for (int n = 0; n < kTiles; ++n) {
+      VD_UNROLL for (int c = 0; c < 4; ++c) {
+        y[n][c] *= kLog2e;
+        top[c / 2] = fmaxf(top[c / 2], exists(n, c) ? y[n][c] : -INFINITY);
+        low[c / 2] = fminf(low[c / 2], exists(n, c) ? y[n][c] : INFINITY);
+      }
+    }
+    VD_UNROLL for (int r = 0; r < 2; ++r) {
+      VD_UNROLL for (int step = 1; step < 4; step *= 2) {
+        top[r] = fmaxf(top[r], arch::shfl_xor_f(top[r], step));
+        low[r] = fminf(low[r], arch::shfl_xor_f(low[r], step));
+      }
+    }
+    // Which columns exist is found out again: to keep it would take a register for every column.
+    uint32_t again[1] = {uint32_t(dim)};
+    arch::fence_regs(again);
+    dim = int(again[0]);
   }
+
+  VD_METHOD bool exists(int n, int c) const { return first + 8 * n + c % 2 < dim; }
+  VD_METHOD float plus(int n, int c) const { return exists(n, c) ? arch::ex2(y[n][c] - top[c / 2]) : 0.f; }
+  VD_METHOD float minus(int n, int c) const { return exists(n, c) ? arch::ex2(low[c / 2] - y[n][c]) : 0.f; }
 };
 
 // How many parts of `units` each of `sequences` sequences is cut into so that `slots` blocks at a time finish first; a
