@@ -101,7 +101,8 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
         set_processor(item.module, item.adapter.make_processor(root.session, layer, stock, weakref.ref(item.root)))
     try:
         for root in roots.values():
-            root.check(settings)
+            root.check_cache(settings)
+            root.check_subset(settings)
             root.fuse()
             root.wrap()
     except RuntimeError:

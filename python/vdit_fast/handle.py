@@ -89,7 +89,8 @@ class Handle:
         """Use another configuration from the next call on; takes what ``accelerate`` takes. Returns this handle."""
         settings = Config.of(config)
         for root in self.roots:
-            root.check(settings)
+            root.check_cache(settings)
+            root.check_subset(settings)
         self._config = settings
         for root in self.roots:
             root.session.reconfigure(self._config)

@@ -159,15 +159,26 @@ class Root:
             return "it has no list of blocks"
         return None
 
-    def check(self, config: Config) -> None:
-        """Raise where the configuration wants a cache or a subset that cannot work, and wants to know."""
-        if config.on_unsupported != "error":
+    def check_subset(self, config: Config) -> None:
+        """Raise where the configuration wants a subset beside a cache of parts, or one that cannot work and wants to
+        know."""
+        if config.subset is None:
             return
-        if config.cache is not None and not self.hooked:
-            raise RuntimeError(f"cache: {NO_STEPS}; accelerate the whole transformer, or set cache to null")
-        reason = self.no_subset() if config.subset is not None else None
-        if reason is not None:
+        granularity = getattr(config.cache, "granularity", "model")
+        if config.cache is not None and granularity != "model":
+            raise RuntimeError(
+                f"subset {config.subset.name!r} and cache {config.cache.name!r} by {granularity} exclude each other: a "
+                "cache that leaves blocks out leaves the subset's keys and values old; set one of them to null, or "
+                "cache the output of the whole model"
+            )
+        reason = self.no_subset()
+        if reason is not None and config.on_unsupported == "error":
             raise RuntimeError(f"subset: {self.adapter.family}: {reason}; set subset to null in the configuration")
+
+    def check_cache(self, config: Config) -> None:
+        """Raise where the configuration wants a cache that cannot work, and wants to know."""
+        if config.cache is not None and not self.hooked and config.on_unsupported == "error":
+            raise RuntimeError(f"cache: {NO_STEPS}; accelerate the whole transformer, or set cache to null")
 
     def processors(self) -> dict[str, ServedProcessor]:
         """This session's processors that are in place, by module path."""

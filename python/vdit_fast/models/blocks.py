@@ -59,12 +59,11 @@ class BlockCall:
 
     block: Block
     module: nn.Module
+    session: Session
     arguments: dict[str, Any]
     """By name; whoever stands around may exchange them before going on."""
     rest: tuple[Any, ...] = ()
     """Positional arguments beyond the named ones."""
-    session: Session | None = None
-    """Of the transformer that the block belongs to."""
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -134,7 +133,7 @@ class AroundForward:
         module = self._module()
         assert module is not None
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        call = BlockCall(self._block, module, named, args[len(self._names) :], session)
+        call = BlockCall(self._block, module, session, named, args[len(self._names) :])
 
         def enter(depth: int) -> Any:
             if depth < len(around):
