@@ -207,16 +207,30 @@ class Root:
         return None
 
     def check(self, config: Config) -> None:
-        """Raise where the configuration wants a cache around blocks that nobody knows, and, where it wants to know, a
-        cache or a subset that cannot work."""
+        """Raise where the configuration wants a cache around blocks that nobody knows, a subset beside a cache of parts,
+        and, where it wants to know, a cache or a subset that cannot work."""
         module, strict = self.module(), config.on_unsupported == "error"
         if config.cache is not None and not self.hooked and strict:
             raise RuntimeError(f"cache: {NO_STEPS}; accelerate the whole transformer, or set cache to null")
         if config.cache is not None and self.hooked and module is not None:
             block_cache.check(module, self.adapter, config.cache)
-        reason = self.no_subset() if config.subset is not None and strict else None
-        if reason is not None:
+        if config.subset is None:
+            return
+        granularity = getattr(config.cache, "granularity", "model")
+        if config.cache is not None and granularity != "model":
+            raise RuntimeError(
+                f"subset {config.subset.name!r} and cache {config.cache.name!r} by {granularity} exclude each other: a "
+                "cache that leaves blocks out leaves the subset's keys and values old; set one of them to null, or "
+                "cache the output of the whole model"
+            )
+        reason = self.no_subset()
+        if reason is not None and strict:
             raise RuntimeError(f"subset: {self.adapter.family}: {reason}; set subset to null in the configuration")
+
+    def check_cache(self, config: Config) -> None:
+        """Raise where the configuration wants a cache that cannot work, and wants to know."""
+        if config.cache is not None and not self.hooked and config.on_unsupported == "error":
+            raise RuntimeError(f"cache: {NO_STEPS}; accelerate the whole transformer, or set cache to null")
 
     def processors(self) -> dict[str, ServedProcessor]:
         """This session's processors that are in place, by module path."""

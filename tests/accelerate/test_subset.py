@@ -281,6 +281,42 @@ def test_a_cache_of_the_output_forecasts_merged_outputs() -> None:
     assert 0.3 < (second == first).float().mean() < 0.7
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfBlocks(TaylorSeer):
+    """A cache policy that says it leaves out blocks."""
+
+    granularity = "block"
+
+
+def test_a_cache_of_blocks_is_refused() -> None:
+    model, inputs = tiny.wan()
+    stock = tiny.run(model, inputs)
+    with pytest.raises(RuntimeError, match="by block exclude each other"):
+        accelerate(model, Config(subset=RAS(), cache=OfBlocks()))
+    assert torch.equal(tiny.run(model, inputs), stock) and not tiny.served(model)
+
+
+def test_a_cache_around_the_blocks_keeps_all_tokens() -> None:
+    model, inputs = tiny.wan()
+    handle, subset = start(model, RAS(start=1))
+    handle.roots[0].session.around["cache"] = subset.fresh()  # whoever it is
+    for value in (900.0, 800.0):
+        tiny.run(model, tiny.at(inputs, value))
+    assert not subset.partial and sum(subset.whole.values()) == 2
+
+
+def test_text_keys_that_are_kept_change_nothing() -> None:
+    model, inputs = tiny.wan()
+    runs = []
+    for text_kv in (False, True):
+        handle, subset = start(model, RAS(start=1), text_kv=text_kv)
+        runs.append([tiny.run(model, tiny.at(inputs, value)) for value in (900.0, 800.0, 700.0)])
+        assert subset.partial == {1: 1, 2: 1}
+        assert not text_kv or handle.stats()["text_kv"]["reused"] > 0
+        handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_positions_of_all_tokens_keep_all_tokens() -> None:
     model, inputs = tiny.wan()
     handle, subset = start(model, RAS(start=1))

@@ -159,9 +159,8 @@ class RowSubset:
 
     # ------------------------------------------------------------------ around a block
     def __call__(self, call: BlockCall, proceed: Callable[[], Any]) -> Any:
-        session = call.session
-        forward = session.forward if session is not None else None
-        if session is None or forward is None:
+        session, forward = call.session, call.session.forward
+        if forward is None:
             return proceed()
         if call.block.index == 0:
             forward.subset = self._begin(session, forward, call)
