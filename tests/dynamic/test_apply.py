@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vdit_fast.accelerate import accelerate
 from vdit_fast.dynamic import DyDiTBlock, DynamicMlp, Layout, apply_dydit
+from vdit_fast.dynamic.units import WeightParts, take
 
 KINDS = [(), *((kind,) for kind in dydit.KINDS)]
 
@@ -180,15 +181,35 @@ def test_a_copy_works_on_its_own() -> None:
 @torch.no_grad()
 def test_weights_that_change_are_cut_again() -> None:
     model, inputs = build("wan")
-    with apply_dydit(model, dydit.draw(model, "wan", "attn_rate", "mlp_rate")) as handle:
+    routers = dydit.draw(model, "wan", "mlp_rate")
+    for name, x in routers.items():  # groups 0 and 2: copies, not views
+        x.copy_(torch.tensor([-9.0, 9.0, -9.0]) if name.endswith("bias") else torch.zeros_like(x))
+    with apply_dydit(model, routers) as handle:
         first = tiny.run(model, inputs)
-        assert torch.equal(tiny.run(model, inputs), first) and handle.report()["weight_bytes"] >= 0
-        for attn, mlp, _ in dydit.blocks(model, "wan").values():
-            attn.to_v.weight.mul_(2)
-            mlp.net[2].weight.mul_(2)
+        assert torch.equal(tiny.run(model, inputs), first)
+        mlps = [mlp for _, mlp, _ in dydit.blocks(model, "wan").values()]
+        half = sum(layer.weight.numel() for mlp in mlps for layer in (mlp.net[0].proj, mlp.net[2])) // 2
+        biases = sum(mlp.net[0].proj.bias.numel() for mlp in mlps) // 2
+        assert handle.report()["weight_bytes"] == 4 * (half + biases)
+        for mlp in mlps:
+            mlp.net[0].proj.weight.mul_(2)
+            mlp.net[2].weight = nn.Parameter(mlp.net[2].weight * 2)
         changed = tiny.run(model, inputs)
-    with apply_dydit(model, dydit.draw(model, "wan", "attn_rate", "mlp_rate")):
+    with apply_dydit(model, routers):
         assert torch.equal(tiny.run(model, inputs), changed) and not torch.equal(first, changed)
+
+
+@torch.no_grad()
+def test_weights_of_few_masks_are_kept() -> None:
+    parts, x = WeightParts(), torch.randn(8, 3)
+    masks = [tuple(i == unit or i == 0 for i in range(8)) for unit in range(2, 8)]
+    for mask in masks:
+        (cut,) = parts.get(mask, (x,), lambda mask=mask: (take(x, 0, mask),))  # type: ignore[misc]
+        assert torch.equal(cut, x[list(mask)])
+    assert parts.bytes == 4 * 2 * 3 * 4  # four masks of two rows
+    again = [parts.get(mask, (x,), lambda: pytest.fail("cut again"))[0] for mask in masks[2:]]
+    assert torch.equal(again[-1], x[[0, 7]])
+    assert take(x, 0, (True, True, False, False)).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
 def test_gradients_reach_the_model() -> None:

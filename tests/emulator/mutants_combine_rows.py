@@ -15,7 +15,7 @@ MUTANTS = [
     _bug("a warp beyond the rows writes", "if (at >= p.rows) return;", "", "rows_of_a_block"),
     _bug("a block has one warp less", "(p.rows + kWarps - 1) / kWarps", "p.rows / kWarps", "rows_of_a_block"),
     _bug("pieces of other lanes are skipped", "piece += 32", "piece += 33", "mixtures and 520"),
-    _bug("elements of other lanes are skipped", "column += 32", "column += 33", "mixtures and 13"),
+    _bug("elements of other lanes are skipped", "column += 32", "column += 33", "misaligned"),
     _bug("slots of the row before", "p.slots[row * p.slots_per_row + j]", "p.slots[row / 2 * p.slots_per_row + j]",
          "mixtures"),
     _bug("weights of the first slot", "p.weights[row * p.slots_per_row + j]", "p.weights[row * p.slots_per_row]",
