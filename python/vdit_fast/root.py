@@ -227,11 +227,6 @@ class Root:
         if reason is not None and strict:
             raise RuntimeError(f"subset: {self.adapter.family}: {reason}; set subset to null in the configuration")
 
-    def check_cache(self, config: Config) -> None:
-        """Raise where the configuration wants a cache that cannot work, and wants to know."""
-        if config.cache is not None and not self.hooked and config.on_unsupported == "error":
-            raise RuntimeError(f"cache: {NO_STEPS}; accelerate the whole transformer, or set cache to null")
-
     def processors(self) -> dict[str, ServedProcessor]:
         """This session's processors that are in place, by module path."""
         module = self.module()

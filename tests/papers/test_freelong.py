@@ -129,13 +129,13 @@ def test_every_temporal_layer_blends_over_its_own_grid(family: str, layers: str,
     blend = SpectralBlend(window=4)
     taken: dict[str, tuple[Tensor, ...]] = {}
     session = handle.roots[0].session
-    attend = session._attend_unhooked
+    attend = session._softmax
 
     def spy(layer: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         taken[session.layers[layer].name] = (q.clone(), k.clone(), v.clone())
         return attend(layer, q, k, v, *rest)
 
-    session._attend_unhooked = spy  # type: ignore[method-assign]
+    session._softmax = spy  # type: ignore[method-assign]
     places: list[Any] = []
 
     def hook(step: Any, place: Any, rows: Any) -> Tensor:

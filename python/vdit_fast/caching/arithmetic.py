@@ -2,57 +2,50 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, reference
 from .._info import kernel_catalogue
-from ..reference import cache as reference
 from ..reference.adaln import Rounding, Table
 
 __all__ = ["factor_update", "forecast", "forecast_gate_add"]
 
-_HALVES = (torch.bfloat16, torch.float16)
+_DEVICES = {
+    kernel["device"] for kernel in kernel_catalogue() if kernel["op"] == "forecast_gate_add" and kernel["compiled"]
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def _has_kernels(device_type: str) -> bool:
-    names = {kernel["op"] for kernel in kernel_catalogue() if kernel["device"] == device_type and kernel["compiled"]}
-    return {"factor_update", "forecast_gate_add"} <= names
+def _served(*tensors: Tensor | None) -> bool:
+    """Whether the operators take tensors of this device, these dtypes and strides."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    halves = {tensor.dtype for tensor in found if tensor.dtype.itemsize == 2}
+    known = all(tensor.dtype in _DTYPES and tensor.numel() > 0 for tensor in found)
+    return known and len(halves) <= 1 and found[0].device.type in _DEVICES
 
 
-def _fits(*tensors: Tensor | None) -> bool:
-    """Whether the operators take these: one device with kernels, fp32 and one 16-bit dtype, rows of plain memory."""
-    found = [t for t in tensors if t is not None]
-    halves = {t.dtype for t in found} - {torch.float32}
-    return (
-        len(halves) <= 1
-        and halves <= {*_HALVES}
-        and len({t.device for t in found}) == 1
-        and _has_kernels(found[0].device.type)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in found))
-        and all(t.is_contiguous() or (t.ndim <= 3 and t.stride(-1) == 1) for t in found)
-    )
-
-
-def _parts(gates: Iterable[Table | None]) -> list[Tensor]:
-    return [part for gate in gates if gate is not None for part in (gate if isinstance(gate, tuple) else (gate,))]
+def _rows(x: Tensor) -> Tensor:
+    """x as the operators take it: strides that three dimensions can express, the last of them contiguous."""
+    return x if x.is_contiguous() or (x.ndim <= 3 and x.stride(-1) == 1) else x.contiguous()
 
 
 def factor_update(factors: Tensor, output: Tensor, distance: float, *, known: int, minus: Tensor | None = None) -> int:
     """See ``ops.factor_update``; any device, dtypes and strides."""
-    how = ops if _fits(factors, output, minus) else reference
-    return how.factor_update(factors, output, distance, known=known, minus=minus)
+    if not _served(output, minus, factors):
+        return reference.factor_update(factors, output, distance, known=known, minus=minus)
+    return ops.factor_update(
+        factors, _rows(output), distance, known=known, minus=None if minus is None else _rows(minus)
+    )
 
 
 def forecast(factors: Tensor, *, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
     """See ``ops.forecast``; any device and dtypes."""
-    fits = _fits(factors) and (dtype in (torch.float32, factors.dtype) or factors.dtype == torch.float32)
-    how = ops if fits and dtype in (torch.float32, *_HALVES) else reference
-    return how.forecast(factors, weights=weights, dtype=dtype)
+    if dtype in _DTYPES and _served(factors, factors.new_empty(1, dtype=dtype)):
+        return ops.forecast(factors, weights=weights, dtype=dtype)
+    return reference.forecast(factors, weights=weights, dtype=dtype)
 
 
 def forecast_gate_add(
@@ -65,5 +58,7 @@ def forecast_gate_add(
     rounding: Rounding = "fast",
 ) -> Tensor:
     """See ``ops.forecast_gate_add``; any device, dtypes and strides."""
-    how = ops if _fits(x, *factors) and _fits(x, *_parts(gates)) else reference
-    return how.forecast_gate_add(x, factors, gates, weights=weights, index=index, rounding=rounding)
+    tables = [part for gate in gates for part in (gate if isinstance(gate, tuple) else (gate,))]
+    if not _served(x, *factors, *tables):
+        return reference.forecast_gate_add(x, factors, gates, weights=weights, index=index, rounding=rounding)
+    return ops.forecast_gate_add(_rows(x), factors, gates, weights=weights, index=index, rounding=rounding)

@@ -56,8 +56,10 @@ class Forecast:
 class BlockModules(Protocol):
     """One class of blocks."""
 
-    hooked: tuple[str, ...]
-    """The sub-modules whose outputs are looked at; those that a block does not have are None there."""
+    @property
+    def hooked(self) -> tuple[str, ...]:
+        """The sub-modules whose outputs are looked at; those that a block does not have are None there."""
+        ...
 
     def parts(self, block: Any) -> Mapping[str, tuple[int, ...]]:
         """Feature -> the streams of the block whose tokens it has, one behind the other."""

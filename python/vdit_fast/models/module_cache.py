@@ -67,7 +67,7 @@ class ModuleFeatures(Features):
         x = inputs[0]
         assert x is not None
         for name, streams in self.parts[index].items():
-            tokens = sum(inputs[stream].shape[1] for stream in streams)  # type: ignore[union-attr]
+            tokens = sum(part.shape[1] for stream in streams if (part := inputs[stream]) is not None)
             if features[name].shape[1] != tokens:
                 raise RuntimeError(
                     f"{name} of {call.block.name} ran for {features[name].shape[1]} tokens of {tokens}: the cache "
