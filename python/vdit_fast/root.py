@@ -207,7 +207,7 @@ class Root:
         return None
 
     def check(self, config: Config) -> None:
-        """Raise where the configuration wants a cache around blocks that nobody knows, a subset beside a cache of parts,
+        """Raise where the configuration wants a cache around blocks that nobody knows, a subset beside such a cache,
         and, where it wants to know, a cache or a subset that cannot work."""
         module, strict = self.module(), config.on_unsupported == "error"
         if config.cache is not None and not self.hooked and strict:
