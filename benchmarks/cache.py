@@ -11,6 +11,7 @@ and what inductor counts for the code it makes; a store's read for ownership cou
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import statistics
 import time
@@ -24,6 +25,7 @@ import torch
 from benchmarks.traffic import Counter
 from torch import Tensor
 from torch._inductor import metrics
+from torch._inductor.compile_fx import inductor_metrics_log
 
 from vdit_fast import ops, report
 from vdit_fast.ops import taylor_weights
@@ -62,7 +64,7 @@ CASES = [
 NAMED = {case.name: case for case in CASES}
 
 
-def update(factors: Tensor, output: Tensor) -> Tensor:
+def update(factors: list[Tensor], output: Tensor) -> list[Tensor]:
     new = [output.float()]
     for old in factors[:-1]:
         new.append((new[-1] - old.float()) / 5.0)
@@ -71,7 +73,7 @@ def update(factors: Tensor, output: Tensor) -> Tensor:
     return factors
 
 
-def offset(factors: Tensor, output: Tensor, before: Tensor) -> Tensor:
+def offset(factors: list[Tensor], output: Tensor, before: Tensor) -> list[Tensor]:
     factors[0].copy_(output - before)
     return factors
 
@@ -106,8 +108,12 @@ def contenders(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[int
         """Every contender has its own copy of what the calls may change, and returns it or the result."""
         torch._dynamo.reset()
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
-        runs = {OWN: own, TORCH: function, COMPILED: compiled}
-        return {name: partial(run, changed.clone(), *rest) for name, run in runs.items()}
+
+        def copy() -> Any:  # a tensor per factor for torch: inductor copies a whole stack to change one of its rows
+            return [t.clone() for t in changed] if case.kind in ("update", "offset") else changed.clone()
+
+        runs = {TORCH: (function, copy()), COMPILED: (compiled, copy())}
+        return {OWN: partial(own, changed, *rest)} | {n: partial(run, t, *rest) for n, (run, t) in runs.items()}
 
     one = case.rows * case.width * dtype.itemsize
     in_place = case.kind.endswith("in place")
@@ -115,9 +121,9 @@ def contenders(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[int
         known = case.order + 1
         rest = (draw(1), draw(1)) if case.kind == "offset" else (draw(1),)
 
-        def own_update(factors: Tensor, output: Tensor, minus: Tensor | None = None) -> Tensor:
+        def own_update(factors: Tensor, output: Tensor, minus: Tensor | None = None) -> list[Tensor]:
             ops.factor_update(factors, output, 5.0, known=known, minus=minus)
-            return factors
+            return list(factors)
 
         function = update if case.kind == "update" else offset
         return (2 * case.order + 1 + len(rest)) * one, three(own_update, function, draw(case.order + 1, 1), *rest)
@@ -143,7 +149,10 @@ def counted(calls: dict[str, Call]) -> dict[str, int]:
         counter.on = True
         calls[TORCH]()
     metrics.reset()
-    calls[COMPILED]()
+    inductor_metrics_log.setLevel(logging.INFO)  # without it inductor does not count
+    inductor_metrics_log.propagate = False
+    with torch._inductor.config.patch(force_disable_caches=True):
+        calls[COMPILED]()
     return {TORCH: counter.bytes, COMPILED: metrics.num_bytes_accessed}
 
 

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/pages.h"
 #include "ops/token_tables.h"
 
 namespace vdit {
@@ -254,11 +255,13 @@ class Forecast : public Call<ForecastParams> {
     if (p.half == DType::f32) p.half = DType::bf16;  // there is no 16-bit tensor
     p.stream = !in_place && p.total * int64_t(out.element_size()) >= kStreamBytes;
     gated_ = gated;
+    if (p.stream && dense_from(out)) fresh_bytes_ = size_t(p.total) * size_t(out.element_size());
   }
 
   void run_cpu() const {
     if (p.total == 0) return;
     check_indices();
+    if (fresh_bytes_ > 0) prefer_large_pages(p.out, fresh_bytes_);
     const int64_t scratch = gated_ ? (int64_t(p.dim) + 15) / 16 * 16 * p.modules : 0;
     torch::stable::parallel_for(0, p.batch * p.tokens, std::max<int64_t>(1, kElementsPerTask / p.dim),
                                 [this, scratch](int64_t first, int64_t last) {
@@ -290,6 +293,7 @@ class Forecast : public Call<ForecastParams> {
   }
 
   bool gated_ = false;
+  size_t fresh_bytes_ = 0;  // of a result that malloc may have mapped for this call
 };
 
 struct Cpu {

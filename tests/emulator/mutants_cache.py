@@ -12,9 +12,6 @@ def _bug(name: str, old: str, new: str, select: str, file: str = "cache_kernel.h
 MUTANTS = [
     # ---- who holds what
     _bug("threads beyond the pieces go on",
-         "if (item >= a.items) return;\n  const Place at(a, item);\n  const int64_t row",
-         "const Place at(a, item);\n  const int64_t row", "updates or cut"),
-    _bug("forecasting threads beyond the pieces go on",
          "if (item >= a.items) return;\n  const Place at(a, item);\n  const Raw x",
          "const Place at(a, item);\n  const Raw x", "forecasts or cut"),
     _bug("the last row is never cut", "end = left < a.p.dim ? int(left) : a.p.dim;", "end = a.p.dim;", "cut"),

@@ -123,7 +123,7 @@ def test_weights() -> None:
     assert taylor_weights(3, known=2, damping=0.5) == [1, 1.5]
     assert taylor_weights(3, known=3, damping=0.0) == [1, 0, 0]
     for arguments in ((1, 0, 1.0), (math.nan, 1, 1.0), (1, 1, math.inf)):
-        with pytest.raises(ValueError, match=r"known|finite"):
+        with pytest.raises(ValueError, match=r"known is 0|expected finite numbers"):
             taylor_weights(arguments[0], known=arguments[1], damping=arguments[2])
 
 

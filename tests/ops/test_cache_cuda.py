@@ -1,4 +1,4 @@
-"""The feature cache's kernels on a CUDA device: the mixtures of the emulated ones, and what only a device shows."""
+"""The feature cache's kernels on a CUDA device: the emulated kernels' mixtures, and what only a device can show."""
 
 from __future__ import annotations
 

@@ -27,8 +27,16 @@ static inline vu bf16_bits(vf v) {
 
 static inline vf load_lanes(const float* p) { return load(p); }
 static inline vf load_lanes(const bf16* p) {
+#if VDIT_VL == 16 && defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vf)((vu)_mm512_maskz_cvtepu16_epi32(kEvery, bits) << 16);
+#elif VDIT_VL == 8 && defined(__AVX2__)
+  // GCC 12 makes four shuffles of __builtin_convertvector here.
+  return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 16);
+#else
   const vh bits = *reinterpret_cast<const vh_u*>(p);
   return (vf)(__builtin_convertvector(bits, vu) << 16);
+#endif
 }
 static inline vf load_lanes(const f16* p) {
 #if VDIT_VL == 16 && defined(__AVX512F__)
