@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from emulator_linear_attention import linear_attention_readout, linear_attention_state
-from linear_cases import BF16, CASES, F32, LinearCase, build, check_out, check_state, state_errors
+from linear_cases import BF16, CASES, F16, F32, LinearCase, build, check_out, check_state, state_errors
 
 from emulator import POLICIES, RANDOMS, EmulatorError, stats
 from vdit_fast import reference
@@ -63,7 +63,11 @@ def test_no_key_and_no_feature_give_zero(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("eps", [0.5, 100.0])
 def test_eps_is_added(eps: float) -> None:
-    for case in (LinearCase("eps"), LinearCase("eps-fp32", dtype=F32), LinearCase("eps-relu", feature_map="relu")):
+    for case in (
+        LinearCase("eps"),
+        LinearCase("eps-fp32", dtype=F32),
+        LinearCase("eps-relu", feature_map="relu", dtype=F16),
+    ):
         problem = build(case)
         options = problem.readout_options
         wide = {**options, "weight": None if options["weight"] is None else options["weight"].double()}

@@ -57,7 +57,7 @@ def test_against_autograd_of_the_matrix(
     for name, gradient in got.items():
         assert torch.isfinite(gradient).all(), name
         assert gradient.dtype == dtype and gradient.shape == want[name].shape
-        scale = want[name].norm().clamp_min(1e-12)
+        scale = want[name].norm().clamp_min(0.05 * want["v"].norm())  # of one key they are 0 but for v's
         error = float((gradient.double() - want[name]).norm() / scale)
         assert error < (2e-5 if dtype == F32 else 2e-2), f"{name}: relative error {error:.1e}"
 

@@ -34,10 +34,14 @@ def linear_attention_state(
 ) -> Tensor:
     """See ``ops.linear_attention_state``; fp64 stays fp64."""
     padding = _padding(k, kv_len)
-    phi = features(k, feature_map, weight).masked_fill(padding, 0)
+
+    def counted(x: Tensor) -> Tensor:
+        return features(x.masked_fill(padding, 0), feature_map, weight).masked_fill(padding, 0)
+
+    phi = counted(k)
     sums = torch.einsum("blhf,blhv->bhfv", phi, v.to(phi.dtype).masked_fill(padding, 0))
     if k_den is not None:
-        phi = features(k_den, feature_map, weight).masked_fill(padding, 0)
+        phi = counted(k_den)
     return torch.cat([sums, phi.sum(1).unsqueeze(-1)], -1)
 
 
@@ -79,7 +83,8 @@ def linear_attention(
 
     def scores(q: Tensor, k: Tensor) -> Tensor:
         phi_q = features(q, feature_map, q_weight)
-        phi_k = features(k, feature_map, k_weight).masked_fill(padding, 0).repeat_interleave(group, 2)
+        phi_k = features(k.masked_fill(padding, 0), feature_map, k_weight).masked_fill(padding, 0)
+        phi_k = phi_k.repeat_interleave(group, 2)
         return torch.einsum("bihf,bjhf->bhij", phi_q, phi_k)
 
     numerator = scores(q, k)
