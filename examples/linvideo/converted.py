@@ -14,7 +14,14 @@ from torch import nn
 
 from vdit_fast.config import Config
 from vdit_fast.demo.model import load_demo_model
-from vdit_fast.linear import FeatureMap, LinearAttention, save_feature_maps
+from vdit_fast.linear import (
+    FeatureMap,
+    LinearAttention,
+    SelectiveTransfer,
+    load_feature_maps,
+    read_header,
+    save_feature_maps,
+)
 
 MAPS, WEIGHTS = "feature_maps.safetensors", "weights.safetensors"
 HERE = Path(__file__).parent
@@ -29,6 +36,23 @@ def load_converted(folder: str | Path = HERE) -> tuple[Any, Config]:
     if unknown:
         raise ValueError(f"{folder}: the demo model has no weights {unknown}")
     return model, Config(linear=LinearAttention(str(Path(folder) / MAPS)))
+
+
+def resume(folder: Path, model: nn.Module, transfer: SelectiveTransfer) -> tuple[int, ...]:
+    """Put a folder's maps and weights into a model and its transfer; returns the linear layers."""
+    maps = load_feature_maps(folder / MAPS)
+    with torch.no_grad():
+        for layer, found in maps.items():
+            place = transfer.layers.index(layer)
+            transfer.q_maps[place].copy_(found.q)
+            transfer.k_maps[place].copy_(found.k)
+    model.load_state_dict(load_converted(folder)[0].state_dict())
+    return transfer.round_(maps)
+
+
+def spent(folder: Path) -> float:
+    """Minutes of training that a folder's files have seen."""
+    return float(read_header(folder / MAPS).record["minutes"])
 
 
 def save_converted(

@@ -19,7 +19,7 @@ from vdit_fast.demo.architecture import SHIFT
 from vdit_fast.demo.prompts import COLOURS, DIRECTIONS, SHAPES, embed
 from vdit_fast.demo.sampler import DemoPipeline
 
-STEPS = (6, 12)  # of a sampling run: fewest, most
+STEPS = (4, 8)  # of a sampling run: fewest, most
 PROMPT_DROP = 0.2
 
 

@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo_model"))  # its data, training and evaluation
 
-from converted import load_converted, save_converted
+from converted import load_converted, resume, save_converted, spent
 from quality import change, compared, draw, held_out_loss
 from stages import Clock, Pool, layers_alone, match, select
 
@@ -31,71 +31,109 @@ from vdit_fast.demo.architecture import FRAMES, HEIGHT
 from vdit_fast.demo.model import load_demo_model
 from vdit_fast.linear import SelectiveTransfer
 
-SIZES = ((16, 40), (FRAMES, HEIGHT), (20, 48))  # frames, side in pixels
+# (frames, side in pixels): how often it is drawn
+SIZES = {(12, 32): 0.3, (16, 40): 0.35, (20, 48): 0.2, (FRAMES, HEIGHT): 0.15}
+SAMPLED = ((12, 32), (16, 40))
 # Share of the time at which each stage ends.
-POOL, ALONE, SELECT, AGAIN, OWN, MATCH = 0.15, 0.27, 0.45, 0.53, 0.58, 1.0
-ALONE_RATE, AGAIN_RATE, MUON_RATE, ADAM_RATE = 0.01, 1e-3, 0.002, 5e-4
+POOL, MAPS, SELECT, BLOCKS, OWN = 0.08, 0.18, 0.30, 0.55, 0.59
+MAP_RATE, WEIGHT_RATE = 0.015, 1e-3  # of single layers
 
 
-def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--minutes", type=float, default=20, help="training time; the evaluation comes on top")
-    ap.add_argument("--layers", type=int, default=2, help="layers to convert, of the candidates 1 to 5")
-    ap.add_argument("--out", type=Path, default=Path("build/linvideo"))
-    ap.add_argument("--threads", type=int, default=1)
-    ap.add_argument("--seed", type=int, default=0)
-    ap.add_argument("--clips", type=int, default=4, help="held-out clips of the evaluation")
-    ap.add_argument("--prompts", type=int, default=2, help="clips to draw")
-    ap.add_argument("--steps", type=int, default=12, help="denoising steps of a clip")
-    args = ap.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+def attention(model: Any, layer: int) -> torch.nn.Module:
+    part: torch.nn.Module = model.blocks[layer].attn1
+    return part
 
-    original, student = load_demo_model(), load_demo_model()
-    config = student.config
-    shape = {"heads": int(config.num_attention_heads), "head_dim": int(config.attention_head_dim)}
-    # The first layer stays softmax, as in the paper.
-    transfer = SelectiveTransfer(range(1, int(config.num_layers)), target=args.layers, **shape)
-    handle = accelerate(student)
-    names = {layer["layer"]: layer["name"] for layer in handle.stats()["layers"]}
-    transfer.attach(handle)
-    clock = Clock(60 * args.minutes)
-    pool = Pool(original, SIZES, random.Random(args.seed))
 
-    def maps_of(layer: int) -> list[torch.nn.Parameter]:
-        place = transfer.layers.index(layer)
-        return [transfer.q_maps[place], transfer.k_maps[place]]
+def block(model: Any, layer: int) -> torch.nn.Module:
+    part: torch.nn.Module = model.blocks[layer]
+    return part
 
-    def all_of(layer: int) -> list[torch.nn.Parameter]:
-        return [*maps_of(layer), *student.blocks[layer].attn1.parameters()]
 
-    pool.grow(clock, POOL)
-    transfer.round_(transfer.layers)
-    alone = layers_alone(
-        original, student, transfer.layers, maps_of, pool, clock, ALONE, stage="alone", rate=ALONE_RATE
-    )
-    transfer.blend_(0.5)
-    layers = select(student, transfer, pool, clock, SELECT)
-    ratios = [float(r) for r in transfer.ratio]
-    clock.log("chosen", len(layers), layers=list(layers))
-    with clock.paused():
-        stages = {"maps only": held_out_loss(student, args.clips)}
+class Conversion:
+    """The original, the student that becomes the converted model, and what both stages of training share."""
 
-    trained = [name for name, _ in student.named_parameters() if any(name.startswith(f"blocks.{i}.") for i in layers)]
-    parameters = [student.get_parameter(name).requires_grad_() for name in trained]
-    again = layers_alone(original, student, layers, all_of, pool, clock, AGAIN, stage="again", rate=AGAIN_RATE)
-    pool.grow(clock, OWN, student)
-    maps = [parameter for layer in layers for parameter in maps_of(layer)]
-    matched = match(student, parameters, maps, pool, clock, MATCH, muon_rate=MUON_RATE, rate=ADAM_RATE)
-    seconds = time.monotonic() - clock.started
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.original, self.student = load_demo_model(), load_demo_model()
+        config = self.student.config
+        self.depth = int(config.num_layers)
+        shape = {"heads": int(config.num_attention_heads), "head_dim": int(config.attention_head_dim)}
+        # The first layer stays softmax, as in the paper.
+        self.transfer = SelectiveTransfer(range(1, self.depth), target=args.layers, **shape)
+        self.handle = accelerate(self.student)
+        self.transfer.attach(self.handle)
+        self.clock = Clock(60 * args.minutes)
+        self.pool = Pool(self.original, SIZES, SAMPLED, random.Random(args.seed))
+        self.notes: dict[str, Any] = {}
 
-    record = {"layers": list(layers), "minutes": round(seconds / 60, 1), "seed": args.seed}
-    files = save_converted(args.out, transfer.feature_maps(names), student, trained, record)
-    handle.remove()
+    def maps_of(self, layer: int) -> list[torch.nn.Parameter]:
+        place = self.transfer.layers.index(layer)
+        return [self.transfer.q_maps[place], self.transfer.k_maps[place]]
 
-    converted, linear = load_converted(args.out)
-    losses = {"original": held_out_loss(original, args.clips), **stages}
+    def weights_of(self, layer: int) -> dict[str, torch.nn.Parameter]:
+        """The weights that are trained when a layer becomes linear: its whole block's."""
+        block = self.student.blocks[layer]
+        return {f"blocks.{layer}.{name}": p.requires_grad_() for name, p in block.named_parameters()}
+
+    def alone(self, stage: str, layers: tuple[int, ...], end: float, *, weights: bool) -> None:
+        groups = {layer: [{"params": self.maps_of(layer), "lr": MAP_RATE}] for layer in layers}
+        for layer in layers if weights else ():
+            groups[layer].append({"params": list(self.weights_of(layer).values()), "lr": WEIGHT_RATE})
+        part = block if weights else attention
+        found = layers_alone(self.original, self.student, part, groups, self.pool, self.clock, end, stage=stage)
+        self.notes[stage] = found
+
+    def fresh(self) -> tuple[int, ...]:
+        """Find the layers and train them by themselves."""
+        self.pool.grow(self.clock, POOL)
+        self.transfer.round_(self.transfer.layers)
+        self.alone("maps", self.transfer.layers, MAPS, weights=False)
+        self.transfer.blend_(0.5)
+        layers = select(self.student, self.transfer, self.pool, self.clock, SELECT)
+        self.clock.log("chosen", len(layers), layers=list(layers))
+        with self.clock.paused():
+            self.notes["maps_only"] = held_out_loss(self.student, self.args.clips)
+        self.alone("blocks", layers, BLOCKS, weights=True)
+        self.pool.grow(self.clock, OWN, self.student)
+        return layers
+
+    def resumed(self, folder: Path) -> tuple[int, ...]:
+        """Go on with a conversion that this wrote."""
+        layers = resume(folder, self.student, self.transfer)
+        self.pool.grow(self.clock, POOL, self.student)
+        return layers
+
+    def run(self) -> dict[str, Any]:
+        """Train, write the converted model, and return what the training noted."""
+        layers = self.fresh() if self.args.init is None else self.resumed(self.args.init)
+        weights = {name: p for layer in layers for name, p in self.weights_of(layer).items()}
+        maps = [w for layer in layers for w in self.maps_of(layer)]
+        matched = match(self.student, list(weights.values()), maps, self.pool, self.clock, 1.0)
+        names = {row["layer"]: row["name"] for row in self.handle.stats()["layers"]}
+        minutes = self.args.minutes + (spent(self.args.init) if self.args.init is not None else 0)
+        record = {"layers": list(layers), "minutes": minutes, "seed": self.args.seed}
+        files = save_converted(self.args.out, self.transfer.feature_maps(names), self.student, weights, record)
+        calls = {f"{frames}x{side}": len(found) for (frames, side), found in self.pool.calls.items()}
+        seconds = {"wall": self.clock.rows[-1]["seconds"], "processor": round(time.process_time(), 1)}
+        return {
+            "layers": {"linear": list(layers), "of": self.depth},
+            "files": {file.name: file.stat().st_size for file in files},
+            "minutes": minutes,
+            "seconds": seconds,
+            "calls": calls,
+            "matching_loss": matched,
+            **self.notes,
+            "log": self.clock.rows,
+        }
+
+
+def measure(args: argparse.Namespace, maps_only: dict[str, float] | None) -> dict[str, Any]:
+    """Held-out loss and clips of the converted model as a user loads it, beside the original's."""
+    original = load_demo_model()
+    losses = {"original": held_out_loss(original, args.clips)}
+    losses |= {} if maps_only is None else {"maps only": maps_only}
     originals = draw(original, args.prompts, args.steps)
+    converted, linear = load_converted(args.out)
     with accelerate(converted, linear) as handle:
         losses["converted"] = held_out_loss(converted, args.clips)
         clips = draw(converted, args.prompts, args.steps)
@@ -103,25 +141,38 @@ def main() -> None:
     changes = {name: change(loss, losses["original"]) for name, loss in losses.items() if name != "original"}
     print(report.table([[name, *loss.values()] for name, loss in losses.items()], ["sigma", *losses["original"]]))
     print({name: found["mean"] for name, found in changes.items()}, flush=True)
-    sheet = {
-        f"{prompt} ({kind})": c[prompt] for prompt in clips for kind, c in (("softmax", originals), ("linear", clips))
-    }
+    both = {"original": originals, "converted": clips}
+    sheet = {f"{prompt} ({kind})": drawn[prompt] for prompt in clips for kind, drawn in both.items()}
     report.contact_sheet(sheet, args.out / "contact_sheet.png", frames=6, scale=2, title="original and converted")
-    document: dict[str, Any] = {
+    return {"held_out_loss": losses, "change": changes, "clips": compared(clips, originals)}
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    ap.add_argument("--minutes", type=float, default=22, help="training time; measuring comes on top")
+    ap.add_argument("--layers", type=int, default=2, help="layers to convert, of the candidates 1 to 5")
+    ap.add_argument("--init", type=Path, help="folder of an earlier run to go on from, by matching alone")
+    ap.add_argument("--out", type=Path, default=Path("build/linvideo"))
+    ap.add_argument("--threads", type=int, default=1)
+    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--clips", type=int, default=2, help="held-out clips")
+    ap.add_argument("--prompts", type=int, default=1, help="clips to draw")
+    ap.add_argument("--steps", type=int, default=8, help="denoising steps of a drawn clip")
+    args = ap.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    training = Conversion(args).run()
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "init")}
+    document = {
         "kind": "vdit_fast.linvideo",
-        "layers": {"linear": list(layers), "of": int(config.num_layers)},
-        "settings": {"minutes": args.minutes, "threads": args.threads, "seed": args.seed, "sizes": SIZES},
-        "files": {file.name: file.stat().st_size for file in files},
-        "transfer": {"candidates": list(transfer.layers), "rounded": ratios, "alone": alone, "again": again},
-        "matching_loss": matched,
-        "seconds": seconds,
-        "held_out_loss": losses,
-        "change": changes,
-        "clips": compared(clips, originals),
-        "log": clock.rows,
-        "command": f"python examples/linvideo/train.py --minutes {args.minutes:g} --layers {args.layers}",
+        "settings": settings | {"sizes": [[*size, often] for size, often in SIZES.items()]},
+        **training,
+        "command": f"python examples/linvideo/train.py --minutes {args.minutes:g} --layers {args.layers}"
+        + ("" if args.init is None else " --init EARLIER"),
         "environment": report.environment(),
     }
+    report.write_json(args.out / "linvideo.json", report.json_safe(document))  # training is long: nothing is lost
+    document |= measure(args, document.pop("maps_only", None))
     print("written:", report.write_json(args.out / "linvideo.json", report.json_safe(document)))
 
 

@@ -34,7 +34,7 @@ def test_penalty() -> None:
     transfer = made()
     set_ratios(transfer, 0.0, 0.5, 1.0)
     for alpha in (20.0, 7.5, 2.0):
-        assert float(transfer.penalty(alpha)) == 1.0  # 0 at both ends, 1 in the middle
+        assert transfer.penalty(alpha).item() == 1.0  # 0 at both ends, 1 in the middle
     set_ratios(transfer, 0.25, 0.75, 1.0)
     for alpha in (20.0, 2.0):
         torch.testing.assert_close(transfer.penalty(alpha), torch.tensor(2 * (1 - 0.5**alpha)))
@@ -46,7 +46,7 @@ def test_count_penalty_counts_linear_layers_after_rounding() -> None:
     transfer = made(target=2)
     for ratios, linear in (((0.1, 0.9, 0.8), 1), ((0.1, 0.4, 0.8), 2), ((0.1, 0.4, 0.3), 3), ((0.6, 0.9, 1.0), 0)):
         set_ratios(transfer, *ratios)
-        assert float(transfer.count_penalty()) == (linear - 2) ** 2
+        assert transfer.count_penalty().item() == (linear - 2) ** 2
     set_ratios(transfer, 0.6, 0.9, 1.0)
     transfer.count_penalty().backward()  # too few: every r is pushed down by 2 (2 - 0)
     torch.testing.assert_close(transfer.ratio.grad, torch.full((3,), 4.0))
@@ -58,7 +58,7 @@ def test_clamping_and_choice() -> None:
     transfer.clamp_()
     assert transfer.ratio.tolist() == pytest.approx([0.0, 1.0, 0.4])
     assert transfer.chosen() == (1, 7) == transfer.round_()
-    assert transfer.ratio.tolist() == [0.0, 1.0, 0.0] and float(transfer.penalty(2.0)) == 0
+    assert transfer.ratio.tolist() == [0.0, 1.0, 0.0] and transfer.penalty(2.0).item() == 0
     set_ratios(transfer, 0.7, 0.9, 0.8)  # none rounds to 0: the target holds all the same
     assert transfer.chosen() == (1, 7)
     assert transfer.round_([4]) == (4,) and transfer.ratio.tolist() == [1.0, 0.0, 1.0]
@@ -136,7 +136,7 @@ def test_ratio_follows_its_difference_quotient() -> None:
     slope, values = float(transfer.ratio.grad), []
     for r in (0.59, 0.61):
         set_ratios(transfer, r)
-        values.append(float(loss()))
+        values.append(loss().item())
     assert slope == pytest.approx((values[1] - values[0]) / 0.02, rel=2e-2)
 
 

@@ -116,7 +116,7 @@ def test_r_of_one_is_the_softmax_model() -> None:
     transfer = SelectiveTransfer(range(4), heads=2, head_dim=16, target=2, ratio=1.0)
     transfer.attach(handle)
     assert torch.equal(tiny.run(model, inputs), want)
-    assert float(transfer.penalty(2.0)) == 0 and float(transfer.count_penalty()) == 4  # two linear layers are missing
+    assert transfer.penalty(2.0).item() == 0 and transfer.count_penalty().item() == 4  # two linear layers are missing
 
 
 def test_selection_keeps_the_layers_that_matter_softmax() -> None:
