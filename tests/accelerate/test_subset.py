@@ -131,6 +131,27 @@ def changed_at(model: nn.Module, inputs: dict, rows: tuple[int, ...]) -> Tensor:
     return x + mask * torch.randn_like(x)
 
 
+def test_the_measure_is_that_of_the_latents(family: str) -> None:
+    """Deviation over the channels at every place of the model's output, averaged over the places of a token: whatever
+    order a family has in the rows before it puts them into place."""
+    model, inputs = tiny.build(family)
+    handle, subset = start(model, RAS(start=1, sample_ratio=0.75))
+    out = tiny.run(model, inputs)
+    if subset is None or not subset._choices:
+        return
+    (measure,) = subset._choices[None].measures.values()
+    grid = handle.roots[0].session.forward.geometry.grid
+    if out.ndim == 3:  # LTX: tokens
+        want = out.std(-1, correction=0)
+    else:
+        frames_first = family.startswith(("cogvideox", "consisid"))
+        places = out.std(2 if frames_first else 1, correction=0)
+        frames, height, width = (size // tokens for size, tokens in zip(places.shape[1:], grid, strict=True))
+        places = places.unflatten(3, (-1, width)).unflatten(2, (-1, height)).unflatten(1, (-1, frames))
+        want = places.mean((2, 4, 6)).flatten(1)
+    torch.testing.assert_close(measure, want.mean(0), rtol=1e-5, atol=1e-6)
+
+
 # ---- the same bits
 
 

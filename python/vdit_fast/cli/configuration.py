@@ -43,7 +43,7 @@ def resolve(config: str | Mapping[str, Any], overrides: list[str] | None = None)
     if not overrides:
         return found
     tree = found.to_dict()
-    before = {section: dict(tree[section] or {}) for section in ("attention", "cache")}
+    before = {section: dict(tree[section] or {}) for section in ("attention", "cache", "subset")}
     named = _named(config)
     given: set[str] = set()
     for item in overrides:
@@ -101,9 +101,14 @@ _REQUIRED = object()
 
 def _knobs(section: str, method: Any) -> dict[str, Any] | None:
     """The knobs of a method and their defaults in the mapping form; None if there is no such method."""
-    from vdit_fast import caching, planners
+    from vdit_fast import caching, planners, subset
 
-    registry: Mapping[str, Any] = planners.REGISTRY if section == "attention" else caching.REGISTRY
+    registries: dict[str, Mapping[str, Any]] = {
+        "attention": planners.REGISTRY,
+        "cache": caching.REGISTRY,
+        "subset": subset.REGISTRY,
+    }
+    registry = registries.get(section, {})
     cls = registry.get(method) if isinstance(method, str) else None
     if cls is None:
         return None
@@ -123,9 +128,11 @@ def label(config: str, overrides: list[str] | None = None) -> str:
         section, _, knob = key.partition(".")
         if section == "cache" and not knob and value is None:
             changes[key] = "no cache"
+        elif section == "subset" and not knob and value is None:
+            changes[key] = "all tokens"
         elif section == "attention" and not knob and value is None:
             changes[key] = "dense attention"
-        elif section in ("attention", "cache") and knob in ("", "method"):
+        elif section in ("attention", "cache", "subset") and knob in ("", "method"):
             changes[key] = str(value.get("method", text)) if isinstance(value, dict) else str(value)
         else:
             changes[key] = f"{knob or key}={text}"
