@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import dydit_models as dydit
@@ -166,15 +167,23 @@ def test_a_later_wrapper_stays_and_passes_through() -> None:
 
 
 @torch.no_grad()
-def test_a_copy_works_on_its_own() -> None:
+def test_copies_and_pickles() -> None:
     model, inputs = build("allegro")
+    stock = tiny.run(model, inputs)
     handle = apply_dydit(model, dydit.draw(model, "allegro"))
     want = tiny.run(model, inputs)
-    twin = copy.deepcopy(model)
+    twin, part = copy.deepcopy(model), copy.deepcopy(model.get_submodule("transformer_blocks.0.ff"))
+    pickled = pickle.loads(pickle.dumps(model))
+    assert torch.equal(tiny.run(pickled, inputs), stock)
+    x = torch.randn(2, 5, 48)
+    before = handle.report()["forwards"], handle.report()["dense_flop"]
     handle.remove()
-    stock = tiny.run(model, inputs)
-    assert torch.equal(tiny.run(twin, inputs), want) and not torch.equal(stock, want)
-    twin.__dict__["_vdit_fast_dydit"].remove()
+    assert torch.equal(part(x), model.get_submodule("transformer_blocks.0.ff")(x))
+    assert torch.equal(tiny.run(twin, inputs), want) and torch.equal(tiny.run(model, inputs), stock)
+    mine = twin.__dict__["_vdit_fast_dydit"]
+    assert (handle.report()["forwards"], handle.report()["dense_flop"]) == before
+    assert mine.report()["forwards"] == 2 and mine.report()["dense_flop"] > before[1]
+    mine.remove()
     assert torch.equal(tiny.run(twin, inputs), stock)
 
 

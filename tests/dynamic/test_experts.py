@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -152,6 +153,8 @@ def test_published_layers(shared: bool) -> None:
         fresh = GroupedExperts(C, H, 8, 2, shared_hidden=2 * C if shared else None)
         fresh.load_state_dict(copy.deepcopy(published.state_dict()), strict=strict)
         assert torch.equal(fresh(x), layer(x))
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    assert torch.equal(twin(x), layer(x)) and set(twin.state_dict()) == set(state)
     inside = nn.Sequential(nn.Identity(), copy.deepcopy(layer))  # as a part of a model, whose state is untouched
     whole = {f"1.{name}": x.clone() for name, x in published.state_dict().items()}
     names = set(whole)

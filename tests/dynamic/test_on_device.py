@@ -10,13 +10,14 @@ from expert_cases import C, by_token, close, weights_of
 from torch import Tensor
 
 from vdit_fast.dynamic import TokenSubset, Units, apply_dydit, grouped, grouped_experts, route, standins, tokens
+from vdit_fast.dynamic import experts as experts_module
 
 
 @pytest.fixture
 def grouped_gemm(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """torch's grouped product serves; the list grows with every call."""
     calls: list[int] = []
-    for module in (grouped, tokens):
+    for module in (experts_module, grouped, tokens):
         monkeypatch.setattr(module, "has_grouped_gemm", lambda x, weight: bool(calls.append(len(weight))) or True)
     return calls
 
@@ -34,7 +35,7 @@ def test_experts(grouped_gemm: list[int], dtype: torch.dtype) -> None:
     experts, weights = route(logits, 2)
     got = grouped_experts(x, gate_up, down, experts, weights)
     close(got, by_token(x, gate_up, down, experts, weights), dtype)
-    assert grouped_gemm == [8, 8]
+    assert grouped_gemm == [8] * 4
 
 
 def test_gradients_of_experts(grouped_gemm: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +44,8 @@ def test_gradients_of_experts(grouped_gemm: list[int], monkeypatch: pytest.Monke
     leaves = [t.requires_grad_() for t in (x, gate_up, down, weights.detach())]
     grads = []
     for served in (True, False):
-        monkeypatch.setattr(grouped, "has_grouped_gemm", lambda *_, served=served: served)
+        for module in (experts_module, grouped):
+            monkeypatch.setattr(module, "has_grouped_gemm", lambda *_, served=served: served)
         out = grouped_experts(*leaves[:3], experts, leaves[3])
         grads.append(torch.autograd.grad(out.square().sum(), leaves))
     for a, b in zip(*grads, strict=True):

@@ -5,7 +5,9 @@ Dynamic Diffusion Transformer (arXiv 2410.03456) and DyDiT++ (arXiv 2504.06803).
 
 from __future__ import annotations
 
+import copy
 import difflib
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -195,9 +197,9 @@ class _Plan:
                 f"routers: {self.path}.{MLP} decides on {groups} groups, which do not divide {hidden} channels"
             )
 
-    def attach(self, work: Work) -> tuple[Place, list[StandIn], Any]:
+    def attach(self, model: nn.Module, work: Work) -> tuple[Place, list[StandIn], Any]:
         """Put the stand-ins in place."""
-        place = Place(self.path, work)
+        place = Place(self.path, work, root=weakref.ref(model))
         new: list[StandIn] = []
         if self.heads is not None:
             cut = self.projections[2:3] if self.across else self.projections[:3]
@@ -239,6 +241,18 @@ class _TokenRouter:
         return x[..., 0].float().sigmoid() > 0.5
 
 
+class _Removed:
+    """What a handle is in a pickle, where the model is the stock one."""
+
+    def remove(self) -> None:
+        return None
+
+    def _begin(self, *_: Any) -> None:
+        return None
+
+    _embedded = _begin
+
+
 class DyDiTHandle:
     """DyDiT applied to one model; ``remove()`` gives the stock model back. A context manager removes it at the end."""
 
@@ -255,13 +269,25 @@ class DyDiTHandle:
         self._routers = [r for plan in plans for r in (plan.heads, plan.groups) if r is not None]
         self._places, self._stand_ins, self._hooks = [], [], []
         for plan in plans:
-            place, stand_ins, hook = plan.attach(self.work)
+            place, stand_ins, hook = plan.attach(model, self.work)
             self._places.append((place, plan.heads is not None, plan.groups is not None))
             self._stand_ins += stand_ins
             self._hooks += [hook] if hook is not None else []
         self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._hooks.append(model.get_submodule(layout.embedder).register_forward_hook(self._embedded))
         object.__setattr__(model, _ATTRIBUTE, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DyDiTHandle:
+        # Of a copied model: the same routers, its own records.
+        new = object.__new__(DyDiTHandle)
+        memo[id(self)] = new
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        for place, _, _ in new._places:
+            place.work = new.work
+        return new
+
+    def __reduce__(self) -> Any:
+        return _Removed, ()
 
     def __enter__(self) -> DyDiTHandle:
         return self

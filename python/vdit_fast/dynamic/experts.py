@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..ops import combine_rows, counting_sort, permute_tokens
 from ..reference.combine_rows import combine_rows as plain_combine_rows
-from .grouped import grouped_linear
+from .grouped import group_by_group, grouped_linear, has_grouped_gemm
 
 __all__ = ["ExpertGroups", "GroupedExperts", "SwiGLU", "group_by_expert", "grouped_experts", "route"]
 
@@ -129,9 +129,20 @@ def grouped_experts(
         )
     groups = group_by_expert(experts, len(gate_up))
     rows = _Dispatch.apply(x, groups.tokens, groups.slots)
-    gates, others = grouped_linear(rows, gate_up, groups.counts).chunk(2, dim=-1)
-    rows = grouped_linear(functional.silu(gates) * others, down, groups.counts)
+    if has_grouped_gemm(rows, gate_up) and has_grouped_gemm(rows, down):
+        rows = grouped_linear(_halves(grouped_linear(rows, gate_up, groups.counts)), down, groups.counts)
+    else:  # an expert's hidden values stay in a CPU's caches, and a GPU waits once
+
+        def expert(e: int, own: Tensor) -> Tensor:
+            return _halves(own @ gate_up[e].T) @ down[e].T
+
+        rows = group_by_group(rows, groups.counts, x.shape[1], expert)
     return combine_rows(rows, groups.slots, weights, base=base, residual=residual, gate=gate)
+
+
+def _halves(hidden: Tensor) -> Tensor:
+    gates, others = hidden.chunk(2, dim=-1)
+    return functional.silu(gates) * others
 
 
 class SwiGLU(nn.Module):

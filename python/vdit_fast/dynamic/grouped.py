@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["grouped_linear", "has_grouped_gemm", "say_once"]
+__all__ = ["group_by_group", "grouped_linear", "has_grouped_gemm", "say_once"]
 
 logger = logging.getLogger("vdit_fast")
 
@@ -71,9 +71,36 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if has_grouped_gemm(x, weight):
         out: Tensor = _grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
         return out
+    return group_by_group(x, counts, weight.shape[1], lambda group, rows: rows @ weight[group].T)
+
+
+def group_by_group(x: Tensor, counts: Tensor, width: int, function: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """``function(group, its rows)`` for every group that has rows: the host must know the sizes.
+
+    Args:
+        x, counts: as in ``grouped_linear``.
+        width: columns of the function's result, in x's dtype.
+
+    Returns:
+        ``[T, width]``; rows that belong to no group hold anything.
+    """
     if x.device.type != "cpu":
-        say_once(f"grouped products wait for the host: no grouped GEMM for {x.dtype} of width {x.shape[1]}")
-    return _loop(x, weight, counts.tolist())
+        say_once(f"groups of rows wait for the host: no grouped GEMM for {x.dtype} of width {x.shape[1]}")
+    sizes = counts.tolist()
+    results, start, out = [], 0, None
+    for group, size in enumerate(sizes):
+        if not size:
+            continue
+        result = function(group, x[start : start + size])
+        if result.requires_grad:
+            results.append(result)
+        else:
+            out = x.new_empty(x.shape[0], width) if out is None else out
+            out[start : start + size] = result
+        start += size
+    if results:
+        return torch.cat([*results, x.new_zeros(x.shape[0] - start, width)])
+    return x.new_empty(x.shape[0], width) if out is None else out
 
 
 def say_once(text: str) -> None:
@@ -81,17 +108,3 @@ def say_once(text: str) -> None:
     if text not in _told:
         _told.add(text)
         logger.warning("vdit_fast: %s (said once)", text)
-
-
-def _loop(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        parts = x[: sum(counts)].split(list(counts))
-        rest = x.new_zeros(x.shape[0] - sum(counts), weight.shape[1])
-        return torch.cat([*(part @ own.T for part, own in zip(parts, weight, strict=True)), rest])
-    out = x.new_empty(x.shape[0], weight.shape[1])
-    start = 0
-    for count, own in zip(counts, weight, strict=True):
-        if count:
-            torch.mm(x[start : start + count], own.T, out=out[start : start + count])
-        start += count
-    return out

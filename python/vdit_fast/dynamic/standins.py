@@ -5,8 +5,10 @@ Each asks its ``Place`` what the block computes in this call and hands the call 
 
 from __future__ import annotations
 
+import copy
 import math
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +62,8 @@ class Place:
     """While the MLP runs for some tokens."""
     active: bool = True
     parts: list[WeightParts] = field(default_factory=list)
+    root: Any = None
+    """Weak reference to the model: in a copy of a part of it nothing is left out."""
 
     def units(self, kind: str) -> Units | None:
         """``heads`` or ``groups`` where some are off."""
@@ -70,6 +74,26 @@ class Place:
         """Forward pre-hook of the norm before the MLP, which sees the tokens that the router reads."""
         if self.active and self.token_router is not None:
             self.selected = self.token_router(args[0])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Place:
+        root = None if self.root is None else memo.get(id(self.root()))
+        new = Place(self.name, Work(), active=self.active and root is not None)
+        memo[id(self)] = new
+        new.parts = copy.deepcopy(self.parts, memo)
+        new.token_router = copy.deepcopy(self.token_router, memo)
+        new.root = None if root is None else weakref.ref(root)
+        return new
+
+    def __reduce__(self) -> Any:
+        return _idle, ()  # a pickled model is the stock one
+
+
+def _idle() -> Place:
+    return Place("", Work(), active=False)
+
+
+def _own_forward(module: nn.Module) -> Callable[..., Any]:
+    return types.MethodType(type(module).forward, module)
 
 
 class StandIn:
@@ -84,7 +108,7 @@ class StandIn:
         """What this object stands in for."""
         if self._before is not None:
             return self._before(*args, **kwargs)
-        return types.MethodType(type(self.module).forward, self.module)(*args, **kwargs)
+        return _own_forward(self.module)(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.inner(*args, **kwargs)
@@ -97,6 +121,15 @@ class StandIn:
             del self.module.__dict__["forward"]
         else:
             object.__setattr__(self.module, "forward", self._before)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
+
+    def __reduce__(self) -> Any:
+        return _own_forward, (self.module,)
 
 
 class LinearStandIn(StandIn):
