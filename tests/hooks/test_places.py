@@ -80,6 +80,23 @@ def test_what_a_hook_returns_goes_on(name: str, where: str) -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+def test_keys_of_the_same_rows_change_with_them() -> None:
+    """Lumina-Next gives its attention the same rows twice, for queries and for keys."""
+    model, inputs = tiny.build("lumina_next")
+    handle = accelerate(model)
+
+    def both(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = kwargs["hidden_states"].flip(-1)
+        return args, kwargs | {"hidden_states": rows, "encoder_hidden_states": rows}
+
+    attn = model.get_submodule("layers.0.attn1")
+    before = attn.register_forward_pre_hook(both, with_kwargs=True)
+    want = tiny.run(model, inputs)
+    before.remove()
+    handle.hook("attention_input", lambda step, place, rows: rows.video.flip(-1), layers=0)
+    assert torch.equal(tiny.run(model, inputs), want)
+
+
 @pytest.mark.parametrize("name", ["cogvideox_5b", "hunyuan_video"])
 def test_text_and_video_are_told_apart(name: str) -> None:
     """The joint sequence behind the softmax is cut where the streams of the module end."""
@@ -234,7 +251,9 @@ def test_removing_twice_and_after_the_handle() -> None:
     handle = accelerate(model)
     hook = Seen()
     remove = handle.hook("block_output", hook)
+    handle.hook("attention_output", hook)
     handle.remove()
+    assert not any("forward" in module.__dict__ for module in model.modules())
     remove()
     remove()
     assert torch.equal(tiny.run(model, inputs), stock) and not hook.calls
