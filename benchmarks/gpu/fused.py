@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import adaln, qk_norm_rope, short_attention
+from benchmarks import adaln, cache, qk_norm_rope, short_attention
 
 from . import machine, timing
 from .items import arguments, guarded
@@ -40,6 +40,7 @@ class Case:
 
 FULL_CASES = (
     *(Case(op, chain, (75_600, 5120)) for op in adaln.OPERATORS for chain in ("wan", "hunyuan_video")),
+    *(Case("cache", name, (75_600, 5120)) for name in ("update, order 1", "three modules, order 1")),
     Case("qk_norm_rope", "Wan 14B", (75_600,)),
     Case("qk_norm_rope", "HunyuanVideo", (118_800,)),
     Case("qk_norm_rope", "CogVideoX 5B", (17_550,)),
@@ -51,6 +52,7 @@ FULL_CASES = (
     Case("short_attention", "Latte", (16, 2048, 16, 72)),
 )
 QUICK_CASES = (
+    Case("cache", "three modules, order 1", (50, 64)),
     Case("gate_residual_norm", "wan", (50, 64)),
     Case("qk_norm_rope", "HunyuanVideo", (40,)),
     Case("short_attention", "Latte", (5, 12, 2, 24)),
@@ -81,6 +83,12 @@ def build(case: Case, device: str) -> tuple[int, Calls]:
         calls = short_attention.contenders((frames, places, heads, dim), torch.bfloat16, device)
         prefix = "frames first: "
         names = (prefix + "short_attention", "", prefix + "torch", prefix + "torch.compile")
+    elif case.operator == "cache":
+        rows, width = case.shape
+        moved, calls = cache.contenders(
+            replace(cache.NAMED[case.model], rows=rows, width=width), torch.bfloat16, device
+        )
+        names = (cache.OWN, "", cache.TORCH, cache.COMPILED)
     else:
         chain = getattr(adaln, case.model)
         rows, width = case.shape

@@ -100,12 +100,13 @@ VD_DEV uint32_t shared_add(uint32_t a, uint32_t v) {
 
 VD_DEV uint4 ldg128(const void* p) {
   uint4 v;
-  memcpy(&v, emu::global_at(p, 16, "ld.global.v4"), 16);
+  memcpy(&v, emu::ldg128(p), 16);
   return v;
 }
 VD_DEV uint4 ldg128_stream(const void* p) { return ldg128(p); }
+VD_DEV uint4 ldg128_stream_written(const void* p) { return ldg128(p); }
 VD_DEV void stg32(void* p, uint32_t v) { memcpy(const_cast<void*>(emu::global_at(p, 4, "st.global")), &v, 4); }
-VD_DEV void stg128(void* p, uint4 v) { memcpy(const_cast<void*>(emu::global_at(p, 16, "st.global.v4")), &v, 16); }
+VD_DEV void stg128(void* p, uint4 v) { memcpy(emu::stg128(p), &v, 16); }
 VD_DEV uint32_t atomic_add(uint32_t* p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 
 // ---- synchronisation inside a block and a warp

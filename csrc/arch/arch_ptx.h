@@ -116,6 +116,15 @@ VD_DEV uint4 ldg128_stream(const void* p) {
                : "l"(__cvta_generic_to_global(p)));
   return v;
 }
+// Read once, past L1, from memory that this thread may write to afterwards.
+VD_DEV uint4 ldg128_stream_written(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(p))
+               : "memory");
+  return v;
+}
 VD_DEV void stg32(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
 VD_DEV void stg128(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 VD_DEV uint32_t atomic_add(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }

@@ -52,6 +52,7 @@ extern Policy policy;
 
 struct Stats {
   uint64_t blocks, switches, collectives, mma, ldmatrix, ldmatrix_conflicts, wgmma, tma, cp_async;
+  uint64_t ldg128, stg128;  // 16-byte accesses of global memory
 };
 Stats& stats();  // since the last reset
 
@@ -84,6 +85,8 @@ void* static_smem(const void* key, size_t bytes, size_t align);
 uint32_t smem_u32(const void* p);
 unsigned char* smem_at(uint32_t address, uint32_t bytes, uint32_t align, const char* who);  // checked access
 const void* global_at(const void* p, uint32_t align, const char* who);
+const void* ldg128(const void* p);  // the same, counted
+void* stg128(void* p);
 void generic_write(uint32_t address, uint32_t bytes);  // a write the async proxy does not see before a proxy fence
 void fence_proxy_async();
 

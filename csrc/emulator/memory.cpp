@@ -35,6 +35,16 @@ const void* global_at(const void* p, uint32_t align, const char* who) {
   return p;
 }
 
+const void* ldg128(const void* p) {
+  ++blk->stats.ldg128;
+  return global_at(p, 16, "ld.global.v4");
+}
+
+void* stg128(void* p) {
+  ++blk->stats.stg128;
+  return const_cast<void*>(global_at(p, 16, "st.global.v4"));
+}
+
 // PTX ISA "Async proxy": TMA and wgmma see a write made through the generic proxy only after fence.proxy.async.
 // A store's fence is due in the thread that stored. What cp.async (not bulk) brought is also a generic write; its fence
 // may be in any thread that knows it has landed, which is modelled as: in any thread, after it landed.

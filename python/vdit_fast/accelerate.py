@@ -104,7 +104,7 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
             root.check_cache(settings)
             root.fuse()
             root.wrap()
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         handle.remove()
         raise
     counts = Counter(item.adapter.family for item in found)

@@ -85,8 +85,8 @@ class Config:
     Args:
         attention: the planner that sparsifies self/joint attention, None for dense attention through this
             package's kernel.
-        cache: the policy that forecasts the transformer's output at some steps instead of computing it, None to
-            compute every step.
+        cache: the policy that forecasts features of the transformer at some steps instead of computing them, None
+            to compute every step.
         fuse: how norms, RoPE, modulation and residuals of known blocks run: ``"fast"`` through fused operators that
             keep fp32 until the result is written, ``"eager"`` through the same operators with the stock model's
             rounding points, ``"off"`` as in the stock model.
@@ -119,9 +119,9 @@ class Config:
             for item in dataclasses.fields(planner):
                 _check_numbers(getattr(planner, item.name), f"attention.{item.name}")
         policy = self.cache
-        if policy is not None and not (callable(getattr(policy, "forecast", None)) and hasattr(policy, "decide")):
+        if policy is not None and not (callable(getattr(policy, "weights", None)) and hasattr(policy, "decide")):
             raise TypeError(
-                f"cache must be a cache policy with decide() and forecast(), or None, got {type(policy).__name__}: "
+                f"cache must be a cache policy with decide() and weights(), or None, got {type(policy).__name__}: "
                 f"{policy!r}; use Config.from_dict for the mapping form"
             )
         if self.fuse is False:  # what YAML makes of an unquoted off

@@ -192,8 +192,10 @@ class Handle:
         """The same as numbers; JSON-ready.
 
         Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
-        ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``full``: reason -> forwards, ``forecast``:
-        step -> forwards, ``nbytes`` held), ``fused`` (``blocks``: class -> number with a fused forward, ``left``:
+        ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``granularity``, ``hooked``: what it stands
+        around -> number, ``full``: reason -> forwards, ``forecast``: step -> forwards, ``blocks_run`` and
+        ``blocks_left_out`` where it stands around blocks, ``nbytes`` held, ``host_reads`` of changes), ``fused``
+        (``blocks``: class -> number with a fused forward, ``left``:
         reason -> blocks without one, ``unfused``: reason -> times it did not run), ``text_kv`` (None, or calls
         ``computed``, ``reused`` and ``refused``: reason -> calls, ``nbytes`` held), ``positions`` (None, or step ->
         forwards whose rotary tables were exchanged), ``hooks`` (place -> calls),

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vdit_fast.caching.engine import CachedForward
+from vdit_fast.caching.output import CachedForward
 from vdit_fast.config import Config
-from vdit_fast.models import blocks, hooks, text_kv
+from vdit_fast.models import block_cache, blocks, hooks, text_kv
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
 from vdit_fast.models.fusion import attach, detach
 from vdit_fast.models.projections import FusedProjections
@@ -48,7 +48,7 @@ class _BeforeForward:
         previous = self.session.forward
         if self.session.config.cache is not None and previous is not None and not previous.cached:
             # Whoever wrapped `forward` earlier has put its own back (offloading does after every run): wrap again.
-            CachedForward(module, self.session).attach()
+            wrap_cache(module, self.session, self.adapter)
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         timestep = arguments.get("timestep")
         new = {} if torch.compiler.is_compiling() else self.adapter.simplify(module, arguments)
@@ -74,6 +74,14 @@ class _BeforeForward:
 
     def __reduce__(self) -> Any:
         return _idle_hook, ()
+
+
+def wrap_cache(module: nn.Module, session: Session, adapter: ModelAdapter) -> None:
+    """Let the cache that the configuration asks for stand around the transformer or around its blocks."""
+    if session.cache.features is None:
+        CachedForward(module, session).attach()
+    else:
+        blocks.attach(module, session, adapter)
 
 
 def _idle(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -123,6 +131,8 @@ class Root:
             return
         self.unwrap(module)
         if self.session.config.cache is not None and self.hooked:
+            block_cache.setup(module, self.session, self.adapter)
+        if self.session.cache.policy is not None and self.hooked and self.session.cache.features is None:
             CachedForward(module, self.session).attach()
         self._wrap_parts(module)
         text_kv.detach(module, self.session)
@@ -135,6 +145,7 @@ class Root:
         if isinstance(wrapper, CachedForward) and wrapper.of(self.session):
             wrapper.detach()
         self._unwrap_parts(module)
+        block_cache.teardown(module, self.session, self.adapter)
 
     def _wrap_parts(self, module: nn.Module) -> None:
         if self.session.around:
@@ -168,9 +179,13 @@ class Root:
             self._wrap_parts(module)
 
     def check_cache(self, config: Config) -> None:
-        """Raise where the configuration wants a cache that cannot work, and wants to know."""
+        """Raise where the configuration wants a cache that cannot work: around blocks that nobody knows, and, where it
+        wants to know, of a part."""
         if config.cache is not None and not self.hooked and config.on_unsupported == "error":
             raise RuntimeError(f"cache: {NO_STEPS}; accelerate the whole transformer, or set cache to null")
+        module = self.module()
+        if config.cache is not None and self.hooked and module is not None:
+            block_cache.check(module, self.adapter, config.cache)
 
     def processors(self) -> dict[str, ServedProcessor]:
         """This session's processors that are in place, by module path."""

@@ -65,11 +65,22 @@ def _cache(handle: Handle) -> dict[str, Any] | None:
         return None
     full: Counter[str] = Counter()
     forecast: Counter[int] = Counter()
-    for root in handle.roots:
-        full.update(root.session.cache.full)
-        forecast.update(root.session.cache.forecasts)
-    nbytes = sum(root.session.cache.nbytes for root in handle.roots)
-    return {"full": dict(full), "forecast": dict(sorted(forecast.items())), "nbytes": nbytes}
+    hooked: Counter[str] = Counter()
+    caches = [root.session.cache for root in handle.roots]
+    for cache in caches:
+        full.update(cache.full)
+        forecast.update(cache.forecasts)
+        hooked.update(cache.hooked)
+    return {
+        "granularity": handle.config.cache.granularity,
+        "hooked": dict(hooked),
+        "full": dict(full),
+        "forecast": dict(sorted(forecast.items())),
+        "blocks_run": sum(cache.blocks_run for cache in caches),
+        "blocks_left_out": sum(cache.blocks_left_out for cache in caches),
+        "nbytes": sum(cache.nbytes for cache in caches),
+        "host_reads": sum(cache.host_reads for cache in caches),
+    }
 
 
 def _fused(handle: Handle) -> dict[str, dict[str, int]]:
@@ -164,10 +175,16 @@ def report_text(handle: Handle) -> str:
     if stats["cache"] is not None and handle.config.cache is not None:
         cache = stats["cache"]
         computed, forecast = sum(cache["full"].values()), sum(cache["forecast"].values())
+        around = " and ".join(f"{count:,} {what}" for what, count in cache["hooked"].items()) or "nothing"
         lines.append(
-            f"cache {handle.config.cache.name}: {forecast:,} of {computed + forecast:,} forwards forecast, "
-            f"{cache['nbytes'] / 2**20:,.1f} MiB held"
+            f"cache {handle.config.cache.name} by {cache['granularity']} around {around}: {forecast:,} of "
+            f"{computed + forecast:,} forwards forecast, {cache['nbytes'] / 2**20:,.1f} MiB held"
         )
+        if cache["granularity"] != "model":
+            blocks = cache["blocks_run"] + cache["blocks_left_out"]
+            lines.append(f"blocks left out: {cache['blocks_left_out']:,} of {blocks:,} calls")
+        if cache["host_reads"]:
+            lines.append(f"changes read on the host: {cache['host_reads']:,}")
         lines += _reasons("forwards computed:", Counter(cache["full"]))
     if handle.config.fuse != "off" and stats["fused"]["blocks"]:
         blocks = ", ".join(f"{count:,} {kind}" for kind, count in stats["fused"]["blocks"].items())

@@ -77,19 +77,19 @@ def test_arguments_may_be_exchanged() -> None:
 
 
 def test_positional_arguments_beyond_the_named_ones() -> None:
-    model, inputs = tiny.hunyuan()
+    model, _ = tiny.hunyuan()
     handle = accelerate(model)
     block = model.get_submodule("transformer_blocks.0")
     seen: list[tuple[Any, ...]] = []
 
     def inner(*args: Any, **kwargs: Any) -> Any:
         seen.append((args, kwargs))
-        return args[0]
+        return x
 
+    x = torch.randn(1, 2, 3)
     put(handle, hooks=Recording([]))
     wrapper = block.__dict__["forward"]
     wrapper._inner = inner
-    x = torch.randn(1, 2, 3)
     wrapper(x, 1, 2, 3, 4, 5, 6)
     wrapper(x, 1, temb=2)
     assert seen[0] == ((x, 1, 2, 3, 4, 5, 6), {})

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from vdit_fast.accelerate import accelerate
 from vdit_fast.caching import TaylorSeer
+from vdit_fast.caching.engine import FeatureCache
+from vdit_fast.caching.output import run_cached
 from vdit_fast.config import Config
+from vdit_fast.context import StepContext
 
 TIMES = (900.0, 700.0, 500.0, 300.0, 100.0)
 POLICY = TaylorSeer(first_full=2, last_full=0, interval=2, damping=1.0)
@@ -115,15 +118,13 @@ def test_training_is_computed_and_differentiable() -> None:
     handle = accelerate(model, Config(cache=POLICY))
     for t in TIMES:
         model(**tiny.at(inputs, t))[0].square().mean().backward()
-    assert handle.stats()["cache"] == {"full": {"gradients are recorded": 5}, "forecast": {}, "nbytes": 0}
+    stats = handle.stats()["cache"]
+    assert stats["full"] == {"gradients are recorded": 5} and stats["forecast"] == {} and stats["nbytes"] == 0
     assert all(p.grad is not None for p in model.blocks[0].attn1.parameters())
 
 
 def test_unknown_step_is_computed() -> None:
-    from vdit_fast.caching.engine import OutputCache
-    from vdit_fast.context import StepContext
-
-    cache, calls = OutputCache(), []
+    cache, calls = FeatureCache(POLICY), []
 
     def stock() -> tuple[Tensor]:
         calls.append(1)
@@ -131,38 +132,32 @@ def test_unknown_step_is_computed() -> None:
 
     for _ in range(3):
         with torch.no_grad():
-            cache.run(POLICY, StepContext(), stock, {})
+            run_cached(cache, StepContext(), stock, {})
     assert len(calls) == 3 and cache.nbytes == 0
 
 
 def test_what_is_no_tensor_is_refused() -> None:
-    from vdit_fast.caching.engine import OutputCache
-    from vdit_fast.context import StepContext
-
     for output in ((torch.ones(2), "text"), (), [torch.ones(2)], (torch.ones(2), torch.ones(2, device="meta"))):
         with torch.no_grad(), pytest.raises(RuntimeError, match="returns tensors of one device"):
-            OutputCache().run(POLICY, StepContext(step=0), lambda output=output: output, {})
+            run_cached(FeatureCache(POLICY), StepContext(step=0), lambda output=output: output, {})
 
 
 @pytest.mark.parametrize("kind", ["tuple", "output class"])
 def test_all_of_several_outputs_are_forecast(kind: str) -> None:
     from diffusers.utils import BaseOutput
 
-    from vdit_fast.caching.engine import OutputCache
-    from vdit_fast.context import StepContext
-
     @dataclass
     class Both(BaseOutput):
         sample: Tensor
         audio: Tensor
 
-    cache = OutputCache()
+    cache = FeatureCache(POLICY)
     computed = [(torch.randn(2, 3, 4), torch.randn(2, 5).to(torch.bfloat16)) for _ in range(2)]
     wrap = tuple if kind == "tuple" else lambda pair: Both(*pair)
     with torch.no_grad():
         for step, pair in enumerate(computed):
-            cache.run(POLICY, StepContext(step=step), lambda pair=pair: wrap(pair), {})
-        got = cache.run(POLICY, StepContext(step=2), lambda: pytest.fail("it should be forecast"), {})
+            run_cached(cache, StepContext(step=step), lambda pair=pair: wrap(pair), {})
+        got = run_cached(cache, StepContext(step=2), lambda: pytest.fail("it should be forecast"), {})
     assert type(got) is type(wrap(computed[0])) and len(got) == 2
     for at, (first, second) in enumerate(zip(*computed, strict=True)):
         assert got[at].shape == first.shape and got[at].dtype == first.dtype

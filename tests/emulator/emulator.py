@@ -74,7 +74,9 @@ class _Policy(ctypes.Structure):
 class Stats(ctypes.Structure):
     """Counters since the last ``stats(reset=True)``."""
 
-    _names = "blocks switches collectives mma ldmatrix ldmatrix_conflicts wgmma tma cp_async"  # order of emu.h
+    _names = (
+        "blocks switches collectives mma ldmatrix ldmatrix_conflicts wgmma tma cp_async ldg128 stg128"  # order of emu.h
+    )
     _fields_ = [(name, ctypes.c_uint64) for name in _names.split()]
 
     def __str__(self) -> str:

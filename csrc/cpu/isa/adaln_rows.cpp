@@ -3,8 +3,7 @@
 // norm's weight and bias when they change, which is rarely: neighbouring tokens mostly share them.
 #include <math.h>
 
-#include "cpu/isa/lanes16.h"
-#include "kernels/fused/adaln.h"
+#include "cpu/isa/table_rows.h"
 
 namespace VDIT_NS {
 namespace {
@@ -14,59 +13,6 @@ using vdit::AdaLNParams;
 using vdit::AdaLNTable;
 using vdit::DType;
 using vdit::NormKind;
-
-// Lanes of a tensor's row that a step works on: all, or the first n at the end of the row. Scratch rows are padded.
-struct All {};
-struct Some {
-  int n;
-};
-template <class T>
-vf get(const T* p, All) {
-  return load_lanes(p);
-}
-template <class T>
-vf get(const T* p, Some s) {
-  return load_some(p, s.n);
-}
-template <class T>
-void put(T* p, vf v, All) {
-  store_lanes(p, v);
-}
-template <class T>
-void put(T* p, vf v, Some s) {
-  store_some(p, v, s.n);
-}
-vf only(vf v, All) { return v; }
-vf only(vf v, Some s) {
-  for (int i = s.n; i < VL; ++i) v[i] = 0.f;
-  return v;
-}
-
-// f(first column, All or Some, accumulator 0 ... 3)
-template <class F>
-inline void each(int dim, F f) {
-  int i = 0;
-  for (; i + 4 * VL <= dim; i += 4 * VL) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) f(i + k * VL, All{}, k);
-  }
-  for (; i + VL <= dim; i += VL) f(i, All{}, 0);
-  if (i < dim) f(i, Some{dim - i}, 0);
-}
-
-// Calls f with a typed pointer.
-template <class H, class F>
-inline void typed(const void* p, DType dtype, F f) {
-  if (dtype == DType::f32)
-    f(static_cast<const float*>(p));
-  else
-    f(static_cast<const H*>(p));
-}
-
-template <class H>
-void convert(const void* src, DType dtype, int dim, float* dst) {
-  typed<H>(src, dtype, [=](auto* s) { each(dim, [=](int i, auto part, int) { store(dst + i, get(s + i, part)); }); });
-}
 
 void fill(float value, int dim, float* dst) {
   for (int i = 0; i < dim; ++i) dst[i] = value;
@@ -133,25 +79,9 @@ struct Rows {
 
   vf rounded(bool on, vf v) const { return on ? round_lanes<H>(v) : v; }
 
-  const void* row_of(const AdaLNTable& t, int64_t b, int64_t n) const {
-    if (t.data == nullptr) return nullptr;
-    const int64_t row = t.rows == 1          ? 0
-                        : p.index == nullptr ? n
-                                             : p.index[b * p.index_batch_stride + n * p.index_stride];
-    const int64_t bytes = p.row_dtype == DType::f32 ? 4 : 2;
-    return static_cast<const char*>(t.data) + (b * t.batch_stride + row * t.row_stride) * bytes;
-  }
-
-  // dst = finish(row + base)
   template <class F>
   void complete(const AdaLNTable& t, const void* row, float* dst, F finish) const {
-    convert<H>(row, p.row_dtype, dim, dst);
-    if (t.base != nullptr)
-      typed<H>(t.base, p.base_dtype, [&](auto* base) {
-        each(dim,
-             [&](int i, auto part, int) { store(dst + i, rounded(t.round, load(dst + i) + get(base + i, part))); });
-      });
-    each(dim, [&](int i, auto, int) { store(dst + i, finish(load(dst + i))); });
+    complete_row<H>(p, t, row, dst, finish);
   }
 
   // The factor and the summand of the normed row.
@@ -173,7 +103,7 @@ struct Rows {
   }
 
   void find_rows(int64_t b, int64_t n) {
-    const void* gate = row_of(p.gate, b, n);
+    const void* gate = row_of(p, p.gate, b, n);
     if (gate != gate_row) {
       gate_row = gate;
       complete(p.gate, gate, s.gate, [this](vf v) {
@@ -182,7 +112,7 @@ struct Rows {
         return rounded(p.tanh_gate && p.gate.round, v);
       });
     }
-    const void *scale = row_of(p.scale, b, n), *shift = row_of(p.shift, b, n);
+    const void *scale = row_of(p, p.scale, b, n), *shift = row_of(p, p.shift, b, n);
     if (scale != scale_row || shift != shift_row) {
       scale_row = scale;
       shift_row = shift;

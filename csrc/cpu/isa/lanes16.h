@@ -63,6 +63,33 @@ static inline void store_lanes(f16* p, vf v) {
 #endif
 }
 
+// The bytes of a vector in memory of type T; stream_lanes stores past the caches, at multiples of that. Whoever has
+// stored so calls stream_fence before another thread reads it.
+template <class T>
+constexpr int kLaneBytes = VL * int(sizeof(T));
+template <class T>
+static inline void stream_lanes(T* p, vf v) {
+#if defined(__AVX__)
+  T aligned[VL] __attribute__((aligned(kLaneBytes<T>)));
+  store_lanes(aligned, v);
+  if constexpr (kLaneBytes<T> == 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(aligned));
+  else if constexpr (kLaneBytes<T> == 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(aligned));
+#if defined(__AVX512F__)
+  else
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), *reinterpret_cast<const __m512i*>(aligned));
+#endif
+#else
+  store_lanes(p, v);
+#endif
+}
+static inline void stream_fence() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+
 // The nearest value of type T.
 template <class T>
 static inline vf round_lanes(vf v);

@@ -7,25 +7,11 @@ namespace vdit {
 namespace {
 
 using namespace gpu::adaln;
+using gpu::pieces::aligned;
 
 constexpr int kInvalid = 1;      // cudaErrorInvalidValue
 constexpr int kRowsPerCta = 16;  // most rows that share what a CTA holds of the tables
 constexpr int kCtasPerProcessor = 8;
-
-bool aligned(const void* data, DType dtype, int64_t stride_a = 0, int64_t stride_b = 0) {
-  const int64_t elements = dtype == DType::f32 ? 4 : 8;
-  return data == nullptr ||
-         (reinterpret_cast<uintptr_t>(data) % 16 == 0 && (stride_a % elements | stride_b % elements) == 0);
-}
-
-bool aligned(const AdaLNParams& p, const AdaLNRows& x) {
-  return aligned(x.data, x.dtype, p.batch > 1 ? x.batch_stride : 0, p.tokens > 1 ? x.token_stride : 0);
-}
-
-bool aligned(const AdaLNParams& p, const AdaLNTable& t) {
-  return aligned(t.data, p.row_dtype, p.batch > 1 ? t.batch_stride : 0, t.rows > 1 ? t.row_stride : 0) &&
-         aligned(t.base, p.base_dtype);
-}
 
 bool aligned(const AdaLNNorm& n) { return aligned(n.weight, n.dtype) && aligned(n.bias, n.dtype); }
 

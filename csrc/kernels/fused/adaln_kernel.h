@@ -7,12 +7,14 @@
 //   with a residual:       issue x, y, gate  ->  post(y): 0-2 sums  ->  x_new  ->  issue scale, shift  ->  0-2 sums  ->
 //   h
 #pragma once
-#include "arch/arch.h"
 #include "kernels/fused/adaln.h"
+#include "kernels/fused/pieces.h"
 
 namespace vdit::gpu::adaln {
 
-constexpr int kPiece = 8, kMaxWarps = 16;
+using namespace pieces;
+
+constexpr int kMaxWarps = 16;
 
 struct Args {
   AdaLNParams p;
@@ -20,89 +22,6 @@ struct Args {
   int32_t pieces;   // per row, the last one may be cut
   int32_t aligned;  // every row of every tensor is made of whole 16-byte pieces
 };
-
-// A piece in flight: fp32 takes both vectors, a 16-bit type the first.
-struct Raw {
-  uint4 v[2];
-};
-
-VD_DEV const void* element(const void* data, int64_t at, bool wide) {
-  return static_cast<const char*>(data) + at * (wide ? 4 : 2);
-}
-
-// kStream: read once, so it does not displace what the tables and weights keep in L1.
-template <bool kStream>
-VD_DEV Raw load(const void* row, bool wide, int piece, int dim, bool aligned) {
-  Raw r{};
-  if (aligned) {
-    const auto* from = static_cast<const char*>(row) + int64_t(piece) * (wide ? 32 : 16);
-    r.v[0] = kStream ? arch::ldg128_stream(from) : arch::ldg128(from);
-    if (wide) r.v[1] = kStream ? arch::ldg128_stream(from + 16) : arch::ldg128(from + 16);
-    return r;
-  }
-  const int first = piece * kPiece;
-  uint32_t word[kPiece] = {};
-  if (wide) {
-    const auto* from = static_cast<const uint32_t*>(row) + first;
-    VD_UNROLL for (int e = 0; e < kPiece; ++e) {
-      if (first + e < dim) word[e] = from[e];
-    }
-  } else {
-    const auto* from = static_cast<const uint16_t*>(row) + first;
-    VD_UNROLL for (int e = 0; e < kPiece; ++e) {
-      if (first + e < dim) word[e / 2] |= uint32_t(from[e]) << (e % 2 * 16);
-    }
-  }
-  r.v[0] = uint4{word[0], word[1], word[2], word[3]};
-  r.v[1] = uint4{word[4], word[5], word[6], word[7]};
-  return r;
-}
-
-template <class H>
-VD_DEV void unpack(const Raw& r, bool wide, float (&out)[kPiece]) {
-  const uint32_t word[kPiece] = {r.v[0].x, r.v[0].y, r.v[0].z, r.v[0].w, r.v[1].x, r.v[1].y, r.v[1].z, r.v[1].w};
-  if (wide) {
-    VD_UNROLL for (int e = 0; e < kPiece; ++e) out[e] = arch::as_float(word[e]);
-  } else {
-    VD_UNROLL for (int e = 0; e < kPiece; e += 2) arch::unpack<H>(word[e / 2], out[e], out[e + 1]);
-  }
-}
-
-template <class H>
-VD_DEV void load_floats(const void* row, bool wide, int piece, int dim, bool aligned, float (&out)[kPiece]) {
-  unpack<H>(load<false>(row, wide, piece, dim, aligned), wide, out);
-}
-
-template <class H>
-VD_DEV void store(void* row, bool wide, int piece, int dim, bool aligned, const float (&v)[kPiece]) {
-  uint32_t word[kPiece];
-  if (wide) {
-    VD_UNROLL for (int e = 0; e < kPiece; ++e) word[e] = arch::as_uint(v[e]);
-  } else {
-    VD_UNROLL for (int e = 0; e < kPiece; e += 2) word[e / 2] = arch::pack<H>(v[e], v[e + 1]);
-  }
-  if (aligned) {
-    auto* to = static_cast<char*>(row) + int64_t(piece) * (wide ? 32 : 16);
-    arch::stg128(to, uint4{word[0], word[1], word[2], word[3]});
-    if (wide) arch::stg128(to + 16, uint4{word[4], word[5], word[6], word[7]});
-    return;
-  }
-  const int first = piece * kPiece;
-  VD_UNROLL for (int e = 0; e < kPiece; ++e) {
-    if (first + e >= dim) continue;
-    if (wide)
-      static_cast<uint32_t*>(row)[first + e] = word[e];
-    else
-      static_cast<uint16_t*>(row)[first + e] = uint16_t(word[e / 2] >> (e % 2 * 16));
-  }
-}
-
-// To the nearest value of H, where `on`, which is the same for the whole grid.
-template <class H>
-VD_DEV void round_to(float (&v)[kPiece], bool on) {
-  if (!on) return;
-  VD_UNROLL for (int e = 0; e < kPiece; e += 2) arch::unpack<H>(arch::pack<H>(v[e], v[e + 1]), v[e], v[e + 1]);
-}
 
 // Sum over the block. Two rows of `totals` take turns: who writes one has passed a barrier since it was read.
 VD_DEV float block_sum(float v, float* totals, int& turn) {
@@ -132,7 +51,7 @@ struct Row {
 
   VD_METHOD void raw(const void* row, bool wide, Raw (&r)[kPieces]) const {
     VD_UNROLL for (int k = 0; k < kPieces; ++k) {
-      r[k] = has(k) ? load<true>(row, wide, piece(k), a.p.dim, a.aligned) : Raw{};
+      r[k] = has(k) ? load<Load::stream>(row, wide, piece(k), a.p.dim, a.aligned) : Raw{};
     }
   }
 
@@ -173,12 +92,7 @@ struct Row {
   }
 
   VD_METHOD void table(const AdaLNTable& t, const void* row, int k, float (&v)[kPiece]) const {
-    load_floats<H>(row, a.p.row_dtype == DType::f32, piece(k), a.p.dim, a.aligned, v);
-    if (t.base == nullptr) return;
-    float base[kPiece];
-    load_floats<H>(t.base, a.p.base_dtype == DType::f32, piece(k), a.p.dim, a.aligned, base);
-    VD_UNROLL for (int e = 0; e < kPiece; ++e) v[e] += base[e];
-    round_to<H>(v, t.round);
+    table_piece<H>(a.p, t, row, piece(k), a.p.dim, a.aligned, v);
   }
 
   VD_METHOD void gate(const void* row, int k, float (&v)[kPiece]) const {
@@ -202,16 +116,6 @@ struct Row {
     if (shift != nullptr) table(a.p.shift, shift, k, t);
   }
 };
-
-VD_DEV const void* row_of(const AdaLNParams& p, const AdaLNTable& t, int64_t b, int64_t n) {
-  if (t.data == nullptr) return nullptr;
-  int64_t row = 0;
-  if (t.rows > 1) {
-    row = p.index == nullptr ? n : p.index[b * p.index_batch_stride + n * p.index_stride];
-    row = row >= 0 && row < t.rows ? row : t.rows - 1;  // indices come from the device: nothing outside is read
-  }
-  return element(t.data, b * t.batch_stride + row * t.row_stride, p.row_dtype == DType::f32);
-}
 
 // kResidual: there is a y. Rows of the tables are in registers before the sums are taken that they wait for; without a
 // y they stay there for the next tokens, with one the registers would cost a resident CTA, and L1 has them. With four

@@ -1,191 +1,235 @@
-"""Runs a cache policy around one transformer's ``forward``."""
+"""The feature cache of one transformer: which forwards are computed, what is kept of them, and what is forecast."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-import types
-import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import CachePolicy, Stream
+from . import budget
+from .adaptive import AdaptivePolicy
+from .stream import Factors, Stream
 
 if TYPE_CHECKING:
     from ..context import StepContext
-    from ..models.session import Session
+    from ..models.blocks import BlockCall
+    from ..models.forward import Forward
+    from ..planners import Planner
+    from .base import CachePolicy
+    from .features import Features
 
-Output = Any
-Rebuild = Callable[[Tensor], Output]
+__all__ = ["FeatureCache", "Run"]
 
 
-class OutputCache:
-    """The streams of one transformer, and what was computed and forecast so far."""
+@dataclass
+class Run:
+    """One forward of the transformer under the policy."""
 
-    def __init__(self) -> None:
+    step: int
+    stream: Stream
+    span: tuple[int, int] = (0, 0)
+    """Blocks that are left out where the step is forecast."""
+    reason: str | None = None
+    """Why the step is computed, None where it is forecast."""
+    pending: bool = False
+    """Whether an adaptive policy has yet to look."""
+    leads: bool = False
+    """Whether an adaptive policy looks at this branch, which the others follow."""
+    called: set[int] = field(default_factory=set)
+    """Blocks that were called; a second call is none of the cache's."""
+    state: Any = None
+    """What the granularity needs while the forward runs."""
+
+
+class FeatureCache:
+    """The streams of one transformer, and what was computed and forecast so far. Stands around its blocks, except at
+    granularity "model", where ``CachedForward`` asks it.
+
+    Args:
+        policy: None where nothing is cached.
+        planner: whose steps of observation are computed.
+    """
+
+    def __init__(self, policy: CachePolicy | None = None, planner: Planner | None = None) -> None:
+        self.policy = policy
+        self.planner = planner
+        self._observes: Any = getattr(planner, "observes", None)
         self.full: Counter[str] = Counter()
+        """Reason -> computed forwards."""
         self.forecasts: Counter[int] = Counter()
+        """Step -> forecast forwards."""
+        self.blocks_run = 0
+        self.blocks_left_out = 0
+        self.host_reads = 0
+        """Scalars that an adaptive policy has read."""
+        self.hooked: dict[str, int] = {}
+        """What the cache stands around -> how many of them."""
+        self.forward: Forward | None = None
+        """The running forward; the session sets it."""
+        self.features: Features | None = None
+        """What is kept of blocks; None at granularity "model"."""
+        self.modulated: Callable[[BlockCall], Tensor] | None = None
+        """The timestep-modulated input of a block's attention, where a policy looks at it."""
         self._generation: int | None = None
-        self._streams: dict[Any, tuple[Any, Stream, Rebuild]] = {}
+        self._streams: dict[Hashable, tuple[Hashable, Stream]] = {}
+        self._verdicts: dict[tuple[str, int | None], tuple[int, str | None]] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        held = (factor for _, stream, _ in self._streams.values() for factor in stream.factors)
-        return sum(factor.numel() * factor.element_size() for factor in held)
+        return sum(stream.nbytes for _, stream in self._streams.values())
 
     def forget(self) -> None:
         """Release what is held; the counts stay."""
         self._streams.clear()
+        self._verdicts.clear()
 
-    def run(
-        self, policy: CachePolicy, step: StepContext, stock: Callable[[], Output], arguments: dict[str, Any]
-    ) -> Output:
-        """The output of ``stock()``, computed or forecast; ``arguments`` are those of the transformer, by name."""
-        if step.generation != self._generation:
-            self._generation = step.generation
-            self._streams.clear()
-        key = (step.expert, step.branch, step.frame_block)  # one transformer may carry several models
-        call = _signature(arguments)
-        known = self._streams.get(key)
-        if known is None or known[0] != call:
-            known = (call, Stream(), _same)
-        _, stream, rebuild = known
-        recording = torch.is_grad_enabled()
-        reason = "gradients are recorded" if recording else policy.decide(step, stream)
-        if reason is None:
-            self.forecasts[step.step] += 1
-            return rebuild(policy.forecast(stream, step.step))
-        self.full[reason] += 1
-        output = stock()
-        if recording or step.step < 0:
-            return output
-        found = _as_one_tensor(output)
-        if found is None:
-            raise RuntimeError(
-                f"the cache policy {policy.name!r} needs a transformer that returns tensors of one device, got "
-                f"{type(output).__name__}; set cache to null in the configuration"
-            )
-        tensor, rebuild = found
-        if step.step <= stream.step:  # the same step again: an inner loop, which starts its history anew
-            stream = Stream()
-        policy.update(stream, step.step, tensor.detach())
-        if stream.first < 0:
-            stream.first = step.step
-        self._streams[key] = (call, stream, rebuild)
-        return output
-
-
-def _same(tensor: Tensor) -> Output:
-    return tensor
-
-
-def _signature(arguments: dict[str, Any]) -> Any:
-    """What must not change between a computed step and its forecast: the sizes and the form of the answer."""
-    shapes = tuple(
-        (name, tuple(value.shape), value.dtype, value.device)
-        for name, value in arguments.items()
-        if isinstance(value, Tensor) and name != "timestep"
-    )
-    return shapes, arguments.get("return_dict", True)
-
-
-def _as_one_tensor(output: Output) -> tuple[Tensor, Rebuild] | None:
-    """A transformer's output as one tensor (several, as video and audio, are laid out one behind the other), and how to
-    put another into the same wrapping. None where it is made of other things than tensors."""
-    wrap: Callable[[list[Tensor]], Output]
-    if isinstance(output, Tensor):
-        parts, wrap = [output], lambda new: new[0]
-    elif isinstance(output, tuple):
-        parts, wrap = list(output), tuple
-    elif isinstance(output, dict):  # diffusers' ModelOutput is one
-        kind, names = type(output), list(output)
-        parts, wrap = list(output.values()), lambda new: kind(**dict(zip(names, new, strict=True)))
-    else:
-        return None
-    if not parts or not all(isinstance(part, Tensor) and part.device == parts[0].device for part in parts):
-        return None
-    forms = [(part.shape, part.dtype) for part in parts]
-
-    def rebuild(tensor: Tensor) -> Output:
-        pieces = tensor.split([shape.numel() for shape, _ in forms]) if len(forms) > 1 else [tensor]
-        return wrap([piece.view(shape).to(dtype) for piece, (shape, dtype) in zip(pieces, forms, strict=True)])
-
-    return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts]), rebuild
-
-
-class CachedForward:
-    """Stands in for ``forward`` of one transformer, as an attribute of the object, where other wrappers sit too."""
-
-    def __init__(self, module: nn.Module, session: Session) -> None:
-        self._module = weakref.ref(module)
-        self._session = session
-        self._inner = module.__dict__.get("forward")  # another library's wrapper, e.g. one that moves weights
-        self.__signature__ = inspect.signature(_own_forward(module))
-
-    @property
-    def stock(self) -> Callable[..., Output]:
-        """What this object stands in for."""
-        module = self._module()
-        assert module is not None
-        return self._inner if self._inner is not None else _own_forward(module)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Output:
-        session = self._session
-        policy, forward = session.config.cache, session.forward
-        # A forward that was seen has passed a second wrapper, or there was no pre-hook: `forward` was called directly.
-        if not session.active or policy is None or forward is None or forward.cached:
-            return self.stock(*args, **kwargs)
-        forward.cached = True
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"the cache policy {policy.name!r} cannot run inside a compiled transformer; compile its blocks "
-                "(compile_repeated_blocks) instead of the whole, or set cache to null in the configuration"
-            )
-        arguments = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
-        return session.cache.run(policy, forward.step, lambda: self.stock(*args, **kwargs), arguments)
-
-    def of(self, session: Session) -> bool:
-        """Whether this is the wrapper of that session."""
-        return self._session is session
-
-    def attach(self) -> None:
-        """Become the module's ``forward``."""
-        module = self._module()
-        assert module is not None
-        object.__setattr__(module, "forward", self)
-
-    def detach(self) -> None:
-        """Give the module back what it had; a wrapper that was put around this one later stays and passes through."""
-        module = self._module()
-        if module is None or module.__dict__.get("forward") is not self:
-            return
-        if self._inner is None:
-            del module.__dict__["forward"]
-        else:
-            object.__setattr__(module, "forward", self._inner)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        module = self._module()
-        copied = memo.get(id(module))
-        if copied is None:
-            return None
-        new = object.__new__(CachedForward)
-        memo[id(self)] = new
-        new._module = weakref.ref(copied)
-        new._session = copy.deepcopy(self._session, memo)
-        new._inner = copy.deepcopy(self._inner, memo)
-        new.__signature__ = self.__signature__
+    def fresh(self) -> FeatureCache:
+        """The same settings without records, for a copied model."""
+        new = FeatureCache(self.policy, self.planner)
+        new.hooked, new.modulated = dict(self.hooked), self.modulated
+        new.features = self.features.of(new) if self.features is not None else None
         return new
 
-    def __reduce__(self) -> Any:
-        # A pickled model is the stock one.
-        return _own_forward, (self._module(),)
+    # ------------------------------------------------------------------ one forward
+    def stream(self, step: StepContext, signature: Hashable) -> Stream:
+        """What is remembered of this guidance branch: nothing in a new generation, or where sizes have changed."""
+        if step.generation != self._generation:
+            self._generation = step.generation
+            self.forget()
+        key = (step.expert, step.branch, step.frame_block)  # one transformer may run under several names
+        known = self._streams.get(key)
+        if known is None or known[0] != signature:
+            self._streams.pop(key, None)  # its memory before the new one's
+            known = self._streams[key] = signature, Stream()
+        return known[1]
+
+    def reason(self, step: StepContext, stream: Stream) -> str | None:
+        """Why a step is computed whatever an adaptive policy would say, None where it need not be."""
+        assert self.policy is not None
+        return self.policy.decide(step, stream) or (self._observes(step) if self._observes is not None else None)
+
+    def refused(self, step: StepContext) -> bool:
+        """Count a forward that no policy is asked about; False where one is."""
+        if torch.is_grad_enabled():
+            self.full["gradients are recorded"] += 1
+        elif step.step < 0:
+            self.full["the denoising step is unknown"] += 1
+        else:
+            return False
+        return True
+
+    def settle(self, run: Run) -> None:
+        """It is known whether a forward is computed: count it."""
+        if run.reason is None:
+            self.forecasts[run.step] += 1
+        else:
+            self.full[run.reason] += 1
+            run.stream.begin(run.step)
+
+    def _begin(self, forward: Forward, call: BlockCall) -> Run | None:
+        policy, features, step = self.policy, self.features, forward.step
+        assert policy is not None and features is not None
+        if self.refused(step):
+            return None
+        stream = self.stream(step, _signature(call.arguments))
+        run = Run(step.step, stream, policy.span(step, call.block.count))
+        run.reason = self.reason(step, stream) or features.missing(run)
+        if isinstance(policy, AdaptivePolicy):
+            place = step.expert, step.frame_block
+            known = self._verdicts.get(place)
+            run.leads = step.branch == 0 or known is None or known[0] != step.step
+            if run.leads:
+                run.pending = run.reason is None
+                self._verdicts[place] = step.step, run.reason
+            elif run.reason is None and known is not None:
+                run.reason = known[1]
+        if not run.pending:
+            self.settle(run)
+        return run
+
+    def _look(self, run: Run, forward: Forward, feature: Tensor) -> None:
+        """Ask an adaptive policy about what it looks at."""
+        policy, stream = self.policy, run.stream
+        assert isinstance(policy, AdaptivePolicy)
+        if run.pending:
+            run.pending = False
+            if stream.seen is None:
+                run.reason = "nothing to compare with yet"
+            else:
+                self.host_reads += 1
+                change = (feature - stream.seen).abs().mean(dtype=torch.float32)
+                run.reason = policy.verdict(stream, float(change / stream.seen.abs().mean(dtype=torch.float32)))
+            self._verdicts[forward.step.expert, forward.step.frame_block] = run.step, run.reason
+            self.settle(run)
+        policy.keep(stream, feature, run.reason is not None)
+
+    # ------------------------------------------------------------------ one block
+    def __call__(self, call: BlockCall, proceed: Callable[[], Any]) -> Any:
+        forward, features = self.forward, self.features
+        if forward is None or features is None:
+            return proceed()
+        if not forward.cached:
+            forward.cached = True
+            forward.run = self._begin(forward, call)
+        run: Run | None = forward.run
+        if run is None or call.block.index in run.called:
+            return proceed()
+        first_call = not run.called
+        run.called.add(call.block.index)
+        looks = self.policy.looks_at if isinstance(self.policy, AdaptivePolicy) and run.leads and first_call else ""
+        if looks == "input":
+            assert self.modulated is not None
+            self._look(run, forward, self.modulated(call))
+        inside = run.span[0] <= call.block.index < run.span[1]
+        if inside and run.reason is None:
+            output = features.forecast(run, call)
+            if output is not None:
+                self.blocks_left_out += 1
+                return output
+        self.blocks_run += 1
+        if inside and run.reason is not None:
+            return features.compute(run, call, proceed)
+        before = call.inputs[0]
+        output = proceed()
+        if looks == "first block":
+            after = output if isinstance(output, Tensor) else output[0]
+            assert before is not None
+            self._look(run, forward, after - before)
+        return output
+
+    # ------------------------------------------------------------------ memory
+    def factors(self, run: Run, key: Hashable, like: Tensor, dtype: torch.dtype | None = None) -> Factors:
+        """The factors of one feature of the forward's stream; new ones at its first computed forward. ``dtype`` is that
+        of the residual stream where it may be another one than the feature's."""
+        found = run.stream.factors.get(key)
+        if found is None:
+            policy = self.policy
+            assert policy is not None
+            kept = budget.storage_dtype(policy, dtype or like.dtype)
+            found = Factors(like.shape, policy.degree, kept, like.device, policy.offload)
+            run.stream.factors[key] = found
+        return found
+
+    def weights(self, run: Run, factors: Factors) -> list[float]:
+        """Of the factors in this forward's forecast."""
+        assert self.policy is not None
+        return self.policy.weights(run.step - factors.step, factors.known)
+
+    def afford(self, run: Run, sizes: budget.Sizes, dtype: torch.dtype) -> None:
+        """Refuse a stream's first factors where they exceed the budget, before any is allocated."""
+        if run.stream.granted:
+            return
+        assert self.policy is not None
+        budget.check(self.policy, sizes, dtype, held=self.nbytes)
+        run.stream.granted = True
 
 
-def _own_forward(module: nn.Module) -> Callable[..., Output]:
-    return types.MethodType(type(module).forward, module)
+def _signature(arguments: dict[str, Any]) -> Hashable:
+    """What must not change between a computed step and its forecast."""
+    tensors = ((name, value) for name, value in arguments.items() if isinstance(value, Tensor))
+    return tuple((name, tuple(value.shape), value.dtype, value.device) for name, value in tensors)

@@ -1,33 +1,38 @@
-"""TaylorSeer: the output as a Taylor polynomial in the step index, from differences of computed outputs."""
+"""TaylorSeer: features as a Taylor polynomial in the step index, from differences of computed ones."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from . import checks
+from .base import CachePolicy
 
-from .base import CachePolicy, Stream
+if TYPE_CHECKING:
+    from ..context import StepContext
+
+MAX_ORDER = 4
+"""Most differences that the kernels take."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaylorSeer(CachePolicy):
-    """TaylorSeer (Liu et al., arXiv 2503.06923) on the output of the whole transformer.
+    """TaylorSeer (Liu et al., arXiv 2503.06923), at any granularity; the paper's is ``"module"``.
 
-    At a computed step s, d steps after the last computed one: F_0 is the output and F_{i+1} = (F_i new − F_i old) / d.
-    At a forecast step k steps later the output is Σ_i F_i · (damping · k)^i / i!. A forecast costs a few elementwise
-    operations; order + 1 fp32 copies of the output are kept per guidance branch.
+    At a computed step s, d steps after the last computed one: F_0 is the feature and F_{i+1} = (F_i new − F_i old) / d.
+    At a forecast step k steps later the feature is Σ_i F_i · (damping · k)^i / i!.
 
-    The paper caches every module of every block. One output per transformer needs orders of magnitude less memory, and
-    the last layers are all that differs.
+    Memory is (order + 1) copies of every feature per guidance branch. The paper keeps three or more per block; the
+    coarser granularities need orders of magnitude less.
 
     Knobs besides those of ``CachePolicy``:
-        order: degree of the polynomial, at least 0 (0 repeats the last computed output).
+        order: degree of the polynomial, 0 to 4 (0 repeats the last computed feature).
         damping: in [0, 1], shortens the forecast distance; 1 is the paper's formula. Differences are taken over past
-            steps while the output bends, so that a shorter step forward is the better guess (HiCache contracts its
+            steps while features bend, so that a shorter step forward is the better guess (HiCache contracts its
             basis for the same reason).
+        blocks: [first, end) of the blocks that ``"span"`` leaves out; negative ones count from the end, an end of None
+            is the last block. None: all.
 
     Raises:
         TypeError, ValueError: a bad knob.
@@ -37,36 +42,28 @@ class TaylorSeer(CachePolicy):
 
     order: int = 1
     damping: float = 0.5
+    blocks: tuple[int, int | None] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _integer("order", self.order)
-        _fraction("damping", self.damping)
+        checks.count("order", self.order, 0)
+        checks.number("order", self.order, 0, MAX_ORDER)
+        checks.number("damping", self.damping, 0, 1)
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", checks.block_range("blocks", self.blocks))
+            if self.granularity != "span":
+                raise ValueError(
+                    f"blocks is {self.blocks} but granularity is {self.granularity!r}; set granularity to 'span', or "
+                    "blocks to null"
+                )
 
-    def update(self, stream: Stream, step: int, output: Tensor) -> None:
-        distance = step - stream.step
-        found = [output.to(torch.float32, copy=True)]  # the caller may write to its output
-        for old in stream.factors[: self.order]:
-            found.append((found[-1] - old) / distance)
-        stream.step, stream.factors = step, found
+    def span(self, step: StepContext, blocks: int) -> tuple[int, int]:
+        return checks.resolved("blocks", self.blocks or (0, None), blocks)
 
-    def forecast(self, stream: Stream, step: int) -> Tensor:
-        reach = self.damping * (step - stream.step)
-        result = stream.factors[0].clone()
-        for i, factor in enumerate(stream.factors[1:], 1):
-            result.add_(factor, alpha=reach**i / math.factorial(i))
-        return result
+    @property
+    def degree(self) -> int:
+        return self.order
 
-
-def _integer(knob: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{knob} must be an integer of at least 0, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{knob} must be at least 0, got {value}")
-
-
-def _fraction(knob: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{knob} must be a number in [0, 1], got {value!r}")
-    if not 0 <= value <= 1:  # also false for NaN
-        raise ValueError(f"{knob} must be in [0, 1], got {value}")
+    def weights(self, distance: int, known: int) -> list[float]:
+        reach = self.damping * distance
+        return [reach**i / math.factorial(i) for i in range(known)]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from vdit_fast.models.allegro_block import ALLEGRO_BLOCKS
+from vdit_fast.models.allegro_block import ALLEGRO_BLOCKS, ALLEGRO_MODULES
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_heads
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
@@ -79,6 +79,7 @@ class AllegroAdapter(ModelAdapter):
     family = "allegro"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"AllegroAttnProcessor2_0": AllegroProcessor}
     blocks = ALLEGRO_BLOCKS
+    block_modules = ALLEGRO_MODULES
     block_lists = ("transformer_blocks",)
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:

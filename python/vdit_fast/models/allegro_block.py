@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 
-__all__ = ["ALLEGRO_BLOCKS"]
+__all__ = ["ALLEGRO_BLOCKS", "ALLEGRO_MODULES"]
 
 
 def _affine(norm: Any) -> dict[str, Any]:
@@ -53,3 +55,29 @@ def _block() -> BlockForward:
 
 
 ALLEGRO_BLOCKS: dict[str, BlockForward] = {"AllegroTransformerBlock": _block()}
+
+
+class _Modules:
+    """Self-attention and feed-forward under gates, cross-attention, where there is any, without one."""
+
+    hooked = ("attn1", "attn2", "ff")
+
+    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
+        return {name: (0,) for name in self.hooked if getattr(block, name) is not None}
+
+    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
+        return {name: outputs[name][0] for name in self.parts(block)}
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        rows = block.scale_shift_table + arguments["temb"].unflatten(-1, (6, -1)).flatten(0, -3)
+        normed: Tensor = block.norm1(arguments["hidden_states"])
+        return normed * (1 + rows[:, None, 1]) + rows[:, None, 0]
+
+    def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> Tensor:
+        x, temb = arguments["hidden_states"], arguments["temb"]
+        both = list(zip(block.scale_shift_table.unbind(0), temb.reshape(x.shape[0], 6, -1).unbind(1), strict=True))
+        gates = {"attn1": both[2], "attn2": None, "ff": both[5]}
+        return forecast.add(x, {name: gates[name] for name in self.parts(block)})
+
+
+ALLEGRO_MODULES: dict[str, BlockModules] = {"AllegroTransformerBlock": _Modules()}

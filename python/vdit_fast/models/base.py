@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from vdit_fast.models.block_modules import BlockModules
 from vdit_fast.models.fusion import BlockForward
 from vdit_fast.models.geometry import Volume
 from vdit_fast.models.rotary import served_tables
@@ -226,6 +227,9 @@ class ModelAdapter:
     than the next block follows a block."""
     block_streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")
     """The arguments that blocks change, in the order of what they return."""
+
+    block_modules: ClassVar[Mapping[str, BlockModules]] = {}
+    """Block class name -> which of its sub-modules a cache keeps, and how their outputs enter the residual streams."""
 
     left_alone: ClassVar[dict[str, str]] = {}
     """Class name of a stock processor that must stay -> why, for the report."""

@@ -13,7 +13,7 @@ from vdit_fast.models.base import (
     patch_grid,
     split_heads,
 )
-from vdit_fast.models.cogvideox_block import COGVIDEOX_BLOCKS
+from vdit_fast.models.cogvideox_block import COGVIDEOX_BLOCKS, COGVIDEOX_MODULES
 from vdit_fast.models.joint import join
 from vdit_fast.models.qk import pair_rotary, turned_heads
 from vdit_fast.models.registry import register
@@ -57,6 +57,7 @@ class CogVideoXAdapter(ModelAdapter):
     family = "cogvideox"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"CogVideoXAttnProcessor2_0": CogVideoXProcessor}
     blocks = COGVIDEOX_BLOCKS
+    block_modules = COGVIDEOX_MODULES
     block_lists = ("transformer_blocks",)
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:

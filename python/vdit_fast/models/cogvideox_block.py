@@ -6,17 +6,19 @@ buffer [text, video] with a table of two rows, so that nothing is concatenated.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.models.joint import join
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 from vdit_fast.reference.adaln import Rounding
 
-__all__ = ["COGVIDEOX_BLOCKS"]
+__all__ = ["COGVIDEOX_BLOCKS", "COGVIDEOX_MODULES"]
 
 
 def _tables(norm: Any, temb: Tensor) -> tuple[Tensor, ...]:
@@ -88,3 +90,32 @@ def _consisid() -> BlockForward:
 
 
 COGVIDEOX_BLOCKS: dict[str, BlockForward] = {"CogVideoXBlock": _cogvideox(), "ConsisIDBlock": _consisid()}
+
+
+class _Modules:
+    """Attention and feed-forward over [text, video], with gates of their own for text and video."""
+
+    hooked = ("attn1", "ff")
+
+    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(self.hooked, (1, 0))
+
+    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
+        y, text_y = outputs["attn1"][0]
+        return {"attn1": join(text_y, y), "ff": outputs["ff"][0]}
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        streams = arguments["hidden_states"], arguments["encoder_hidden_states"]
+        normed: Tensor = block.norm1(*streams, arguments["temb"])[0]
+        return normed
+
+    def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> tuple[Tensor, Tensor]:
+        x, text, temb = arguments["hidden_states"], arguments["encoder_hidden_states"], arguments["temb"]
+        both, length = join(text, x), text.shape[1]
+        index = (torch.arange(both.shape[1], device=x.device) >= length).to(torch.int32)
+        gate, mlp_gate = _tables(block.norm1, temb)[2], _tables(block.norm2, temb)[2]
+        both = forecast.add(both, {"attn1": gate, "ff": mlp_gate}, index)
+        return both[:, length:], both[:, :length]
+
+
+COGVIDEOX_MODULES: dict[str, BlockModules] = {"CogVideoXBlock": _Modules(), "ConsisIDBlock": _Modules()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_heads
-from vdit_fast.models.cosmos_block import COSMOS_BLOCKS
+from vdit_fast.models.cosmos_block import COSMOS_BLOCKS, COSMOS_MODULES
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
@@ -67,6 +67,7 @@ class CosmosAdapter(ModelAdapter):
         "CosmosAttnProcessor2_5": CosmosProcessor,  # found only where skip_reason says no
     }
     blocks = COSMOS_BLOCKS
+    block_modules = COSMOS_MODULES
     block_lists = ("transformer_blocks",)
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 
-__all__ = ["COSMOS_BLOCKS"]
+__all__ = ["COSMOS_BLOCKS", "COSMOS_MODULES"]
 
 
 def _modulation(norm: Any, embedded: Tensor, temb: Tensor | None) -> tuple[Tensor, ...]:
@@ -61,3 +63,33 @@ def _block() -> BlockForward:
 
 
 COSMOS_BLOCKS: dict[str, BlockForward] = {"CosmosTransformerBlock": _block()}
+
+
+class _Modules:
+    """Attention, cross-attention and feed-forward under gates."""
+
+    hooked = ("attn1", "attn2", "ff")
+
+    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(self.hooked, (0,))
+
+    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
+        return {name: outputs[name][0] for name in self.hooked}
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        x, extra = arguments["hidden_states"], arguments.get("extra_pos_emb")
+        x = x if extra is None else x + extra
+        normed: Tensor = block.norm1(x, arguments["embedded_timestep"], arguments.get("temb"))[0]
+        return normed
+
+    def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> Tensor:
+        x, extra, control = (arguments.get(n) for n in ("hidden_states", "extra_pos_emb", "controlnet_residual"))
+        assert x is not None
+        norms = zip(self.hooked, (block.norm1, block.norm2, block.norm3), strict=True)
+        embedded, temb = arguments["embedded_timestep"], arguments.get("temb")
+        gates = {name: _modulation(norm, embedded, temb)[2] for name, norm in norms}
+        x = forecast.add(x if extra is None else x + extra, gates)
+        return x if control is None else x + control
+
+
+COSMOS_MODULES: dict[str, BlockModules] = {"CosmosTransformerBlock": _Modules()}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_added_heads, split_heads
-from vdit_fast.models.easyanimate_block import EASYANIMATE_BLOCKS
+from vdit_fast.models.easyanimate_block import EASYANIMATE_BLOCKS, EASYANIMATE_MODULES
 from vdit_fast.models.joint import join
 from vdit_fast.models.qk import joint_heads, pair_rotary, turned_heads
 from vdit_fast.models.registry import register
@@ -64,6 +64,7 @@ class EasyAnimateAdapter(ModelAdapter):
     family = "easyanimate"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"EasyAnimateAttnProcessor2_0": EasyAnimateProcessor}
     blocks = EASYANIMATE_BLOCKS
+    block_modules = EASYANIMATE_MODULES
     block_lists = ("transformer_blocks",)
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:

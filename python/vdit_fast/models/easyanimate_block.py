@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 
-__all__ = ["EASYANIMATE_BLOCKS"]
+__all__ = ["EASYANIMATE_BLOCKS", "EASYANIMATE_MODULES"]
 
 
 def _modulation(norm: Any, temb: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -67,3 +69,35 @@ def _block() -> BlockForward:
 
 
 EASYANIMATE_BLOCKS: dict[str, BlockForward] = {"EasyAnimateTransformerBlock": _block()}
+
+
+class _Modules:
+    """Joint attention and feed-forward under gates; where a norm follows the feed-forward, its result is kept."""
+
+    hooked = ("attn1", "ff", "txt_ff")
+
+    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
+        return {"attn1": (0,), "ff": (0,), "attn1_text": (1,), "ff_text": (1,)}
+
+    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
+        video, text = outputs["attn1"][0]
+        mlp, text_mlp = outputs["ff"][0], outputs["ff"][1] if block.txt_ff is None else outputs["txt_ff"][0]
+        if block.norm3 is not None:
+            mlp, text_mlp = block.norm3(mlp), block.norm3(text_mlp)
+        return {"attn1": video, "ff": mlp, "attn1_text": text, "ff_text": text_mlp}
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        streams = arguments["hidden_states"], arguments["encoder_hidden_states"]
+        normed: Tensor = block.norm1(*streams, arguments["temb"])[0]
+        return normed
+
+    def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> tuple[Tensor, Tensor]:
+        first, text_first = _modulation(block.norm1, arguments["temb"])
+        second, text_second = _modulation(block.norm2, arguments["temb"])
+        return (
+            forecast.add(arguments["hidden_states"], {"attn1": first[2], "ff": second[2]}),
+            forecast.add(arguments["encoder_hidden_states"], {"attn1_text": text_first[2], "ff_text": text_second[2]}),
+        )
+
+
+EASYANIMATE_MODULES: dict[str, BlockModules] = {"EasyAnimateTransformerBlock": _Modules()}

@@ -32,7 +32,9 @@ class Forward:
     mask: weakref.ref[Tensor] | None = None
     """The attention mask that was found to say what the geometry says."""
     cached: bool = False
-    """Whether the cache policy's wrapper has seen it: a wrapper acts once per forward."""
+    """Whether the feature cache has seen it: it acts once per forward."""
+    run: Any = None
+    """What the feature cache does with it, where it stands around blocks."""
     decisions: dict[int, tuple[Decision, Tensor | None]] = field(default_factory=dict)
     """Decisions by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
     tables: dict[Any, tuple[Tensor, Tensor] | None] = field(default_factory=dict)

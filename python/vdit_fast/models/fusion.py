@@ -20,6 +20,7 @@ from vdit_fast.models.kernels import missing_fused_kernel, under_autocast
 from vdit_fast.reference.adaln import Rounding
 
 if TYPE_CHECKING:
+    from vdit_fast.models.forward import Forward
     from vdit_fast.models.session import Session
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "attach",
     "detach",
     "distinct_rows",
+    "distinct_rows_of",
     "fused_rounding",
     "is_plain",
     "rounding_for",
@@ -208,10 +210,14 @@ def distinct_rows(block: Any, temb: Tensor, rows_dim: int) -> tuple[Tensor, Tens
     Returns:
         ``temb`` and None, or ``[1, K, 6, D]`` (``[1, 6, K, D]``) and int32 ``[B, N]``.
     """
+    return distinct_rows_of(getattr(block, LINK).session.forward, temb, rows_dim)
+
+
+def distinct_rows_of(forward: Forward | None, temb: Tensor, rows_dim: int) -> tuple[Tensor, Tensor | None]:
+    """``distinct_rows`` in a forward of the transformer."""
     if temb.ndim == 3 or torch.compiler.is_compiling():
         return temb, None
     tokens = 1 if rows_dim == -2 else 2
-    forward = getattr(block, LINK).session.forward
     found = forward.distinct(temb.shape[0], temb.shape[tokens]) if forward is not None else None
     if found is None:
         return temb, None

@@ -22,7 +22,7 @@ from vdit_fast.models.base import (
     split_added_heads,
     split_heads,
 )
-from vdit_fast.models.hunyuan_video_block import HUNYUAN_BLOCKS
+from vdit_fast.models.hunyuan_video_block import HUNYUAN_BLOCKS, HUNYUAN_MODULES
 from vdit_fast.models.joint import join
 from vdit_fast.models.qk import joint_heads, pair_rotary, turned_heads
 from vdit_fast.models.registry import register
@@ -98,6 +98,7 @@ class HunyuanVideoAdapter(ModelAdapter):
     family = "hunyuan_video"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"HunyuanVideoAttnProcessor2_0": HunyuanVideoProcessor}
     blocks = HUNYUAN_BLOCKS
+    block_modules = HUNYUAN_MODULES
     block_lists = ("transformer_blocks", "single_transformer_blocks")
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:

@@ -20,7 +20,7 @@ from vdit_fast.models.base import (
     split_added_heads,
     split_heads,
 )
-from vdit_fast.models.hunyuan_video_block import HUNYUAN_BLOCKS
+from vdit_fast.models.hunyuan_video_block import HUNYUAN_BLOCKS, HUNYUAN_MODULES
 from vdit_fast.models.qk import joint_heads, pair_rotary
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
@@ -74,6 +74,7 @@ class HunyuanVideo15Adapter(ModelAdapter):
     family = "hunyuan_video15"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"HunyuanVideo15AttnProcessor2_0": HunyuanVideo15Processor}
     blocks = HUNYUAN_BLOCKS
+    block_modules = HUNYUAN_MODULES
     block_lists = ("transformer_blocks",)
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:

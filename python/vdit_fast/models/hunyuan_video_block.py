@@ -5,17 +5,19 @@ Token replacement (I2V) keeps the first frame at timestep 0: the modulation is t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.models.joint import join
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 from vdit_fast.reference.adaln import Rounding
 
-__all__ = ["HUNYUAN_BLOCKS"]
+__all__ = ["HUNYUAN_BLOCKS", "HUNYUAN_MODULES"]
 
 
 _DUAL = ("AdaLayerNormZero", "HunyuanVideoTokenReplaceAdaLayerNormZero", "LayerNorm")
@@ -166,4 +168,73 @@ HUNYUAN_BLOCKS: dict[str, BlockForward] = {
     "HunyuanVideoTokenReplaceTransformerBlock": _replacing_dual(),
     "HunyuanVideoTokenReplaceSingleTransformerBlock": _replacing_single(),
     "HunyuanVideo15TransformerBlock": _dual(),
+}
+
+
+def _modulated(norm: Any, x: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    replaced = arguments.get("token_replace_emb")
+    shift, scale = _modulation(norm, arguments["temb"], replaced)[:2]
+    index = _index(x, arguments["num_tokens"]) if replaced is not None else None
+    shift, scale = (row[:, None] if index is None else row[:, index] for row in (shift, scale))
+    return torch.addcmul(shift, norm.norm(x), 1 + scale)
+
+
+class _DualModules:
+    """Joint attention and two feed-forwards, all under gates."""
+
+    hooked = ("attn", "ff", "ff_context")
+
+    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
+        return {"attn": (0,), "ff": (0,), "attn_context": (1,), "ff_context": (1,)}
+
+    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
+        video, text = outputs["attn"][0][:2]
+        return {
+            "attn": video, "ff": outputs["ff"][0], "attn_context": text, "ff_context": outputs["ff_context"][0],
+        }  # fmt: skip
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        return _modulated(block.norm1, arguments["hidden_states"], arguments)
+
+    def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> tuple[Tensor, Tensor]:
+        x, text, temb = arguments["hidden_states"], arguments["encoder_hidden_states"], arguments["temb"]
+        replaced = arguments.get("token_replace_emb")
+        rows, text_rows = _modulation(block.norm1, temb, replaced), _modulation(block.norm1_context, temb)
+        index = _index(x, arguments["num_tokens"]) if replaced is not None else None
+        return (
+            forecast.add(x, {"attn": rows[2], "ff": rows[5]}, index),
+            forecast.add(text, {"attn_context": text_rows[2], "ff_context": text_rows[5]}),
+        )
+
+
+class _SingleModules:
+    """Attention and feed-forward side by side, under one projection and one gate, over both streams at once."""
+
+    hooked = ("proj_out",)
+
+    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
+        return {"proj_out": (0, 1)}
+
+    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
+        return {"proj_out": outputs["proj_out"][0]}
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        return _modulated(block.norm, arguments["hidden_states"], arguments)
+
+    def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> tuple[Tensor, Tensor]:
+        x, text, replaced = (arguments.get(n) for n in ("hidden_states", "encoder_hidden_states", "token_replace_emb"))
+        assert x is not None and text is not None
+        _, _, gate = _modulation(block.norm, arguments["temb"], replaced)
+        both = join(x, text)
+        index = _index(both, arguments["num_tokens"]) if replaced is not None else None
+        both = forecast.add(both, {"proj_out": gate}, index)
+        return both[:, : x.shape[1]], both[:, x.shape[1] :]
+
+
+HUNYUAN_MODULES: dict[str, BlockModules] = {
+    "HunyuanVideoTransformerBlock": _DualModules(),
+    "HunyuanVideoSingleTransformerBlock": _SingleModules(),
+    "HunyuanVideoTokenReplaceTransformerBlock": _DualModules(),
+    "HunyuanVideoTokenReplaceSingleTransformerBlock": _SingleModules(),
+    "HunyuanVideo15TransformerBlock": _DualModules(),
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor
+from vdit_fast.models.ltx2_block import LTX2_MODULES
 from vdit_fast.models.qk import rotate_pairs
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
@@ -130,6 +131,7 @@ class LTX2Adapter(ModelAdapter):
         "LTX2AudioVideoAttnProcessor": LTX2Processor,
         "LTX2PerturbedAttnProcessor": LTX2PerturbedProcessor,
     }
+    block_modules = LTX2_MODULES
     block_lists = ("transformer_blocks",)
     block_streams = ("hidden_states", "audio_hidden_states")
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, split_heads
-from vdit_fast.models.ltx_video_block import LTX_BLOCKS
+from vdit_fast.models.ltx_video_block import LTX_BLOCKS, LTX_MODULES
 from vdit_fast.models.qk import Rotary, rotate_pairs, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
@@ -55,6 +55,7 @@ class LTXVideoAdapter(ModelAdapter):
     family = "ltx_video"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"LTXVideoAttnProcessor": LTXVideoProcessor}
     blocks = LTX_BLOCKS
+    block_modules = LTX_MODULES
     block_lists = ("transformer_blocks",)
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:

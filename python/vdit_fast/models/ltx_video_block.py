@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, distinct_rows, fused_rounding, stock_forward
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 
-__all__ = ["LTX_BLOCKS"]
+__all__ = ["LTX_BLOCKS", "LTX_MODULES"]
 
 
 def _rms(norm: Any) -> dict[str, Any]:
@@ -53,3 +55,32 @@ def _block() -> BlockForward:
 
 
 LTX_BLOCKS: dict[str, BlockForward] = {"LTXVideoTransformerBlock": _block()}
+
+
+class _Modules:
+    """Self-attention and feed-forward under gates, cross-attention without one."""
+
+    hooked = ("attn1", "attn2", "ff")
+
+    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(self.hooked, (0,))
+
+    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
+        return {name: outputs[name][0] for name in self.hooked}
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        rows = arguments["temb"].unflatten(-1, (6, -1))
+        shift, scale = block.scale_shift_table[0] + rows[:, :, 0], block.scale_shift_table[1] + rows[:, :, 1]
+        normed: Tensor = block.norm1(arguments["hidden_states"])
+        return normed * (1 + scale) + shift
+
+    def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> Tensor:
+        temb, index = arguments["temb"], None
+        rows = temb.reshape(temb.shape[0], temb.shape[1], 6, -1)
+        if rows.shape[1] > 1:
+            rows, index = forecast.distinct(rows, -2)
+        both = list(zip(block.scale_shift_table.unbind(0), rows.unbind(2), strict=True))
+        return forecast.add(arguments["hidden_states"], {"attn1": both[2], "attn2": None, "ff": both[5]}, index)
+
+
+LTX_MODULES: dict[str, BlockModules] = {"LTXVideoTransformerBlock": _Modules()}

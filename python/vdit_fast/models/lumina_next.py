@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, is_prefix_mask, patch_grid
+from vdit_fast.models.lumina_next_block import LUMINA_NEXT_MODULES
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -81,6 +82,7 @@ class LuminaNextProcessor(ServedProcessor):
 class LuminaNextAdapter(ModelAdapter):
     family = "lumina_next"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"LuminaAttnProcessor2_0": LuminaNextProcessor}
+    block_modules = LUMINA_NEXT_MODULES
     block_lists = ("layers",)
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:

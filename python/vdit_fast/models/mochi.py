@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_added_heads, split_heads
-from vdit_fast.models.mochi_block import MOCHI_BLOCKS
+from vdit_fast.models.mochi_block import MOCHI_BLOCKS, MOCHI_MODULES
 from vdit_fast.models.qk import Rotary, joint_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
@@ -81,6 +81,7 @@ class MochiAdapter(ModelAdapter):
     family = "mochi"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"MochiAttnProcessor2_0": MochiProcessor}
     blocks = MOCHI_BLOCKS
+    block_modules = MOCHI_MODULES
     block_lists = ("transformer_blocks",)
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 
-__all__ = ["MOCHI_BLOCKS"]
+__all__ = ["MOCHI_BLOCKS", "MOCHI_MODULES"]
 
 
 def _modulation(norm: Any, temb: Tensor) -> tuple[Tensor, ...]:
@@ -94,3 +96,38 @@ def _block() -> BlockForward:
 
 
 MOCHI_BLOCKS: dict[str, BlockForward] = {"MochiTransformerBlock": _block()}
+
+
+class _Modules:
+    """Joint attention and feed-forward, whose normed results are kept: tanh gates multiply them. The last block leaves
+    the text as it is."""
+
+    hooked = ("attn1", "ff", "ff_context")
+
+    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
+        text = {} if block.context_pre_only else {"attn1_context": (1,), "ff_context": (1,)}
+        return {"attn1": (0,), "ff": (0,), **text}
+
+    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
+        video, text = outputs["attn1"][0]
+        found = {"attn1": block.norm2(video), "ff": block.norm4(outputs["ff"][0])}
+        if not block.context_pre_only:
+            found["attn1_context"] = block.norm2_context(text)
+            found["ff_context"] = block.norm4_context(outputs["ff_context"][0])
+        return found
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        normed: Tensor = block.norm1(arguments["hidden_states"], arguments["temb"])[0]
+        return normed
+
+    def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> tuple[Tensor, Tensor]:
+        x, text, temb = arguments["hidden_states"], arguments["encoder_hidden_states"], arguments["temb"]
+        _, gate, _, mlp_gate = (torch.tanh(row) for row in _modulation(block.norm1, temb))
+        x = forecast.add(x, {"attn1": gate, "ff": mlp_gate})
+        if not block.context_pre_only:
+            _, gate, _, mlp_gate = (torch.tanh(row) for row in _modulation(block.norm1_context, temb))
+            text = forecast.add(text, {"attn1_context": gate, "ff_context": mlp_gate})
+        return x, text
+
+
+MOCHI_MODULES: dict[str, BlockModules] = {"MochiTransformerBlock": _Modules()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vdit_fast.caching.engine import OutputCache
+from vdit_fast.caching.engine import FeatureCache
 from vdit_fast.config import Config
 from vdit_fast.context import LayerContext
 from vdit_fast.models.block_causal import block_causal_plan, is_block_causal
@@ -112,7 +112,7 @@ class Session:
         self.unfused: Counter[str] = Counter()
         self.state: dict[Any, Any] = {}
         self.static: dict[Any, Any] = {}
-        self.cache = OutputCache()
+        self.cache = FeatureCache(config.cache, config.attention)
         self.around: dict[str, Around] = {}
         self.around_attention: dict[str, Around] = {}
         self.hooks = Hooks()
@@ -146,7 +146,8 @@ class Session:
         for layer in self.layers:
             new.add_layer(layer.name, layer.always_dense)
         new.fused, new.left = dict(self.fused), self.left.copy()
-        new.around = {layer: item.fresh() for layer, item in self.around.items()}
+        new.cache = self.cache.fresh()
+        new.around = {name: new.cache if item is self.cache else item.fresh() for name, item in self.around.items()}
         new.around_attention = {layer: item.fresh() for layer, item in self.around_attention.items()}
         new.hooks = self.hooks.fresh()
         if self.text is not None:
@@ -165,7 +166,7 @@ class Session:
             self._generation = step.generation
             if len(self.static) > max(STATIC_ENTRIES, STATIC_PER_LAYER * len(self.layers)):
                 self.static.clear()
-        self.forward = Forward(geometry, step, timestep)
+        self.forward = self.cache.forward = Forward(geometry, step, timestep)
         self.forwards += 1
         self.steps.add((step.generation, step.step))
 
@@ -188,7 +189,7 @@ class Session:
         self.unfused.clear()
         self.state.clear()
         self.static.clear()
-        self.cache = OutputCache()
+        self.cache = FeatureCache(config.cache, config.attention)
         self.repositioned.clear()
         self._told.clear()
 

@@ -17,7 +17,7 @@ from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
-from vdit_fast.models.wan_block import WAN_BLOCKS
+from vdit_fast.models.wan_block import WAN_BLOCKS, WAN_MODULES
 
 __all__ = ["WanAdapter", "WanProcessor", "rotate", "wan_rotary"]
 
@@ -78,6 +78,7 @@ class WanAdapter(ModelAdapter):
         "WanAttnProcessor2_0": WanProcessor,
     }
     blocks = WAN_BLOCKS
+    block_modules = WAN_MODULES
     block_lists = ("blocks",)
 
     left_alone: ClassVar[dict[str, str]] = {

@@ -6,14 +6,17 @@ Wan keeps the residual stream in the model's dtype and everything between in fp3
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, distinct_rows, fused_rounding, stock_forward
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 
-__all__ = ["WAN_BLOCKS"]
+__all__ = ["WAN_BLOCKS", "WAN_MODULES"]
 
 
 def _tables(block: Any, rows: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
@@ -99,4 +102,41 @@ WAN_BLOCKS: dict[str, BlockForward] = {
     "WanTransformerBlock": _wan(),
     "SkyReelsV2TransformerBlock": _skyreels(),
     "WanVACETransformerBlock": _vace(),
+}
+
+
+def _row(pair: tuple[Tensor, Tensor]) -> Tensor:
+    """[B, D] or [B, N, D] as it multiplies tokens."""
+    rows = pair[0] + pair[1]
+    return rows.unsqueeze(1) if rows.ndim == 2 else rows
+
+
+class _Modules:
+    """Self-attention and feed-forward under gates, cross-attention without one."""
+
+    hooked = ("attn1", "attn2", "ffn")
+
+    def __init__(self, rows_dim: int) -> None:
+        self._rows_dim = rows_dim  # along which the six rows of the timestep lie
+
+    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(self.hooked, (0,))
+
+    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
+        return {name: outputs[name][0] for name in self.hooked}
+
+    def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
+        shift, scale = _tables(block, arguments["temb"].unbind(self._rows_dim))[:2]
+        x = block.norm1(arguments["hidden_states"].float())
+        return torch.addcmul(_row(shift), x, 1 + _row(scale))
+
+    def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> Tensor:
+        temb, index = forecast.distinct(arguments["temb"], self._rows_dim)
+        _, _, gate, _, _, mlp_gate = _tables(block, temb.unbind(self._rows_dim))
+        return forecast.add(arguments["hidden_states"], {"attn1": gate, "attn2": None, "ffn": mlp_gate}, index)
+
+
+WAN_MODULES: dict[str, BlockModules] = {
+    "WanTransformerBlock": _Modules(-2),
+    "SkyReelsV2TransformerBlock": _Modules(1),
 }

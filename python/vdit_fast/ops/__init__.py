@@ -4,6 +4,7 @@ from .adaln import adaln_modulate, gate_residual, gate_residual_norm
 from .attention import attention
 from .block_mass import block_mass, score_lse, softmax_mass
 from .block_mean import block_mean
+from .cache import factor_update, forecast, forecast_gate_add, taylor_weights
 from .clusters import counting_sort, kmeans, kmeans_assign, permute_tokens
 from .compile_blocks import compile_blocks
 from .gated_attention import gated_attention
@@ -20,6 +21,9 @@ __all__ = [
     "block_mean",
     "compile_blocks",
     "counting_sort",
+    "factor_update",
+    "forecast",
+    "forecast_gate_add",
     "gate_residual",
     "gate_residual_norm",
     "gated_attention",
@@ -34,4 +38,5 @@ __all__ = [
     "select_top_p",
     "short_attention",
     "softmax_mass",
+    "taylor_weights",
 ]

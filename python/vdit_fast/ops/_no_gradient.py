@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,14 +23,23 @@ def has_tangent(*tensors: Any) -> bool:
     operators from libraries without a word."""
     if forward_ad._current_level < 0:
         return False
-    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in _flat(tensors))
 
 
 def needs_gradient(*tensors: Any) -> bool:
-    """Whether autograd must see what becomes of these, backwards or forwards; None and the like do not count."""
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+    """Whether autograd must see what becomes of these, backwards or forwards; lists are looked into, None and the like
+    do not count."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in _flat(tensors)):
         return True
     return has_tangent(*tensors)
+
+
+def _flat(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    for one in arguments:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, (list, tuple)):
+            yield from _flat(one)
 
 
 def refuse_tangents(name: str, *tensors: Any) -> None:

@@ -117,6 +117,18 @@ class AdaSpa(Planner):
             return sum(1.0 - step.sigma >= part - SIGMA_SLACK for part in self.search)
         return None
 
+    def observes(self, step: StepContext) -> str | None:
+        return "adaspa searches in this step" if step.step >= 0 and step.step in self._searches(step) else None
+
+    def _searches(self, step: StepContext) -> set[int]:
+        """The steps in which searches happen where every step is computed; none where fractions have no schedule."""
+        total, dense = step.num_steps, self.dense_steps
+        if total is None and (isinstance(dense, float) or isinstance(self.search[0], float)):
+            return set()
+        places = [part if isinstance(part, int) else math.floor(part * (total or 0) + 1e-9) for part in self.search]
+        first = dense if isinstance(dense, int) else math.floor(dense * (total or 0) + 1e-9)
+        return {max(place, first) for place in places}
+
     # ------------------------------------------------------------------ one call
     @torch.no_grad()
     def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:

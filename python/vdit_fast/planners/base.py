@@ -15,7 +15,7 @@ from .. import methods
 from . import _checks
 
 if TYPE_CHECKING:
-    from ..context import LayerContext
+    from ..context import LayerContext, StepContext
     from ..plan import AttentionPlan
 
 REGISTRY: dict[str, type[Planner]] = {}
@@ -162,6 +162,11 @@ class Planner:
     def _dense_size(self, ctx: LayerContext) -> str | None:
         tokens = ctx.n_video + ctx.text
         return f"{tokens:,} tokens < min_tokens {self.min_tokens:,}" if tokens < self.min_tokens else None
+
+    def observes(self, step: StepContext) -> str | None:
+        """Why the calls of this step must happen, or None: later ones rely on what they see. Feature caches compute
+        such steps. The answer depends on the step and the knobs alone."""
+        return None
 
     # ------------------------------------------------------------------ planning
     def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:

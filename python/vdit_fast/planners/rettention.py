@@ -17,7 +17,7 @@ from ._tokens import TEXT_BLOCK, cut
 from .base import Decision, Planner
 
 if TYPE_CHECKING:
-    from ..context import LayerContext
+    from ..context import LayerContext, StepContext
     from ..plan import AttentionPlan
 
 TILE_ROWS = 128
@@ -91,6 +91,14 @@ class Rettention(Planner):
     def decide(self, ctx: LayerContext) -> str | None:
         reason = super().decide(ctx)
         return reason or ("the denoising step is unknown" if ctx.step.step < 0 else None)
+
+    def observes(self, step: StepContext) -> str | None:
+        dense, total = self.dense_steps, step.num_steps
+        if step.step < 0 or (isinstance(dense, float) and dense and total is None):
+            return None
+        first = dense if isinstance(dense, int) else math.floor(dense * (total or 0) + 1e-9)
+        due = step.step >= first and (step.step - first) % self.interval == 0
+        return "rettention measures in this step" if due else None
 
     @torch.no_grad()
     def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:

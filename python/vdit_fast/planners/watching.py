@@ -10,7 +10,7 @@ from torch import Tensor
 from .base import Planner
 
 if TYPE_CHECKING:
-    from ..context import LayerContext
+    from ..context import LayerContext, StepContext
     from ..plan import AttentionPlan
 
 
@@ -31,6 +31,9 @@ class Watching(Planner):
 
     def decide(self, ctx: LayerContext) -> str | None:
         return self.inner.decide(ctx)
+
+    def observes(self, step: StepContext) -> str | None:
+        return self.inner.observes(step)
 
     def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
         return self.inner.plan(q, k, ctx)

@@ -4,6 +4,7 @@ from .adaln import adaln_modulate, gate_residual, gate_residual_norm
 from .attention import attention
 from .block_mass import block_mass, score_lse, softmax_mass
 from .block_mean import block_mean
+from .cache import factor_update, forecast, forecast_gate_add
 from .clusters import counting_sort, kmeans_assign, permute_tokens
 from .merge import merge
 from .qk_norm_rope import qk_norm_rope
@@ -16,6 +17,9 @@ __all__ = [
     "block_mass",
     "block_mean",
     "counting_sort",
+    "factor_update",
+    "forecast",
+    "forecast_gate_add",
     "gate_residual",
     "gate_residual_norm",
     "kmeans_assign",

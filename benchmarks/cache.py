@@ -1,0 +1,207 @@
+"""The feature cache's kernels on a CPU, beside the same expressions in torch, eager and compiled.
+
+    python -m benchmarks.cache --out benchmarks/results/cpu
+
+All contenders run in turn in one process, so that a slow spell of the machine hits all alike; ratios are medians of the
+rounds' own ratios, with their minimum and maximum. One thread: its CPU time. Two: the time that passes. Every tensor is
+larger than the last-level cache, or larger together. Bytes: what must be moved, what eager's operators read and write,
+and what inductor counts for the code it makes; a store's read for ownership counts nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.traffic import Counter
+from torch import Tensor
+from torch._inductor import metrics
+
+from vdit_fast import ops, report
+from vdit_fast.ops import taylor_weights
+
+Call = Callable[[], Any]
+OWN, TORCH, COMPILED = "vdit_fast", "torch", "torch.compile"
+WEIGHTS = taylor_weights(2, known=2, damping=0.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call at one size: ``kind`` names a function below; order of the factors; rows and width."""
+
+    kind: str
+    order: int
+    rows: int = 4096
+    width: int = 5120
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, order {self.order}"
+
+
+CASES = [
+    Case("update", 0),
+    Case("update", 1),
+    Case("update", 2),
+    Case("offset", 0),
+    Case("add", 0),
+    Case("forecast", 1),
+    Case("gate_add", 1),
+    Case("gate_add in place", 1),
+    Case("three modules", 1),
+    Case("three modules in place", 1),
+]
+NAMED = {case.name: case for case in CASES}
+
+
+def update(factors: Tensor, output: Tensor) -> Tensor:
+    new = [output.float()]
+    for old in factors[:-1]:
+        new.append((new[-1] - old.float()) / 5.0)
+    for factor, value in zip(factors, new, strict=True):
+        factor.copy_(value)
+    return factors
+
+
+def offset(factors: Tensor, output: Tensor, before: Tensor) -> Tensor:
+    factors[0].copy_(output - before)
+    return factors
+
+
+def add(x: Tensor, factors: Tensor) -> Tensor:
+    return x + factors[0]
+
+
+def forecast(factors: Tensor) -> Tensor:
+    return sum((w * f.float() for w, f in zip(WEIGHTS, factors, strict=False)), 0.0).to(factors.dtype)
+
+
+def gate_add(x: Tensor, factors: list[Tensor], gates: list[Tensor | None]) -> Tensor:
+    """Wan's residuals: the sum in fp32, rounded after every module."""
+    for one, gate in zip(factors, gates, strict=True):
+        branch = forecast(one)
+        x = x + branch if gate is None else (x.float() + branch * gate).type_as(x)
+    return x
+
+
+def gate_add_in_place(x: Tensor, factors: list[Tensor], gates: list[Tensor | None]) -> Tensor:
+    return x.copy_(gate_add(x, factors, gates))
+
+
+def contenders(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[int, dict[str, Call]]:
+    """Bytes that must be moved, and the calls by name."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, case.rows, case.width, device=device).to(dtype)
+
+    def three(own: Callable[..., Any], function: Callable[..., Any], changed: Tensor, *rest: Any) -> dict[str, Call]:
+        """Every contender has its own copy of what the calls may change, and returns it or the result."""
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        runs = {OWN: own, TORCH: function, COMPILED: compiled}
+        return {name: partial(run, changed.clone(), *rest) for name, run in runs.items()}
+
+    one = case.rows * case.width * dtype.itemsize
+    in_place = case.kind.endswith("in place")
+    if case.kind in ("update", "offset"):
+        known = case.order + 1
+        rest = (draw(1), draw(1)) if case.kind == "offset" else (draw(1),)
+
+        def own_update(factors: Tensor, output: Tensor, minus: Tensor | None = None) -> Tensor:
+            ops.factor_update(factors, output, 5.0, known=known, minus=minus)
+            return factors
+
+        function = update if case.kind == "update" else offset
+        return (2 * case.order + 1 + len(rest)) * one, three(own_update, function, draw(case.order + 1, 1), *rest)
+    if case.kind == "add":
+        return 3 * one, three(lambda x, f: ops.forecast_gate_add(x, f, weights=[1.0]), add, draw(1), draw(1, 1))
+    if case.kind == "forecast":
+        return 3 * one, three(lambda f: ops.forecast(f, weights=WEIGHTS), forecast, draw(2, 1))
+    modules = 3 if case.kind.startswith("three") else 1
+    rows = torch.randn(modules, 1, case.width, device=device)  # Wan's gates are fp32
+    gates = [None if j == 1 else rows[j] for j in range(modules)]
+
+    def own_add(x: Tensor, factors: list[Tensor], gates: list[Tensor | None]) -> Tensor:
+        return ops.forecast_gate_add(x, factors, gates, weights=WEIGHTS, out=x if in_place else None)
+
+    function = gate_add_in_place if in_place else gate_add
+    held = [draw(2, 1) for _ in range(modules)]
+    return (2 + 2 * modules) * one, three(own_add, function, draw(1), held, gates)
+
+
+def counted(calls: dict[str, Call]) -> dict[str, int]:
+    """Bytes read and written by eager's operators, and by the compiled code as inductor counts them."""
+    with Counter() as counter:
+        counter.on = True
+        calls[TORCH]()
+    metrics.reset()
+    calls[COMPILED]()
+    return {TORCH: counter.bytes, COMPILED: metrics.num_bytes_accessed}
+
+
+def measure(case: Case, dtype: torch.dtype, threads: int, rounds: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    moved, calls = contenders(case, dtype)
+    nbytes = {"least": moved} | counted(calls)
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(rounds + 2):  # the first two warm up
+        for name, call in calls.items():
+            start = clock()
+            call()
+            if round_ > 1:
+                times[name].append(clock() - start)
+    row: dict[str, Any] = {
+        "case": case.name, "dtype": str(dtype).removeprefix("torch."), "threads": threads, "rows": case.rows,
+        "width": case.width, "bytes": nbytes, "seconds": {name: statistics.median(t) for name, t in times.items()},
+        "gb_per_second": moved / statistics.median(times[OWN]) / 1e9,
+    }  # fmt: skip
+    for other in (TORCH, COMPILED):
+        ratios = [b / a for a, b in zip(times[OWN], times[other], strict=True)]
+        row[f"over {other}"] = [statistics.median(ratios), min(ratios), max(ratios)]
+    return row
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    ap.add_argument("--rounds", type=int, default=9)
+    ap.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
+    args = ap.parse_args()
+    torch.manual_seed(0)
+    load, results = os.getloadavg()[1], []
+    with torch.no_grad():
+        for threads in args.threads:
+            for case in CASES:
+                for dtype in (torch.bfloat16, torch.float32):
+                    results.append(row := measure(case, dtype, threads, args.rounds))
+                    ratios = [report.format_ratio(*row[f"over {other}"]) for other in (TORCH, COMPILED)]
+                    times = [f"{b / row['bytes']['least']:.2f}" for b in list(row["bytes"].values())[1:]]
+                    print(
+                        f"{case.name:32} {row['dtype']:8} {threads} thread(s): "
+                        f"{report.format_seconds(row['seconds'][OWN])}, {row['gb_per_second']:.1f} GB/s; "
+                        f"torch {ratios[0]} at {times[0]} x the bytes, compiled {ratios[1]} at {times[1]} x",
+                        flush=True,
+                    )
+    document = {
+        "kind": "vdit_fast.cache",
+        "rows": results,
+        "settings": f"{args.rounds} rounds; one thread: its CPU time, two: the time that passes",
+        "load_average_5_min": load,
+        "command": f"python -m benchmarks.cache --rounds {args.rounds} --threads {' '.join(map(str, args.threads))}",
+        "environment": report.environment(),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    print("\nwritten:", report.write_json(args.out / "cache.json", document))
+
+
+if __name__ == "__main__":
+    main()

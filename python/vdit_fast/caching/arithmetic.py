@@ -1,0 +1,64 @@
+"""The cache's arithmetic: this package's operators, and their readable twins where no kernel fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from .._info import kernel_catalogue
+from ..reference.adaln import Rounding, Table
+
+__all__ = ["factor_update", "forecast", "forecast_gate_add"]
+
+_DEVICES = {
+    kernel["device"] for kernel in kernel_catalogue() if kernel["op"] == "forecast_gate_add" and kernel["compiled"]
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _served(*tensors: Tensor | None) -> bool:
+    """Whether the operators take tensors of this device, these dtypes and strides."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    halves = {tensor.dtype for tensor in found if tensor.dtype.itemsize == 2}
+    known = all(tensor.dtype in _DTYPES and tensor.numel() > 0 for tensor in found)
+    return known and len(halves) <= 1 and found[0].device.type in _DEVICES
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as the operators take it: strides that three dimensions can express, the last of them contiguous."""
+    return x if x.is_contiguous() or (x.ndim <= 3 and x.stride(-1) == 1) else x.contiguous()
+
+
+def factor_update(factors: Tensor, output: Tensor, distance: float, *, known: int, minus: Tensor | None = None) -> int:
+    """See ``ops.factor_update``; any device, dtypes and strides."""
+    if not _served(output, minus, factors):
+        return reference.factor_update(factors, output, distance, known=known, minus=minus)
+    return ops.factor_update(
+        factors, _rows(output), distance, known=known, minus=None if minus is None else _rows(minus)
+    )
+
+
+def forecast(factors: Tensor, *, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """See ``ops.forecast``; any device and dtypes."""
+    if dtype in _DTYPES and _served(factors, factors.new_empty(1, dtype=dtype)):
+        return ops.forecast(factors, weights=weights, dtype=dtype)
+    return reference.forecast(factors, weights=weights, dtype=dtype)
+
+
+def forecast_gate_add(
+    x: Tensor,
+    factors: list[Tensor],
+    gates: list[Table | None],
+    *,
+    weights: Sequence[float],
+    index: Tensor | None = None,
+    rounding: Rounding = "fast",
+) -> Tensor:
+    """See ``ops.forecast_gate_add``; any device, dtypes and strides."""
+    tables = [part for gate in gates for part in (gate if isinstance(gate, tuple) else (gate,))]
+    if not _served(x, *factors, *tables):
+        return reference.forecast_gate_add(x, factors, gates, weights=weights, index=index, rounding=rounding)
+    return ops.forecast_gate_add(_rows(x), factors, gates, weights=weights, index=index, rounding=rounding)

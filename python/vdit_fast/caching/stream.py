@@ -1,0 +1,101 @@
+"""What a feature cache remembers: factors of one feature, and the streams that keep them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arithmetic import factor_update, forecast, forecast_gate_add
+
+__all__ = ["Factors", "Stream"]
+
+
+class Factors:
+    """One cached feature: its last value F_0 and the differences F_1 ... F_order that forecasts need.
+
+    Args:
+        shape: of the feature.
+        order: highest difference.
+        dtype: in which factors are kept.
+        device: where they are used.
+        offload: keep them in CPU memory between uses, pinned where the device is a GPU.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], order: int, dtype: torch.dtype, device: torch.device, offload: bool = False
+    ) -> None:
+        self.step = -1
+        """Step of the last computed value."""
+        self.known = 0
+        """Number of factors that hold something."""
+        self._device = device
+        self._away = offload and device.type != "cpu"
+        self._pinned = self._away and device.type == "cuda"
+        place = torch.device("cpu") if self._away else device
+        with torch.inference_mode(False):  # an inference tensor could not be updated outside of inference mode
+            self._kept = torch.empty((order + 1, *shape), dtype=dtype, device=place, pin_memory=self._pinned)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._kept.numel() * self._kept.element_size()
+
+    def here(self) -> Tensor:
+        """The factors ``[order + 1, *shape]`` on the device that uses them."""
+        # Transfers are queued behind each other on the device's stream: nothing waits on the host.
+        return self._kept.to(self._device, non_blocking=self._pinned) if self._away else self._kept
+
+    def update(self, step: int, output: Tensor, minus: Tensor | None = None) -> None:
+        """Take note of the feature computed at ``step``, or of the offset ``output - minus``. A step that is not later
+        than the last one begins anew."""
+        known = self.known if step > self.step else 0
+        factors = self.here()
+        self.known = factor_update(factors, output, step - self.step, known=known, minus=minus)
+        self.step = step
+        if self._away:
+            self._kept.copy_(factors, non_blocking=self._pinned)
+
+    def forecast(self, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """The feature in ``dtype``: the sum of the factors under ``weights``."""
+        return forecast(self.here(), weights=weights, dtype=dtype)
+
+    def added_to(self, x: Tensor, weights: Sequence[float]) -> Tensor:
+        """x plus the feature, a new tensor in x's dtype."""
+        return forecast_gate_add(x, [self.here()], [None], weights=weights)
+
+
+@dataclass
+class Stream:
+    """What is remembered of one guidance branch (and frame block) of one transformer in one generation."""
+
+    first: int = -1
+    """Step of the first computed forward, -1 before it."""
+    step: int = -1
+    """Step of the last computed forward, -1 before the first."""
+    factors: dict[Hashable, Factors] = field(default_factory=dict)
+    """By feature; what a feature is depends on the granularity."""
+    form: Any = None
+    """Of a transformer's output: how parts are wrapped, and their dtypes; None before the first, and at other
+    granularities."""
+    seen: Tensor | None = None
+    """What an adaptive policy compares with."""
+    granted: bool = False
+    """Whether its factors were found to fit the budget."""
+    change: float = 0.0
+    """What an adaptive policy has added up."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        seen = self.seen.numel() * self.seen.element_size() if self.seen is not None else 0
+        return seen + sum(factors.nbytes for factors in self.factors.values())
+
+    def begin(self, step: int) -> None:
+        """A forward is computed at this step."""
+        if self.first < 0 or step <= self.step:  # the same step again: an inner loop, which starts its history anew
+            self.first = step
+        self.step = step
