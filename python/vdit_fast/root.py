@@ -207,6 +207,7 @@ class Root:
         for name, processor in processors.items():
             set_processor(module.get_submodule(name), processor.stock)
         self.unwrap(module)
+        self.session.hooks.entries.clear()
         detach(module, self.session)
         self.session.cache.forget()
         text_kv.detach(module, self.session)
