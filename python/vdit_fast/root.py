@@ -247,6 +247,7 @@ class Root:
         for name, processor in processors.items():
             set_processor(module.get_submodule(name), processor.stock)
         self.unwrap(module)
+        self.session.hooks.entries.clear()
         detach(module, self.session)
         self.session.cache.forget()
         if isinstance(subset := self.session.around.get("subset"), RowSubset):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from vdit_fast.accelerate import accelerate
 from vdit_fast.caching import TaylorSeer
 from vdit_fast.config import Config
+from vdit_fast.hooks import TemporalAdapter
+from vdit_fast.models.geometry import Geometry
 from vdit_fast.models.hooks import WHERE, HookPlace, HookRows
 from vdit_fast.plan import AttentionPlan
 from vdit_fast.planners import SVG2, Draft
@@ -78,6 +81,23 @@ def test_what_a_hook_returns_goes_on(name: str, where: str) -> None:
     assert torch.equal(tiny.run(model, inputs), plain)
     handle.remove()
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_keys_of_the_same_rows_change_with_them() -> None:
+    """Lumina-Next gives its attention the same rows twice, for queries and for keys."""
+    model, inputs = tiny.build("lumina_next")
+    handle = accelerate(model)
+
+    def both(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = kwargs["hidden_states"].flip(-1)
+        return args, kwargs | {"hidden_states": rows, "encoder_hidden_states": rows}
+
+    attn = model.get_submodule("layers.0.attn1")
+    before = attn.register_forward_pre_hook(both, with_kwargs=True)
+    want = tiny.run(model, inputs)
+    before.remove()
+    handle.hook("attention_input", lambda step, place, rows: rows.video.flip(-1), layers=0)
+    assert torch.equal(tiny.run(model, inputs), want)
 
 
 @pytest.mark.parametrize("name", ["cogvideox_5b", "hunyuan_video"])
@@ -234,7 +254,9 @@ def test_removing_twice_and_after_the_handle() -> None:
     handle = accelerate(model)
     hook = Seen()
     remove = handle.hook("block_output", hook)
+    handle.hook("attention_output", hook)
     handle.remove()
+    assert not any("forward" in module.__dict__ for module in model.modules())
     remove()
     remove()
     assert torch.equal(tiny.run(model, inputs), stock) and not hook.calls
@@ -343,3 +365,52 @@ def test_one_graph_per_block_is_refused_by_name(where: str) -> None:
         block.compile(backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match=r"hooks.*without fullgraph"):
         tiny.run(model, inputs)
+
+
+def test_a_part_of_the_rows_has_no_grid() -> None:
+    """Who lets a block run for some of its tokens must not have an adapter take them for a smaller video."""
+    model, _ = tiny.wan()
+    handle = accelerate(model)
+    handle.hook("attention_output", TemporalAdapter(32))
+    seen = Seen()
+    handle.hook("attention_input", seen)
+    session = handle.roots[0].session
+    session.begin(torch.tensor([500.0]), Geometry((3, 4, 4)))
+    attn = model.get_submodule("blocks.0.attn1")
+    attn(torch.randn(1, 48, 32), None, None, None)
+    with pytest.raises(ValueError, match=r"grid of blocks\.0\.attn1 is unknown"):
+        attn(torch.randn(1, 24, 32), None, None, None)
+    assert [place.grid for _, place, _ in seen.calls] == [(3, 4, 4), None]
+
+
+def test_two_transformers_of_a_pipeline() -> None:
+    """A hook goes to both experts; the place says which one runs, and layers that only one has are its own."""
+
+    pipe = SimpleNamespace(transformer=tiny.wan(layers=2)[0], transformer_2=tiny.wan(layers=1)[0])
+    inputs = tiny.wan()[1]
+    handle = accelerate(pipe)
+    every, second = Seen(), Seen()
+    handle.hook("attention_output", every)
+    remove = handle.hook("block_output", second, layers=1)
+    assert remove.names == ["blocks.1"]
+    tiny.run(pipe.transformer, inputs)
+    tiny.run(pipe.transformer_2, inputs)
+    assert [place.expert for _, place, _ in every.calls] == ["transformer"] * 2 + ["transformer_2"]
+    assert [(place.expert, place.index) for _, place, _ in second.calls] == [("transformer", 1)]
+    handle.remove()
+    remove()
+
+
+@pytest.mark.slow
+def test_inside_a_transformer_compiled_as_a_whole() -> None:
+    torch._dynamo.reset()
+    model, inputs = tiny.wan()
+    handle = accelerate(model)
+    for where in WHERE:
+        handle.hook(where, Seen(lambda rows: rows.video * 1.25 + rows.video.flip(-1)))
+    want = tiny.run(model, inputs)
+    model.compile(backend="aot_eager")
+    with torch.no_grad():
+        got = [model(**inputs)[0] for _ in range(2)]
+    assert all(tiny.relative(output, want) < 1e-5 for output in got)
+    assert set(handle.stats()["hooks"].values()) == {6}

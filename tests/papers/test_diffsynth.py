@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.accelerate import accelerate
-from vdit_fast.caching import TaylorSeer
+from vdit_fast.caching import FirstBlock, TaylorSeer, TeaCache
 from vdit_fast.config import Config
 from vdit_fast.planners import Draft
 
@@ -30,6 +30,10 @@ EXACT = {
     "a cache that computes all": Config(cache=TaylorSeer(first_full=0, last_full=0, interval=1)),
     "patches": Config(attention=Draft(sparsity=0.5, pool=(2, 2))),
     "depends on the step": Config(attention=tiny.Band(width=2, dense_steps=0.5)),
+}
+ADAPTIVE = {
+    "first block": FirstBlock(threshold=0.05, first_full=1, last_full=0, interval=8, granularity="span"),
+    "modulated input": TeaCache(threshold=0.05, first_full=1, last_full=0, interval=8),
 }
 Edit = Callable[[Tensor, int], Tensor]
 
@@ -104,6 +108,25 @@ def test_editing_does_not_shift_the_steps() -> None:
         pipe.run(edit)
         (root,) = handle.roots
         assert [step for layer, step, *_ in root.session.state["seen"] if layer == 0] == [3, 4, 5]
+
+
+@pytest.mark.parametrize("policy", ADAPTIVE.values(), ids=ADAPTIVE)
+def test_adaptive_caches_see_the_edit(policy: Any) -> None:
+    """The same latents again are forecast; noise added in between is noticed, and the step computed."""
+    model, inputs = tiny.wan()
+    handle = accelerate(model, Config(cache=policy))
+    outputs, x = [], inputs["hidden_states"]
+    for step in range(4):
+        x = noised(x, step) if step == 2 else x
+        with handle.step(step, timestep=500.0, num_steps=20):
+            outputs.append(tiny.run(model, {**inputs, "hidden_states": x}))
+    cache = handle.stats()["cache"]
+    assert cache["forecast"] == {1: 1, 3: 1} and sum(cache["full"].values()) == 2
+    assert any("change" in reason for reason in cache["full"])
+    handle.reconfigure(Config())
+    exact = tiny.run(model, {**inputs, "hidden_states": x})
+    assert torch.equal(outputs[2], exact) and tiny.relative(outputs[1], exact) > 1e-2
+    assert tiny.relative(outputs[3], exact) < 1e-5
 
 
 def test_the_stock_models_answer() -> None:

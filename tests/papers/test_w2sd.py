@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.accelerate import accelerate
-from vdit_fast.caching import TaylorSeer
+from vdit_fast.caching import FirstBlock, TaylorSeer
 from vdit_fast.config import Config
 from vdit_fast.handle import Handle
 
@@ -26,6 +26,13 @@ peft = pytest.importorskip("peft")
 
 BUDGET = 48
 """Evaluations T of the plain sampler, which W2SD is allowed too."""
+
+FORECASTING = {
+    "outputs": TaylorSeer(first_full=1, last_full=0, interval=3),
+    "blocks": TaylorSeer(first_full=1, last_full=0, interval=3, granularity="block"),
+    "modules": TaylorSeer(first_full=1, last_full=0, interval=3, granularity="module"),
+    "first block": FirstBlock(first_full=1, last_full=0, threshold=10.0),
+}
 
 Velocity = Callable[[Tensor, int, float, str], Tensor]
 """Of latents at the noise level of a step, by the model of a name."""
@@ -52,9 +59,9 @@ def schedule(budget: int = BUDGET) -> Tensor:
     return torch.linspace(1, 0, budget // 2 + 1)
 
 
-def pair() -> tuple[nn.Module, dict[str, Any]]:
+def pair(layers: int = 1) -> tuple[nn.Module, dict[str, Any]]:
     """One tiny Wan that is strong with its adapter and weak without."""
-    model, inputs = tiny.wan(layers=1)
+    model, inputs = tiny.wan(layers=layers)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
     model.add_adapter(config, "strong")
     inputs["encoder_hidden_states"] = torch.randn(1, 9, 16)
@@ -152,13 +159,13 @@ def test_a_cache_that_computes_everything_changes_no_bit(attention: Any) -> None
     assert sampler.handle is not None and not sampler.handle.stats()["cache"]["forecast"]
 
 
-def test_the_weak_models_features_never_feed_the_strong_one() -> None:
+@pytest.mark.parametrize("policy", FORECASTING.values(), ids=FORECASTING)
+def test_the_weak_models_features_never_feed_the_strong_one(policy: Any) -> None:
     """A cache that forecasts: the strong model's outputs are those of a run in which the weak one has a model of its
     own."""
-    config = Config(cache=TaylorSeer(first_full=1, last_full=0, interval=3))
+    config = Config(cache=policy)
     torch.manual_seed(3)
-    want_trail: list[Tensor]
-    model, inputs = pair()
+    model, inputs = pair(layers=2)
     start = torch.randn(inputs["hidden_states"].shape)
     apart = [
         Sampler(twin, inputs, accelerate(twin, config), 8) for twin in (copy.deepcopy(model), copy.deepcopy(model))

@@ -43,12 +43,12 @@ class CachePolicy:
         full_above, full_below: steps whose noise level sigma is at least, at most this are computed; None: none for
             that reason. Unlike steps they mean the same in a part of a schedule.
         interval: after that, every interval-th step is computed and those between are forecast; 1 computes all.
+        min_steps: schedules of fewer steps are computed as a whole: a student of 4 steps has nothing to forecast.
         storage: dtype of what is kept: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: fp32 for ``"model"``, else
             the features' own.
         max_bytes: most bytes kept in one transformer, an int or text such as "8 GB" or "512 MiB"; more is refused
             before anything is allocated. None: no limit.
         offload: keep factors in CPU memory between uses.
-        min_steps: schedules of fewer steps are computed as a whole: a student of 4 steps has nothing to forecast.
 
     Raises:
         TypeError, ValueError: a knob has a wrong type or value; the message names it.
@@ -64,10 +64,10 @@ class CachePolicy:
     full_above: float | None = None
     full_below: float | None = None
     interval: int = 2
+    min_steps: int = 0
     storage: str = "auto"
     max_bytes: int | str | None = None
     offload: bool = False
-    min_steps: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -76,7 +76,7 @@ class FeatureCache:
         """The timestep-modulated input of a block's attention, where a policy looks at it."""
         self._generation: int | None = None
         self._streams: dict[Hashable, tuple[Hashable, Stream]] = {}
-        self._verdicts: dict[int | None, tuple[int, str | None]] = {}
+        self._verdicts: dict[tuple[str, int | None], tuple[int, str | None]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +101,7 @@ class FeatureCache:
         if step.generation != self._generation:
             self._generation = step.generation
             self.forget()
-        key = (step.expert, step.branch, step.frame_block)  # one transformer may carry several models
+        key = (step.expert, step.branch, step.frame_block)  # one transformer may run under several names
         known = self._streams.get(key)
         if known is None or known[0] != signature:
             self._streams.pop(key, None)  # its memory before the new one's
@@ -140,7 +140,8 @@ class FeatureCache:
         run = Run(step.step, stream, policy.span(step, call.block.count))
         run.reason = self.reason(step, stream) or features.missing(run)
         if isinstance(policy, AdaptivePolicy):
-            place, known = step.frame_block, self._verdicts.get(step.frame_block)
+            place = step.expert, step.frame_block
+            known = self._verdicts.get(place)
             run.leads = step.branch == 0 or known is None or known[0] != step.step
             if run.leads:
                 run.pending = run.reason is None
@@ -163,7 +164,7 @@ class FeatureCache:
                 self.host_reads += 1
                 change = (feature - stream.seen).abs().mean(dtype=torch.float32)
                 run.reason = policy.verdict(stream, float(change / stream.seen.abs().mean(dtype=torch.float32)))
-            self._verdicts[forward.step.frame_block] = run.step, run.reason
+            self._verdicts[forward.step.expert, forward.step.frame_block] = run.step, run.reason
             self.settle(run)
         policy.keep(stream, feature, run.reason is not None)
 

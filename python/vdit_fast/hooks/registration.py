@@ -34,8 +34,9 @@ class HookRemover:
 
     def __call__(self) -> None:
         for root, entry in self._placed:
-            root.session.hooks.entries.remove(entry)
-            root.rehook()
+            if entry in root.session.hooks.entries:  # Handle.remove takes all out
+                root.session.hooks.entries.remove(entry)
+                root.rehook()
         self._placed = []
 
     def __enter__(self) -> HookRemover:

@@ -45,7 +45,8 @@ class HookPlace:
     over: str = "video"
     """What one sequence holds: "video" (all tokens), "frames" (of one place), "frame" (one frame's tokens)."""
     grid: tuple[int, int, int] | None = None
-    """(frames, height, width) in tokens, None when unknown. A UNet's levels have grids of their own."""
+    """(frames, height, width) in tokens, None when unknown or where only some of them run. A UNet's levels have grids
+    of their own."""
     geometry: Geometry | None = None
     """Layout of the joint sequence of a "video" layer, None when unknown."""
     family: str = ""
@@ -202,13 +203,22 @@ def _step(forward: Forward | None) -> StepContext:
 
 
 def _attention_place(where: str, session: Session, forward: Forward | None, site: Site, x: Tensor) -> HookPlace:
-    geometry = forward.geometry if forward is not None and site.over == "video" else None
+    geometry = _geometry(forward, x, where) if site.over == "video" else None
     grid = geometry.grid if geometry is not None else None
     if site.over != "video" and forward is not None:
         grid = level_grid(forward.volume, site.over, x.shape[0], x.shape[1])
     count = len(session.hooks.sites)
     expert = _step(forward).expert if forward is not None else session.expert
     return HookPlace(where, site.index, count, site.name, site.over, grid, geometry, session.family, expert)
+
+
+def _geometry(forward: Forward | None, x: Tensor, where: str) -> Geometry | None:
+    """The layout of the tokens, None where the video's rows x [B, N, ...] are not as many (behind the softmax the joint
+    sequence is looked at later)."""
+    geometry = forward.geometry if forward is not None else None
+    if geometry is None or where == "attention_heads":
+        return geometry
+    return geometry if x.shape[1] in (geometry.n_video, geometry.history + geometry.n_video) else None
 
 
 def _parts(place: HookPlace, x: Tensor) -> tuple[slice, slice | None]:
@@ -254,7 +264,7 @@ class BlockHooks:
         inputs = call.inputs
         output = proceed()
         forward = _running(session, call.arguments)
-        geometry = forward.geometry if forward is not None else None
+        geometry = _geometry(forward, streams(output)[0], "block_output")
         grid, step = (geometry.grid if geometry is not None else None), _step(forward)
         place = HookPlace(
             "block_output", block.index, block.count, block.name, "video", grid, geometry, session.family, step.expert
