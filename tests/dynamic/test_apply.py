@@ -363,6 +363,9 @@ def test_an_mlp_on_other_tokens_than_its_norm() -> None:
     model, inputs = build("allegro")
     norm: Any = model.get_submodule("transformer_blocks.0.norm2")
     with apply_dydit(model, dydit.draw(model, "allegro", "token_selection")):
+        tiny.run(model, inputs)
+        with pytest.raises(RuntimeError, match=r"the norm before the MLP never ran"):
+            model.get_submodule("transformer_blocks.0.ff")(torch.randn(1, 5, 48))
         norm.forward = lambda x: nn.LayerNorm.forward(norm, x)[:, :-1]
         with pytest.raises(RuntimeError, match=r"transformer_blocks.0: the norm before the MLP saw tokens"):
             tiny.run(model, inputs)
