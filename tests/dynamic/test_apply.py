@@ -70,6 +70,28 @@ def test_everything_on_changes_no_bit(family: str, kinds: tuple[str, ...]) -> No
 
 @pytest.mark.parametrize("family", dydit.FAMILIES)
 @torch.no_grad()
+def test_models_in_16_bits(family: str) -> None:
+    model, inputs = build(family)
+    routers = dydit.draw(model, family, "attn_rate", "mlp_rate")  # near ties of tokens may differ
+    exact = []
+    for draw in (routers, dydit.always(dydit.draw(model, family))):
+        with dydit.masked(model, family, draw):
+            exact.append(tiny.run(model, inputs))
+    model.bfloat16()
+    inputs = tiny.cast(inputs, torch.bfloat16)
+    stock = tiny.run(model, inputs)
+    with apply_dydit(model, dydit.always(dydit.draw(model, family))):
+        assert torch.equal(tiny.run(model, inputs), stock)
+    with apply_dydit(model, routers):
+        got = tiny.run(model, inputs)
+    assert got.dtype == torch.bfloat16
+    assert tiny.relative(got, exact[0]) < 2 * tiny.relative(stock, exact[1])
+    with apply_dydit(model, dydit.draw(model, family)):
+        assert tiny.run(model, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("family", dydit.FAMILIES)
+@torch.no_grad()
 def test_no_token_leaves_the_residual(family: str) -> None:
     model, inputs = build(family)
     routers = dydit.always(dydit.draw(model, family, "token_selection"), on=-9.0)
@@ -363,6 +385,9 @@ def test_an_mlp_on_other_tokens_than_its_norm() -> None:
     model, inputs = build("allegro")
     norm: Any = model.get_submodule("transformer_blocks.0.norm2")
     with apply_dydit(model, dydit.draw(model, "allegro", "token_selection")):
+        tiny.run(model, inputs)
+        with pytest.raises(RuntimeError, match=r"the norm before the MLP never ran"):
+            model.get_submodule("transformer_blocks.0.ff")(torch.randn(1, 5, 48))
         norm.forward = lambda x: nn.LayerNorm.forward(norm, x)[:, :-1]
         with pytest.raises(RuntimeError, match=r"transformer_blocks.0: the norm before the MLP saw tokens"):
             tiny.run(model, inputs)
