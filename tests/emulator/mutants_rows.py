@@ -65,8 +65,8 @@ MUTANTS = [
         "reinterpret_cast<uintptr_t>(t.part);",
         "rows_move",
     ),
-    _bug("rows with odd strides count as aligned", "all |= uint64_t(t.full_row);", "", "rows_move"),
-    _bug("parts with odd strides count as aligned", "all |= uint64_t(t.part_row);", "", "rows_move or gate"),
+    _bug("rows with odd strides count as aligned", "all |= uint64_t(t.full_row);", "all |= 0;", "rows_move"),
+    _bug("parts with odd strides count as aligned", "all |= uint64_t(t.part_row);", "all |= 0;", "rows_move or gate"),
     _bug(
         "only the first tensor is looked at for alignment",
         "i < p.pairs; ++i) {\n    const RowPair& t",

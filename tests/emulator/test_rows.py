@@ -105,7 +105,7 @@ def test_several_tensors() -> None:
 def test_entries_that_are_not_in_use_may_hold_anything() -> None:
     x, y, rows = torch.randn(2, 50, 12), torch.randn(2, 40, 12), draw_rows(2, 50, 40)
     count = torch.tensor([7, 40], dtype=torch.int32)
-    rows[0, 7:20], rows[0, 20:] = rows[0, :13], WILD.repeat(5)
+    rows[0, 7:14], rows[0, 14:] = rows[0, :7], WILD.repeat(7)[:26]
     y[0, 7:] = torch.nan
     got = x.clone()
     scatter_rows([got], [y], rows, count, policy=RANDOMS[1])
