@@ -239,6 +239,12 @@ def test_parts_of_a_schedule_and_steps_in_any_order(granularity: str) -> None:
             assert handle.stats()["cache"]["forecast"] == dict.fromkeys(sorted(forecast), 1)
             wrong = [step for step, x in zip(order, got, strict=True) if not torch.equal(x, plain[step])]
             assert wrong == forecast
+    with accelerate(pipe, Config(cache=TaylorSeer(**knobs))) as handle:
+        for step in (0, 1, 2):  # a run that was broken off
+            tiny.run(model, tiny.at(inputs, float(times[step])))
+        handle.reset()
+        late = tiny.run(model, tiny.at(inputs, float(times[4])))
+        assert torch.equal(late, plain[4]) and handle.stats()["cache"]["forecast"] == {2: 1}
     noisy = TaylorSeer(granularity=granularity, first_full=0, last_full=0, full_above=0.65, full_below=0.25, interval=9)
     with accelerate(pipe, Config(cache=noisy)) as handle:
         for t in times:
