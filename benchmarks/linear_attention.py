@@ -1,14 +1,16 @@
 """Linear attention on a CPU beside plain torch, eager and compiled, and beside dense attention of the same length.
 
-    python benchmarks/linear_attention.py --out benchmarks/results/cpu
+    python benchmarks/linear_attention.py --part speed --out benchmarks/results/cpu
+    python benchmarks/linear_attention.py --part exact --out benchmarks/results/cpu
 
-Three parts. "speed": hedgehog with a weight per head, one head of growing length; contenders run in turn in one
-process, so that a slow spell of the machine hits all alike, and ratios are medians of the rounds' own ratios with their
-minimum and maximum. Dense attention of more than 8k tokens runs once, torch.compile at 16k tokens only, and in
-bfloat16, which takes plain torch very long on a CPU without bfloat16 arithmetic, torch runs up to 16k tokens and dense
-attention not at all. "maps": the other feature maps at 16k tokens. "exact": 40 heads of 75,600 tokens and 128 channels,
-four heads at a time for their memory, against the explicit matrix of weights in fp64 on sampled rows; plain torch
-beside it on the first four heads.
+"speed": hedgehog with a weight per head, one head of growing length, then the other maps at one length; contenders
+run in turn in one process, so that a slow spell of the machine hits all alike, and ratios are medians of the rounds'
+own ratios with their minimum and maximum. Dense attention of more than 8k tokens runs once, torch.compile of 16k tokens
+only. In bfloat16, which takes plain torch very long on a CPU without bfloat16 arithmetic, torch runs up to 16k tokens
+and dense attention not at all.
+
+"exact": 40 heads of 75,600 tokens and 128 channels, four heads at a time for their memory, against the explicit matrix
+of weights in fp64 on sampled rows; plain torch beside it on the first four heads.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ def flops(length: int, dim: int, feature_map: str) -> float:
 def measure(heads: int, length: int, dim: int, dtype: str, feature_map: str, rounds: int) -> dict[str, Any]:
     torch._dynamo.reset()
     calls = contenders(heads, length, dim, DTYPES[dtype], feature_map)
-    if length != COMPILED_AT:
+    if length != COMPILED_AT or feature_map != "hedgehog":
         calls.pop(COMPILED)
     if dtype == "bfloat16" and length > COMPILED_AT:
         calls.pop(EAGER)
@@ -187,50 +189,58 @@ def print_speed(title: str, results: list[dict[str, Any]]) -> None:
     print(report.table(table, ("", "dtype", "own", "ns/token", "GFLOP/s", EAGER, COMPILED, DENSE)))
 
 
-def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=7)
-    ap.add_argument("--heads", type=int, default=EXACT[0], help="of the part 'exact'")
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
-    args = ap.parse_args()
-    load = os.getloadavg()[1]  # what else the machine is doing
-    exact = [exactness(dtype, args.heads, *EXACT[1:]) for dtype in DTYPES]
-    for e in exact:
-        print(f"\n{e['heads']} x {e['length']} x {e['dim']}, {e['dtype']}: {report.format_seconds(e['seconds'])}")
-        for name in (OWN, EAGER):
-            print(f"  {name}: max error {e[f'max_error: {name}']:.2e}, relative {e[f'relative_error: {name}']:.2e}")
+def speed_part(rounds: int) -> dict[str, Any]:
     speed = [
-        measure(1, length, dim, dtype, "hedgehog", args.rounds)
+        measure(1, length, dim, dtype, "hedgehog", rounds)
         for dim in (64, 128)
         for dtype in DTYPES
         for length in LENGTHS
     ]
     print_speed("Hedgehog, growing length", speed)
-    groups = {
-        (r["dim"], r["dtype"]): [x for x in speed if (x["dim"], x["dtype"]) == (r["dim"], r["dtype"])] for r in speed
-    }
-    growth = [{"dim": dim, "dtype": dtype, "exponent": exponent(group)} for (dim, dtype), group in groups.items()]
-    for g in growth:
-        print(f"seconds grow with length to the power {g['exponent']:.3f}: dim {g['dim']}, {g['dtype']}")
+    growth = []
+    for dim, dtype in sorted({(r["dim"], r["dtype"]) for r in speed}):
+        power = exponent([r for r in speed if (r["dim"], r["dtype"]) == (dim, dtype)])
+        growth.append({"dim": dim, "dtype": dtype, "exponent": power})
+        print(f"seconds grow with length to the power {power:.3f}: dim {dim}, {dtype}")
     maps = [
-        measure(2, COMPILED_AT, dim, "float32", feature_map, args.rounds)
+        measure(2, COMPILED_AT, dim, "float32", feature_map, rounds)
         for feature_map in ("relu", "elu", "identity")
         for dim in (64, 112)
     ]
     print_speed("Other maps", maps)
+    return {"speed": speed, "growth": growth, "maps": maps}
+
+
+def exact_part(heads: int) -> dict[str, Any]:
+    exact = [exactness(dtype, heads, *EXACT[1:]) for dtype in DTYPES]
+    for e in exact:
+        print(f"\n{e['heads']} x {e['length']} x {e['dim']}, {e['dtype']}: {report.format_seconds(e['seconds'])}")
+        for name in (OWN, EAGER):
+            print(f"  {name}: max error {e[f'max_error: {name}']:.2e}, relative {e[f'relative_error: {name}']:.2e}")
+    return {"exact": exact}
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    ap.add_argument("--part", choices=("speed", "exact"), default="speed")
+    ap.add_argument("--rounds", type=int, default=7, help="of the part 'speed'")
+    ap.add_argument("--heads", type=int, default=EXACT[0], help="of the part 'exact'")
+    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
+    args = ap.parse_args()
+    load = os.getloadavg()[1]  # what else the machine is doing
+    speed = args.part == "speed"
+    option = f"--rounds {args.rounds}" if speed else f"--heads {args.heads}"
     document = {
         "kind": "vdit_fast.linear_attention",
-        "settings": {"rounds": args.rounds, "seed": 0, "threads": torch.get_num_threads()},
+        "settings": {"seed": 0, "threads": torch.get_num_threads()},
         "load_average_5_min": load,
-        "speed": speed,
-        "growth": growth,
-        "maps": maps,
-        "exact": exact,
-        "command": f"python benchmarks/linear_attention.py --rounds {args.rounds} --heads {args.heads}",
+        **(speed_part(args.rounds) if speed else exact_part(args.heads)),
+        "command": f"python benchmarks/linear_attention.py --part {args.part} {option}",
         "environment": report.environment(),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    print("\nwritten:", report.write_json(args.out / "linear_attention.json", document))
+    name = "linear_attention.json" if speed else "linear_attention_exact.json"
+    print("\nwritten:", report.write_json(args.out / name, document))
 
 
 if __name__ == "__main__":
