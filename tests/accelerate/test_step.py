@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.accelerate import accelerate
-from vdit_fast.caching import TaylorSeer
+from vdit_fast.caching import FirstBlock, TaylorSeer
 from vdit_fast.config import Config
 from vdit_fast.context import StepContext
 from vdit_fast.handle import Handle
@@ -181,6 +181,17 @@ def test_what_one_model_remembers_never_serves_another() -> None:
     for name in ("strong", "weak"):
         assert torch.equal(outputs[name, 0], outputs[name, 1])
     assert not torch.equal(outputs["strong", 0], outputs["weak", 0])
+
+
+def test_guidance_branches_follow_the_verdict_of_their_own_model() -> None:
+    """An adaptive cache: the weak model's input changes and is computed, the strong one's branches are forecast."""
+    model, inputs = tiny.wan(layers=2)
+    handle = accelerate(model, Config(cache=FirstBlock(threshold=0.05, first_full=1, last_full=0)))
+    for step in range(2):
+        for name, branch, scale in (("strong", 0, 1.0), ("weak", 0, 1.0 + step), ("strong", 1, 1.0)):
+            with handle.step(step, timestep=500.0, branch=branch, model=name, num_steps=20):
+                tiny.run(model, {**inputs, "hidden_states": scale * inputs["hidden_states"]})
+    assert handle.stats()["cache"]["forecast"] == {1: 2}
 
 
 def test_a_repeated_step_is_computed_and_begins_its_history_anew() -> None:

@@ -257,6 +257,7 @@ def test_removing_twice_and_after_the_handle() -> None:
     handle.hook("attention_output", hook)
     handle.remove()
     assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not handle.roots[0].session.hooks.entries  # nor does the handle hold on to what they hold
     remove()
     remove()
     assert torch.equal(tiny.run(model, inputs), stock) and not hook.calls
