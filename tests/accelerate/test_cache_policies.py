@@ -216,3 +216,37 @@ def test_teacache_looks_at_what_attention_gets(family: str) -> None:
         stats = handle.stats()["cache"]
         assert sorted(set(range(6)) - set(stats["forecast"])) == computed and stats["host_reads"] == 5
         assert stats["blocks_left_out"] == (6 - len(computed)) * count
+
+
+@pytest.mark.parametrize("granularity", ["model", "span", "block", "module"])
+def test_parts_of_a_schedule_and_steps_in_any_order(granularity: str) -> None:
+    """Refinement begins late in the schedule, restoration calls at any noise: a step with more noise begins anew, and
+    nothing is forecast from before it."""
+    model, inputs = tiny.wan(layers=3)
+    times = torch.tensor([900.0, 800.0, 700.0, 600.0, 500.0, 400.0, 300.0, 200.0])
+    pipe = SimpleNamespace(transformer=model, scheduler=SimpleNamespace(timesteps=times))
+    with accelerate(pipe):
+        plain = [tiny.run(model, tiny.at(inputs, float(t))) for t in times]
+    knobs: dict[str, Any] = {"granularity": granularity, "first_full": 0.25, "interval": 9}
+    for order, forecast in (
+        ((4, 5, 6, 7), [6]),  # two of eight steps from the first one seen, and the last
+        ((6, 2, 3, 4, 0, 1, 3), [4, 3]),
+        ((5, 5, 5, 6), []),  # three guidance branches, the first of which goes on
+        ((7, 6, 5, 4), []),
+    ):
+        with accelerate(pipe, Config(cache=TaylorSeer(**knobs))) as handle:
+            got = [tiny.run(model, tiny.at(inputs, float(times[step]))) for step in order]
+            assert handle.stats()["cache"]["forecast"] == dict.fromkeys(sorted(forecast), 1)
+            wrong = [step for step, x in zip(order, got, strict=True) if not torch.equal(x, plain[step])]
+            assert wrong == forecast
+    with accelerate(pipe, Config(cache=TaylorSeer(**knobs))) as handle:
+        for step in (0, 1, 2):  # a run that was broken off
+            tiny.run(model, tiny.at(inputs, float(times[step])))
+        handle.reset()
+        late = tiny.run(model, tiny.at(inputs, float(times[4])))
+        assert torch.equal(late, plain[4]) and handle.stats()["cache"]["forecast"] == {2: 1}
+    noisy = TaylorSeer(granularity=granularity, first_full=0, last_full=0, full_above=0.65, full_below=0.25, interval=9)
+    with accelerate(pipe, Config(cache=noisy)) as handle:
+        for t in times:
+            tiny.run(model, tiny.at(inputs, float(t)))
+        assert sorted(handle.stats()["cache"]["forecast"]) == [3, 4, 5, 6]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ..ops import taylor_weights
 from . import checks
 from .base import CachePolicy
 
@@ -65,5 +65,4 @@ class TaylorSeer(CachePolicy):
         return self.order
 
     def weights(self, distance: int, known: int) -> list[float]:
-        reach = self.damping * distance
-        return [reach**i / math.factorial(i) for i in range(known)]
+        return taylor_weights(distance, known=known, damping=self.damping)
