@@ -340,6 +340,10 @@ def test_a_budget_is_checked_before_anything_is_kept() -> None:
         generate(model, inputs, branches=2)
     assert handle.stats()["cache"]["nbytes"] == 3 * one
     handle.remove()
+    handle = accelerate(model, Config(cache=policy("span", max_bytes=one - 1)))
+    with pytest.raises(ValueError, match="no other granularity of blocks fits; 'model' keeps the least"):
+        tiny.run(model, inputs)
+    handle.remove()
     output = inputs["hidden_states"].numel() * 4 * 2
     with accelerate(model, Config(cache=policy("model", max_bytes=output))):
         generate(model, inputs)

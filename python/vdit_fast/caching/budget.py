@@ -65,7 +65,9 @@ def check(policy: CachePolicy, sizes: Sizes, dtype: torch.dtype, held: int = 0) 
     others = [name for name in GRANULARITIES if name in sizes and name in policy.granularities and name != own]
     needed = {name: streams * nbytes(policy, sizes[name], dtype, name) for name in others}
     fitting = [f"{name!r} ({count:,})" for name, count in needed.items() if count <= limit]
-    remedy = f"granularity {' or '.join(fitting)} would fit" if fitting else "no other granularity of it fits either"
+    remedy = f"granularity {' or '.join(fitting)} would fit" if fitting else "no other granularity of blocks fits"
+    if own != "model" and "model" in policy.granularities:
+        remedy += "; 'model' keeps the least, the transformer's output"
     raise ValueError(
         f"the cache {policy.name!r} needs {held + new:,} bytes at granularity {own!r}: {streams} guidance branches of "
         f"{policy.degree + 1} factors · {elements:,} elements · {storage_dtype(policy, dtype).itemsize} bytes, but "
