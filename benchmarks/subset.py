@@ -66,7 +66,7 @@ def main() -> None:
             "quality": quality,
         })  # fmt: skip
         middle = statistics.median(seconds[name]), statistics.median(ratios)
-        numbers = [f"{quality[key]:.4g}" for key in ("psnr", "ssim", "flicker_psnr") if key in quality]
+        numbers = [f"{float(quality[key]):.4g}" for key in ("psnr", "ssim", "flicker_psnr") if key in quality]
         rows.append((name, f"{middle[0]:.1f} s", f"{middle[1]:.2f}x", f"{left:.1%}", *numbers))
     names = [key for key in ("psnr", "ssim", "flicker_psnr") if key in results[0]["quality"]]
     print(report.table(rows, ("", "CPU time", "speed-up", "rows left out", *names)))
