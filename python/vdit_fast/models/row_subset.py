@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OutputRows", "RowRun", "RowSubset"]
 
-Branch = tuple[int, int | None]
+Branch = tuple[str, int, int | None]
 """Guidance branch and frame block."""
 
 
@@ -141,7 +141,7 @@ class RowSubset:
         self.rows_left = 0
         self._generation: int | None = None
         self._branches: dict[Branch, _Branch] = {}
-        self._choices: dict[int | None, _Choice] = {}
+        self._choices: dict[tuple[str, int | None], _Choice] = {}
         self._most_branches = 1
 
     def fresh(self) -> RowSubset:
@@ -214,7 +214,7 @@ class RowSubset:
         self._most_branches = max(self._most_branches, step.branch + 1)
         reason = self._obstacle(session, forward, call)
         if reason is not None:
-            self._branches.pop((step.branch, step.frame_block), None)
+            self._branches.pop((step.expert, step.branch, step.frame_block), None)
             self._whole(session, reason, unsupported=True)
             return None
         geometry = forward.geometry
@@ -227,14 +227,14 @@ class RowSubset:
         if active >= tokens:
             self._whole(session, "every token is active")
             return None
-        key, signature = (step.branch, step.frame_block), _signature(call)
+        key, signature = (step.expert, step.branch, step.frame_block), _signature(call)
         branch = self._branches.get(key)
         if branch is None or branch.call != signature:
             branch = self._branches[key] = _Branch(signature)
         run = RowRun(branch, tokens, geometry.text_first)
-        choice = self._choices.get(step.frame_block)
+        choice = self._choices.get((step.expert, step.frame_block))
         if choice is None or choice.tokens != tokens:
-            choice = self._choices[step.frame_block] = _Choice(tokens)
+            choice = self._choices[step.expert, step.frame_block] = _Choice(tokens)
         reason = self.policy.whole(step) or self._missing(branch, call.block.count)
         if choice.step != step.step:
             choice.step, choice.rows = step.step, None
@@ -272,6 +272,8 @@ class RowSubset:
             return f"{size} tokens in the first block, {geometry.n_video:,} in the grid {geometry.grid}"
         if session.positions is not None:
             return "handle.positions exchanges the rotary tables of all tokens"
+        if session.around_attention or any(entry.where == "attention_heads" for entry in session.hooks.entries):
+            return "functions are hooked at its attention, which see all tokens"
         if "cache" in session.around:
             return "a cache policy leaves blocks out, whose keys would not be refreshed"
         for name, reason in self.layout.refused.items():
@@ -319,7 +321,7 @@ class RowSubset:
             scatter_rows(branch.output, gather_rows(rows, run.rows), run.rows)
             rows = branch.output.clone()
         if step.num_steps is not None and step.step >= step.num_steps - 1:
-            self._branches.pop((step.branch, step.frame_block), None)
+            self._branches.pop((step.expert, step.branch, step.frame_block), None)
             return rows
         width = rows.shape[2]
         channels = channels if channels and width % channels == 0 else width
@@ -327,7 +329,7 @@ class RowSubset:
             patches = rows.unflatten(2, (-1, channels))
         else:
             patches = rows.unflatten(2, (channels, -1)).transpose(2, 3)
-        self._choices[step.frame_block].measures[step.branch] = self.policy.measure(patches.detach())
+        self._choices[step.expert, step.frame_block].measures[step.branch] = self.policy.measure(patches.detach())
         return rows
 
 
