@@ -9,7 +9,7 @@ __all__ = ["features", "linear_attention", "linear_attention_readout", "linear_a
 
 
 def features(x: Tensor, feature_map: str = "hedgehog", weight: Tensor | None = None) -> Tensor:
-    """Features [B, L, H, F] of ``x`` [B, L, H, D] (``ops.linear_attention_state``); fp64 stays fp64, others are fp32."""
+    """Features [B, L, H, F] of ``x`` [B, L, H, D]; fp64 stays fp64, everything else is fp32."""
     x = x.to(_dtype(x))
     if feature_map == "hedgehog":
         if weight is not None:
