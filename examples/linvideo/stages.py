@@ -169,7 +169,7 @@ def layers_alone(
     means: dict[int, float] = {}
     for step, progress in clock.until(share):
         if step % rounds == 0:
-            kept = [*kept[-7:], taps(noised_clip(pool.rng, *pool.pick()))]
+            kept = [*kept[-7:], taps(noised_clip(pool.rng, *pool.rng.choice(list(pool.sizes))))]
         seen = kept[-1] if step % rounds == 0 else pool.rng.choice(kept)
         for layer, optimiser in optimisers.items():
             args, kwargs, want = seen[layer]

@@ -76,7 +76,8 @@ class Conversion:
         return {f"blocks.{layer}.{name}": p.requires_grad_() for name, p in block.named_parameters()}
 
     def alone(self, stage: str, layers: tuple[int, ...], end: float, *, weights: bool) -> None:
-        groups = {layer: [{"params": self.maps_of(layer), "lr": MAP_RATE}] for layer in layers}
+        rate = MAP_RATE / 3 if weights else MAP_RATE
+        groups = {layer: [{"params": self.maps_of(layer), "lr": rate}] for layer in layers}
         for layer in layers if weights else ():
             groups[layer].append({"params": list(self.weights_of(layer).values()), "lr": WEIGHT_RATE})
         part = block if weights else attention
@@ -100,7 +101,8 @@ class Conversion:
     def resumed(self, folder: Path) -> tuple[int, ...]:
         """Go on with a conversion that this wrote."""
         layers = resume(folder, self.student, self.transfer)
-        self.pool.grow(self.clock, POOL, self.student)
+        self.alone("blocks", layers, BLOCKS, weights=True)
+        self.pool.grow(self.clock, OWN, self.student)
         return layers
 
     def run(self) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     ap.add_argument("--minutes", type=float, default=22, help="training time; measuring comes on top")
     ap.add_argument("--layers", type=int, default=2, help="layers to convert, of the candidates 1 to 5")
-    ap.add_argument("--init", type=Path, help="folder of an earlier run to go on from, by matching alone")
+    ap.add_argument("--init", type=Path, help="folder of an earlier run to go on from, with its layers")
     ap.add_argument("--out", type=Path, default=Path("build/linvideo"))
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--seed", type=int, default=0)
