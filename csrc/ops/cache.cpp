@@ -255,7 +255,7 @@ class Forecast : public Call<ForecastParams> {
     if (p.half == DType::f32) p.half = DType::bf16;  // there is no 16-bit tensor
     p.stream = !in_place && p.total * int64_t(out.element_size()) >= kStreamBytes;
     gated_ = gated;
-    if (p.stream && dense_from(out)) fresh_bytes_ = size_t(p.total) * size_t(out.element_size());
+    if (p.stream && dense_from(out)) fresh_bytes_ = size_t(p.total) * out.element_size();
   }
 
   void run_cpu() const {

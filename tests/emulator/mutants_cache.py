@@ -38,7 +38,7 @@ MUTANTS = [
     _bug("alignment of out is forgotten",
          "&& aligned(p, AdaLNRows{p.out, p.out_batch_stride, p.out_token_stride, p.out_dtype})", "", "misaligned",
          "cache.cu"),
-    _bug("width decides nothing about alignment", "whole && (p.dim % kPiece == 0 || rows == 1)", "whole", "forecasts",
+    _bug("width decides nothing about alignment", "whole && (p.dim % kPiece == 0 || rows == 1)", "whole", "narrower",
          "cache.cu"),
     _bug("five factors by the kernel for two", "if (args.p.factors <= 2)", "if (args.p.factors <= 5)", "forecasts",
          "cache.cu"),

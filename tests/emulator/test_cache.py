@@ -120,6 +120,14 @@ def test_every_byte_moves_once() -> None:
                 assert moved.stg128 == each
 
 
+def test_rows_narrower_than_their_strides() -> None:
+    # The strides of x and out alone do not tell that the factor's rows are not made of whole pieces.
+    factors, wide = draw(0, 1, 2, 3, 13), draw(1, 2, 3, 16)
+    x, out = wide[..., :13], torch.full((2, 3, 16), torch.nan)[..., :13]
+    forecast_gate_add(x, factors, weights=[1.0], out=out, policy=RANDOMS[0])
+    assert torch.equal(out, x + factors[0])
+
+
 def test_in_place(policy: Policy) -> None:
     for variant in FORECASTS:
         kwargs = forecast_arguments(variant, (2, 3, 40), "eager")

@@ -91,8 +91,14 @@ struct Row {
     }
   }
 
+  // As table_piece, which called from here makes the kernel for two pieces spill.
   VD_METHOD void table(const AdaLNTable& t, const void* row, int k, float (&v)[kPiece]) const {
-    table_piece<H>(a.p, t, row, piece(k), a.p.dim, a.aligned, v);
+    load_floats<H>(row, a.p.row_dtype == DType::f32, piece(k), a.p.dim, a.aligned, v);
+    if (t.base == nullptr) return;
+    float base[kPiece];
+    load_floats<H>(t.base, a.p.base_dtype == DType::f32, piece(k), a.p.dim, a.aligned, base);
+    VD_UNROLL for (int e = 0; e < kPiece; ++e) v[e] += base[e];
+    round_to<H>(v, t.round);
   }
 
   VD_METHOD void gate(const void* row, int k, float (&v)[kPiece]) const {

@@ -25,19 +25,18 @@ VD_DEV const void* element(const void* data, int64_t at, bool wide) {
 }
 
 template <Load kLoad>
-VD_DEV uint4 load_vector(const void* from) {
-  if constexpr (kLoad == Load::stream) return arch::ldg128_stream(from);
-  if constexpr (kLoad == Load::stream_written) return arch::ldg128_stream_written(from);
-  return arch::ldg128(from);
-}
-
-template <Load kLoad>
 VD_DEV Raw load(const void* row, bool wide, int piece, int dim, bool aligned) {
   Raw r{};
   if (aligned) {
     const auto* from = static_cast<const char*>(row) + int64_t(piece) * (wide ? 32 : 16);
-    r.v[0] = load_vector<kLoad>(from);
-    if (wide) r.v[1] = load_vector<kLoad>(from + 16);
+    if constexpr (kLoad == Load::stream_written) {
+      r.v[0] = arch::ldg128_stream_written(from);
+      if (wide) r.v[1] = arch::ldg128_stream_written(from + 16);
+    } else {
+      constexpr bool kStream = kLoad == Load::stream;
+      r.v[0] = kStream ? arch::ldg128_stream(from) : arch::ldg128(from);
+      if (wide) r.v[1] = kStream ? arch::ldg128_stream(from + 16) : arch::ldg128(from + 16);
+    }
     return r;
   }
   const int first = piece * kPiece;
