@@ -33,14 +33,14 @@ def test_every_combination_is_a_configuration() -> None:
 
 def test_alone_and_together(run_json: Callable[..., Any], options: list[object], tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps({"cache": {"method": "taylorseer", "first_full": 1, "interval": 4}}))
-    only = [part for name in ("dense kernel", "draft", "draft + taylorseer") for part in ("--only", name)]
+    only = [part for name in ("dense kernel", "draft", "draft + taylorseer /3") for part in ("--only", name)]
     document = run_json(*options, *only, "--config", f"mine={tmp_path / 'mine.json'}")
     rows = {row["name"]: row for row in document["rows"]}
-    assert list(rows) == ["stock", "dense kernel", "draft", "draft + taylorseer", "mine"]
+    assert list(rows) == ["stock", "dense kernel", "draft", "draft + taylorseer /3", "mine"]
     assert rows["dense kernel"]["psnr"] > 60 and rows["dense kernel"]["attention"] == 1
     assert rows["draft"]["attention"] < 1 and rows["draft"]["cache"] is None
     assert rows["mine"]["attention"] == pytest.approx(0.5)  # the first step and the last one of four
-    assert rows["draft + taylorseer"]["attention"] < rows["draft"]["attention"]
+    assert rows["draft + taylorseer /3"]["attention"] < rows["draft"]["attention"]
     for name, row in rows.items():
         assert row["dense_equivalent_gflops"] > 0 and row["peak_bytes"] >= 0
         assert (name == "stock") == (row["group"] == "baseline") == ("psnr" not in row)

@@ -42,7 +42,7 @@ class Settings:
     """
 
     prompts: tuple[str, ...] = PROMPTS
-    steps: int = 24
+    steps: int = 12
     seed: int = 0
     repeats: int = 3
     minutes: float = 60.0

@@ -31,7 +31,7 @@ def command(
     prompt: Prompts = None,
     only: Only = None,
     config: Given = None,
-    steps: Steps = 24,
+    steps: Steps = 12,
     repeats: Repeats = 3,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     minutes: Minutes = 60,
