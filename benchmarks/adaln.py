@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pages import SETTINGS, keep_pages
 from torch import Tensor
 
 from vdit_fast import ops, report
@@ -115,6 +114,8 @@ def main() -> None:
     ap.add_argument("--rounds", type=int, default=9)
     ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
+    from pages import SETTINGS, keep_pages  # beside this script
+
     keep_pages()
     torch.manual_seed(0)
     load, results = os.getloadavg()[1], []

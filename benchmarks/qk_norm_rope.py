@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pages import SETTINGS, keep_pages
 from torch import Tensor
 from torch.nn import functional
 
@@ -193,6 +192,8 @@ def main() -> None:
     ap.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
+    from pages import SETTINGS, keep_pages  # beside this script
+
     keep_pages()
     load = os.getloadavg()[1]  # what else the machine is doing
     results = []

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from pages import SETTINGS, keep_pages
 from torch import Tensor
 
 from vdit_fast import report, short_attention
@@ -103,6 +102,8 @@ def main() -> None:
     ap.add_argument("--rounds", type=int, default=15)
     ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
+    from pages import SETTINGS, keep_pages  # beside this script
+
     keep_pages()
     load = os.getloadavg()[1]  # what else the machine is doing
     results = [measure(name, dtype, args.rounds) for name in SHAPES for dtype in DTYPES]
