@@ -139,7 +139,8 @@ def test_the_measure_is_that_of_the_latents(family: str) -> None:
     out = tiny.run(model, inputs)
     if subset is None or not subset._choices:
         return
-    (measure,) = subset._choices[None].measures.values()
+    (choice,) = subset._choices.values()
+    (measure,) = choice.measures.values()
     grid = handle.roots[0].session.forward.geometry.grid
     if out.ndim == 3:  # LTX: tokens
         want = out.std(-1, correction=0)
@@ -211,7 +212,8 @@ def test_branches_share_their_tokens_and_keep_their_own_keys() -> None:
     assert torch.equal(kept[0], kept[1]) and 0.3 < kept[0].float().mean() < 0.7
     assert len(subset._branches) == 2 and subset.partial == {1: 2, 2: 2}
     # a branch by itself, with the same tokens, gives the same
-    rows = tuple(subset._choices[None].rows[0].tolist())
+    (choice,) = subset._choices.values()
+    rows = tuple(choice.rows[0].tolist())
     handle.remove()
     start(model, Listed(rows=rows))
     alone = [tiny.run(model, tiny.at(other, value)) for value in (900.0, 700.0)]
@@ -302,18 +304,12 @@ def test_a_cache_of_the_output_forecasts_merged_outputs() -> None:
     assert 0.3 < (second == first).float().mean() < 0.7
 
 
-@dataclass(frozen=True, kw_only=True)
-class OfBlocks(TaylorSeer):
-    """A cache policy that says it leaves out blocks."""
-
-    granularity = "block"
-
-
 def test_a_cache_of_blocks_is_refused() -> None:
     model, inputs = tiny.wan()
     stock = tiny.run(model, inputs)
-    with pytest.raises(RuntimeError, match="by block exclude each other"):
-        accelerate(model, Config(subset=RAS(), cache=OfBlocks()))
+    for granularity in ("span", "block", "module"):
+        with pytest.raises(RuntimeError, match=f"by {granularity} exclude each other"):
+            accelerate(model, Config(subset=RAS(), cache=TaylorSeer(granularity=granularity)))
     assert torch.equal(tiny.run(model, inputs), stock) and not tiny.served(model)
 
 

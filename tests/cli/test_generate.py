@@ -61,7 +61,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_clip_a_report_and_a_comparison(model: Path, run_json: Callable[..., Any], tmp_path: Path) -> None:
     out = tmp_path / "clip.mp4"
-    sparse = ["--set", "attention.min_tokens=0", "--set", "attention.dense_steps=1", "--set", "attention.pool=[2,2]"]
+    sparse = [
+        "--set",
+        "attention.min_tokens=0",
+        "--set",
+        "attention.dense_steps=1",
+        "--set",
+        "attention.pool=[2,2]",
+        "--set",
+        "cache.min_steps=0",
+    ]
     arguments = ["generate", "--model", model, "--prompt", "a red circle", "--negative-prompt", "blurry", "--out", out]
     document = run_json(*arguments, *SMALL, *sparse, "--baseline")
     film = read_video(out)
