@@ -91,7 +91,7 @@ int32_t cpu_repeated_row(const RowsParams& p, int64_t b) {
   std::vector<uint64_t> seen((static_cast<size_t>(p.tokens) + 63) / 64);
   for (int64_t slot = 0; slot < used; ++slot) {
     const int32_t row = p.rows[b * p.rows_batch + slot * p.rows_slot];
-    if (row < 0 || row >= p.tokens) continue;
+    if (row < 0 || row >= p.tokens) return kRowOutside;
     uint64_t& word = seen[static_cast<size_t>(row) / 64];
     const uint64_t bit = uint64_t{1} << row % 64;
     if ((word & bit) != 0) return row;

@@ -9,7 +9,8 @@ namespace vdit {
 bool cpu_gather_rows(const RowsParams& p, int64_t first, int64_t last);
 bool cpu_scatter_rows(const RowsParams& p, int64_t first, int64_t last);
 
-// A row that two slots in use of item b name, or -1. Entries out of range are passed over.
+// A row that two slots in use of item b name, kRowOutside if one is outside the tensor, or -1.
+constexpr int32_t kRowOutside = -2;
 int32_t cpu_repeated_row(const RowsParams& p, int64_t b);
 
 // One row of `scatter`: x = (add ? x : 0) + gate * y, in fp32. `gate` may be null; `channel` is its stride, 0 or 1.

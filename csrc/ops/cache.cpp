@@ -248,6 +248,10 @@ class Forecast : public Call<ForecastParams> {
       m.factors = factors[j].const_data_ptr();
       m.gate = table(numbered("gate", j), gates[j], bases[j]);
     }
+    for (const auto* tables : {&gates, &bases})
+      for (const Optional& t : *tables)
+        VDIT_CHECK(!t || !Span(*t).meets(Span(out)), op_, ": out overlaps a gate; pass a copy of the gate");
+    VDIT_CHECK(!index || !Span(*index).meets(Span(out)), op_, ": out overlaps index; pass memory of its own");
     VDIT_CHECK(gated || !index, op_, ": index without a gate; pass the gate whose rows it names");
     tokens_of(index);
     for (int64_t j = 0; j < modules; ++j) rows_fit(p.module[j].gate, numbered("gate", j));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "cpu/rows.h"
@@ -29,6 +30,45 @@ void check_rows(const Tensor& t, const std::string& what) {
   }
   VDIT_CHECK(t.size(0) < (int64_t{1} << 31) - 4096 && t.size(1) < (int64_t{1} << 31) - 4096, what, " has shape ",
              shape_text(t), "; sizes must fit 32 bits");
+}
+
+// Where the rows of a tensor lie; strides in bytes, 0 where there is one.
+struct Extent {
+  uintptr_t begin, end;
+  int64_t batch, row, bytes;
+
+  Extent(const Tensor& t, int64_t row_bytes) : begin(reinterpret_cast<uintptr_t>(t.const_data_ptr())), end(begin) {
+    const auto size = static_cast<int64_t>(t.element_size());
+    batch = t.size(0) > 1 ? t.stride(0) * size : 0;
+    row = t.size(1) > 1 ? t.stride(1) * size : 0;
+    bytes = row_bytes;
+    if (t.numel() > 0) end += uintptr_t((t.size(0) - 1) * batch + (t.size(1) - 1) * row + bytes);
+  }
+
+  // Whether rows of both may share memory. Rows beside each other, as keys and values of one tensor, do not.
+  bool meets(const Extent& other) const {
+    if (begin >= other.end || other.begin >= end) return false;
+    const int64_t pitch = std::max(row, other.row);
+    const bool one_pitch = pitch > 0 && (row == 0 || row == pitch) && (other.row == 0 || other.row == pitch) &&
+                           batch % pitch == 0 && other.batch % pitch == 0;
+    if (!one_pitch) return true;
+    const int64_t after = (static_cast<int64_t>(other.begin - begin) % pitch + pitch) % pitch;
+    return after < bytes || after + other.bytes > pitch;
+  }
+};
+
+// Whether no two rows share memory.
+bool rows_are_own(const Tensor& t, int64_t row_bytes) {
+  const auto size = static_cast<int64_t>(t.element_size());
+  std::pair<int64_t, int64_t> outer[] = {{t.stride(0) * size, t.size(0)}, {t.stride(1) * size, t.size(1)}};
+  if (outer[0] > outer[1]) std::swap(outer[0], outer[1]);
+  int64_t extent = row_bytes;
+  for (const auto& [stride, count] : outer) {
+    if (count <= 1) continue;
+    if (stride < extent) return false;
+    extent += (count - 1) * stride;
+  }
+  return true;
 }
 
 // The lists: rows int32 [1 or batch, slots], count int32 [1 or batch].
@@ -188,10 +228,23 @@ RowsParams prepare_scatter(const Tensors& full, const Tensors& part, const Tenso
     pair.part = const_cast<void*>(t.const_data_ptr());  // read only
     pair.part_batch = t.stride(0) * bytes;
     pair.part_row = t.stride(1) * bytes;
-    VDIT_CHECK(t.numel() == 0 || pair.full != pair.part, what, " is full[", i, "] itself; pass another tensor");
-    for (size_t j = 0; j < i; ++j)
-      VDIT_CHECK(t.numel() == 0 || pair.full != p.pair[j].full, "scatter_rows: full[", i, "] and full[", j,
+    VDIT_CHECK(rows_are_own(full[i], pair.row_bytes), item("scatter_rows", "full", i),
+               " has rows that share memory; pass a tensor whose rows lie apart");
+  }
+  for (size_t i = 0; i < full.size(); ++i) {
+    const Extent to(full[i], p.pair[i].row_bytes);
+    for (size_t j = 0; j < full.size(); ++j) {
+      VDIT_CHECK(!to.meets(Extent(part[j], p.pair[j].row_bytes)), "scatter_rows: part[", j, "] overlaps full[", i,
+                 "]; pass a copy of it");
+      VDIT_CHECK(j >= i || !to.meets(Extent(full[j], p.pair[j].row_bytes)), "scatter_rows: full[", i, "] and full[", j,
                  "] are the same memory; each needs its own");
+    }
+    if (!gate || gate->numel() == 0) continue;
+    const auto from = reinterpret_cast<uintptr_t>(gate->const_data_ptr());
+    int64_t last = 0;
+    for (int64_t d = 0; d < gate->dim(); ++d) last += (gate->size(d) - 1) * gate->stride(d);
+    const uintptr_t end = from + uintptr_t(last + 1) * uintptr_t(gate->element_size());
+    VDIT_CHECK(to.end <= from || end <= to.begin, "scatter_rows: gate overlaps full[", i, "]; pass a copy of it");
   }
   p.add = add ? 1 : 0;
   if (add || gate) point_at_gate(p, full, gate);
@@ -205,6 +258,7 @@ void scatter_rows_cpu(const Tensors& full, const Tensors& part, const Tensor& ro
   const int64_t lists = p.rows_batch == 0 && p.count_batch == 0 ? 1 : p.batch;
   for (int64_t b = 0; b < lists; ++b) {
     const int32_t repeated = cpu_repeated_row(p, b);
+    check_range(repeated != kRowOutside, "scatter_rows", p);  // before anything is written
     VDIT_CHECK(repeated < 0, "scatter_rows: rows names row ", repeated, " of item ", b,
                " twice; the rows of an item must be distinct");
   }

@@ -134,6 +134,9 @@ class Config:
     verbose: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("attention", "cache", "subset", "linear"):
+            if isinstance(kind := getattr(self, name), type):
+                raise TypeError(f"{name} is the class {kind.__name__}; pass an object of it, {kind.__name__}(...)")
         planner = self.attention
         if planner is not None and not (callable(getattr(planner, "plan", None)) and hasattr(planner, "decision")):
             raise TypeError(

@@ -82,8 +82,10 @@ class _BeforeForward:
 
 def wrap_cache(module: nn.Module, session: Session, adapter: ModelAdapter) -> None:
     """Let the cache that the configuration asks for stand around the transformer or around its blocks."""
+    present = module.__dict__.get("forward")
     if session.cache.features is None:
-        CachedForward(module, session).attach()
+        if not (isinstance(present, CachedForward) and present.of(session)):  # it may have stopped before the cache
+            CachedForward(module, session).attach()
     else:
         blocks.attach(module, session, adapter)
 
@@ -250,6 +252,10 @@ class Root:
         self.session.hooks.entries.clear()
         detach(module, self.session)
         self.session.cache.forget()
+        self.session.forward = self.session.cache.forward = None  # the last forward holds its stream
+        self.session.stand_ins.clear()
+        self.session.state.clear()
+        self.session.static.clear()
         if isinstance(subset := self.session.around.get("subset"), RowSubset):
             subset.forget()
         text_kv.detach(module, self.session)

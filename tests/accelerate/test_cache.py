@@ -350,3 +350,20 @@ def test_with_blocks_compiled_and_first_block_cache() -> None:
         got = generate(model, inputs)
     for mine, want in zip(got, expected(stock), strict=True):
         assert tiny.relative(mine, want) < 1e-5
+
+
+def test_a_short_schedule_keeps_nothing() -> None:
+    model, inputs = tiny.wan()
+    pipe = SimpleNamespace(transformer=model, scheduler=SimpleNamespace(timesteps=torch.tensor(TIMES)))
+    for granularity in ("model", "span", "block", "module"):
+        policy = TaylorSeer(first_full=0, min_steps=6, granularity=granularity)
+        with accelerate(pipe, Config(cache=policy)) as handle:
+            for value in TIMES:
+                tiny.run(model, tiny.at(inputs, value))
+            stats = handle.stats()["cache"]
+        assert stats["nbytes"] == 0 and stats["full"] == {"a schedule of 5 steps, fewer than min_steps 6": 5}
+
+
+def test_a_class_is_no_policy() -> None:
+    with pytest.raises(TypeError, match=r"cache is the class TaylorSeer; pass an object of it, TaylorSeer\(\.\.\.\)"):
+        Config(cache=TaylorSeer)  # type: ignore[arg-type]

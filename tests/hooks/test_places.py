@@ -415,3 +415,11 @@ def test_inside_a_transformer_compiled_as_a_whole() -> None:
         got = [model(**inputs)[0] for _ in range(2)]
     assert all(tiny.relative(output, want) < 1e-5 for output in got)
     assert set(handle.stats()["hooks"].values()) == {6}
+
+
+def test_every_name_in_a_list_must_name_something() -> None:
+    model, _ = tiny.wan()
+    handle = accelerate(model)
+    for layers, named in (([0, "*.nope"], r"'\*\.nope'"), ([0, 30], "30")):
+        with pytest.raises(ValueError, match=f"{named} in layers names none"):
+            handle.hook("block_output", lambda step, place, rows: None, layers=layers)

@@ -397,3 +397,10 @@ def test_bad_input(call: Any, message: str) -> None:
 def test_bad_choices(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_gate_in_the_result_is_refused() -> None:
+    x = torch.randn(1, 3, 8)
+    index = torch.tensor([0, 1, 0], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="out overlaps a gate"):
+        ops.forecast_gate_add(x, torch.randn(1, 1, 3, 8), x[:, :2], weights=[1.0], index=index, out=x)

@@ -139,3 +139,11 @@ def test_bad_input(change: dict[str, Tensor], message: str) -> None:
 def test_reference_of_fp64_is_fp64() -> None:
     kwargs = {name: x.double() if x.is_floating_point() else x for name, x in draw(5, F32, 2, 15).items()}
     assert reference.combine_rows(**kwargs).dtype == torch.float64
+
+
+def test_weights_of_absent_rows_do_not_reach_gradients() -> None:
+    rows = torch.randn(1, 4, requires_grad=True)
+    weights = torch.tensor([[1.0], [torch.nan]])
+    out = ops.combine_rows(rows, torch.tensor([[0], [-1]], dtype=torch.int32), weights)
+    out.sum().backward()
+    assert rows.grad is not None and rows.grad.isfinite().all()

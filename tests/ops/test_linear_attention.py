@@ -137,13 +137,17 @@ def test_eps_is_added() -> None:
 def test_nan_stays_in_its_row(feature_map: str) -> None:
     q, k, v = draw(1, 9, 1, 8).abs(), draw(1, 20, 1, 8).abs(), draw(1, 20, 1, 4)
     clean = linear_attention(q, k, v, feature_map=feature_map)
-    for at in (0, 7):
+    full = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # the NaN that GPUs make
+    for at, nan in ((0, torch.tensor(torch.nan)), (7, full)):
         broken = q.clone()
-        broken[0, 3, 0, at] = torch.nan
+        broken[0, 3, 0, at] = nan
         out = linear_attention(broken, k, v, feature_map=feature_map)
         assert out[0, 3].isnan().all()
         out[0, 3] = clean[0, 3]
         assert torch.equal(out, clean)
+    broken = k.clone()
+    broken[0, 3, 0, 2] = full
+    assert linear_attention(q, broken, v, feature_map=feature_map).isnan().all()
 
 
 def test_a_long_sequence_on_sampled_rows() -> None:

@@ -249,3 +249,43 @@ def test_on_a_gpu() -> None:
             new = x.clone()
             ops.scatter_rows(new, y * 2, rows, count, **how)
             torch.testing.assert_close(new, reference.scatter_rows(x, y * 2, rows, count, **how))
+
+
+def test_memory_that_is_shared_is_refused() -> None:
+    rows = torch.tensor([[2, 3, 4]], dtype=torch.int32)
+    x = torch.randn(1, 6, 4)
+    with pytest.raises(RuntimeError, match=r"part\[0\] overlaps full\[0\]"):
+        ops.scatter_rows(x, x[:, 1:4], rows)
+    a, b = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    all_rows = torch.tensor([[0, 1, 2]], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="overlaps"):
+        ops.scatter_rows([a, b], [b, a], all_rows)
+    with pytest.raises(RuntimeError, match="rows that share memory"):
+        ops.scatter_rows(torch.randn(40).unfold(0, 8, 4)[None], torch.randn(1, 3, 8), all_rows)
+    kv = torch.randn(1, 6, 16)
+    with pytest.raises(RuntimeError, match="same memory"):
+        ops.scatter_rows([kv[..., :8], kv[..., 4:12]], [torch.randn(1, 3, 8), torch.randn(1, 3, 8)], rows)
+    with pytest.raises(RuntimeError, match="gate overlaps"):
+        ops.scatter_rows(x, torch.randn(1, 3, 4), rows, gate=x[:, :3])
+    new = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    ops.scatter_rows([kv[..., :8], kv[..., 8:]], list(new), rows)  # side by side, as keys and values often lie
+    assert torch.equal(kv[0, 2:5], torch.cat(new, -1)[0])
+
+
+def test_nothing_is_written_before_a_row_is_refused() -> None:
+    x = torch.randn(1, 4, 8)
+    before = x.clone()
+    with pytest.raises(RuntimeError):
+        ops.scatter_rows(x, torch.randn(1, 3, 8), torch.tensor([[0, 9, 1]], dtype=torch.int32))
+    assert torch.equal(x, before)
+
+
+def test_gradients_of_repeated_rows_add_up() -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.float32, requires_grad=True)
+    rows = torch.tensor([[1, 1, 4]], dtype=torch.int32)
+    weights = torch.randn(2, 3, 3)
+    (ops.gather_rows(x, rows) * weights).sum().backward()
+    want = torch.zeros(2, 5, 3)
+    want[:, 1], want[:, 4] = weights[:, 0] + weights[:, 1], weights[:, 2]
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, want)

@@ -76,7 +76,7 @@ static inline float reduce_sum(vf v) {
 }
 
 // 2^x for x <= about 1, relative error 2.3e-7 (minimax polynomial of degree 5); exactly 0 at -127 and below, so also
-// for -inf. NaN stays NaN (its low nine payload bits must be clear, as in every NaN that arithmetic makes).
+// for -inf. NaN stays NaN, whatever its payload (GPUs make 0x7fffffff).
 static inline vf exp2_nonpositive(vf x) {
   const vf c = max_or_second(splat(-127.f), x);
   const vf r = c + 12582912.f;  // 1.5 * 2^23: the low bits of r are c rounded to an integer
@@ -87,7 +87,7 @@ static inline vf exp2_nonpositive(vf x) {
   p = p * f + 2.40221197e-1f;
   p = p * f + 6.93146967e-1f;
   p = p * f + 1.0f;
-  return (vf)((vi)p + ((vi)r << 23));
+  return (vf)((vi)p + (((vi)r << 23) & (vi)(c == c)));
 }
 
 // 2^x for every x: the bits of exp2_nonpositive are right up to 128, where they are those of inf.

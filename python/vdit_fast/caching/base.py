@@ -87,12 +87,18 @@ class CachePolicy:
             checks.size("max_bytes", self.max_bytes)
 
     # ------------------------------------------------------------------ when
+    def idle(self, step: StepContext) -> str | None:
+        """Why nothing of this schedule can be forecast, so that nothing need be kept; None where something can."""
+        if step.num_steps is not None and step.num_steps < self.min_steps:
+            return f"a schedule of {step.num_steps} steps, fewer than min_steps {self.min_steps}"
+        return None
+
     def decide(self, step: StepContext, stream: Stream) -> str | None:
         """None when this step is forecast, else the reason why it is computed (one line for the report)."""
         if step.step < 0:
             return "the denoising step is unknown"
-        if step.num_steps is not None and step.num_steps < self.min_steps:
-            return f"a schedule of {step.num_steps} steps, fewer than min_steps {self.min_steps}"
+        if (reason := self.idle(step)) is not None:
+            return reason
         return self._first(step, stream) or self._noise(step) or self._rhythm(step, stream)
 
     def _first(self, step: StepContext, stream: Stream) -> str | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..models.blocks import BlockCall
     from ..models.forward import Forward
     from ..planners import Planner
+    from ..subset import RowPolicy
     from .base import CachePolicy
     from .features import Features
 
@@ -52,11 +53,15 @@ class FeatureCache:
     Args:
         policy: None where nothing is cached.
         planner: whose steps of observation are computed.
+        subset: whose steps on all tokens are computed.
     """
 
-    def __init__(self, policy: CachePolicy | None = None, planner: Planner | None = None) -> None:
+    def __init__(
+        self, policy: CachePolicy | None = None, planner: Planner | None = None, subset: RowPolicy | None = None
+    ) -> None:
         self.policy = policy
         self.planner = planner
+        self.subset = subset
         self._observes: Any = getattr(planner, "observes", None)
         self.full: Counter[str] = Counter()
         """Reason -> computed forwards."""
@@ -90,7 +95,7 @@ class FeatureCache:
 
     def fresh(self) -> FeatureCache:
         """The same settings without records, for a copied model."""
-        new = FeatureCache(self.policy, self.planner)
+        new = FeatureCache(self.policy, self.planner, self.subset)
         new.hooked, new.modulated = dict(self.hooked), self.modulated
         new.features = self.features.of(new) if self.features is not None else None
         return new
@@ -111,7 +116,8 @@ class FeatureCache:
     def reason(self, step: StepContext, stream: Stream) -> str | None:
         """Why a step is computed whatever an adaptive policy would say, None where it need not be."""
         assert self.policy is not None
-        return self.policy.decide(step, stream) or (self._observes(step) if self._observes is not None else None)
+        reason = self.policy.decide(step, stream) or (self._observes(step) if self._observes is not None else None)
+        return reason or (self.subset.whole(step) if self.subset is not None else None)
 
     def refused(self, step: StepContext) -> bool:
         """Count a forward that no policy is asked about; False where one is."""
@@ -119,6 +125,8 @@ class FeatureCache:
             self.full["gradients are recorded"] += 1
         elif step.step < 0:
             self.full["the denoising step is unknown"] += 1
+        elif self.policy is not None and (idle := self.policy.idle(step)) is not None:
+            self.full[idle] += 1
         else:
             return False
         return True

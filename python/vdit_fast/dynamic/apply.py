@@ -241,6 +241,11 @@ class _TokenRouter:
         return x[..., 0].float().sigmoid() > 0.5
 
 
+def _state(module: nn.Module) -> list[Any]:
+    """What changes with a module's weights."""
+    return [(p.dtype, p.device.type, None if p.is_inference() else p._version) for p in module.parameters()]
+
+
 class _Removed:
     """What a handle is in a pickle, where the model is the stock one."""
 
@@ -264,6 +269,7 @@ class DyDiTHandle:
         self._tracker = StepTracker(pipe)
         self._names = parameter_names(type(model).forward)
         self._known: dict[float, list[Masks]] = {}
+        self._embedder_state = _state(model.get_submodule(layout.embedder))
         self._key: float | None = None
         self._decided = False
         self._routers = [r for plan in plans for r in (plan.heads, plan.groups) if r is not None]
@@ -319,6 +325,7 @@ class DyDiTHandle:
             raise ValueError(f"precompute: timesteps has shape {list(timesteps.shape)}; expected [S]")
         embedder = self._model.get_submodule(self._layout.embedder)
         projection = self._model.get_submodule(self._layout.projection)
+        self._embedder_state = _state(embedder)
         dtype = next(embedder.parameters()).dtype
         self._decided = True  # not a forward of the model: the embedder's hook has nothing to do
         # one by one, as a forward embeds its timestep: a product's bits may depend on the batch
@@ -343,6 +350,13 @@ class DyDiTHandle:
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.forwards += 1
+        if torch.is_grad_enabled():
+            self.work.recorded = 1 if self.work.replayed else self.work.recorded + 1
+            self.work.replayed = False
+        state = _state(model.get_submodule(self._layout.embedder))
+        if state != self._embedder_state:  # other embeddings, other widths
+            self._known.clear()
+            self._embedder_state = state
         timestep = (dict(zip(self._names, args, strict=False)) | kwargs).get("timestep")
         self._key = self._key_of(timestep) if self._routers else None
         found = self._known.get(self._key) if self._key is not None else None

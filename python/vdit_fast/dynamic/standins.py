@@ -30,6 +30,9 @@ class Work:
         self.dense = 0.0
         self._done = 0.0
         self._on_device: Tensor | None = None
+        self.recorded = 0
+        """Forwards with gradients since the last backward that ran blocks again."""
+        self.replayed = False
 
     def add(self, dense: float, done: float) -> None:
         self.dense += dense
@@ -67,6 +70,13 @@ class Place:
 
     def units(self, kind: str) -> Units | None:
         """``heads`` or ``groups`` where some are off."""
+        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing runs a block again
+            if self.work.recorded > 1:
+                raise RuntimeError(
+                    "DyDiT: gradient checkpointing runs a forward again whose decisions a later one has replaced; call "
+                    "backward before the next forward"
+                )
+            self.work.replayed = True
         units = self.heads if kind == "heads" else self.groups
         return None if units is None or units.all_on or not self.active else units
 
@@ -196,6 +206,12 @@ class AttentionStandIn(StandIn):
             raise RuntimeError(
                 f"{self.place.name}: its norms of q and k run over all heads, and accelerate() has replaced its "
                 "processor; remove the acceleration, or leave the routers of heads (attn_rate) out"
+            )
+        session = getattr(module.processor, "session", None)
+        if session is not None and session.active and (session.stand_ins or session.config.subset is not None):
+            raise RuntimeError(
+                f"{self.place.name}: DyDiT leaves heads out, and accelerate() keeps keys (subset) or has maps (linear) "
+                "of every head; set subset and linear to null, or leave the routers of heads (attn_rate) out"
             )
         heads, module.heads = module.heads, units.count
         try:

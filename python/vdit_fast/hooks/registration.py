@@ -65,6 +65,9 @@ def add_hook(handle: Handle, where: str, fn: HookFn, layers: Any) -> HookRemover
         families = ", ".join(sorted({root.adapter.family for root, _ in found}))
         what = "blocks that follow one another" if where == "block_output" else "served self-attention"
         raise RuntimeError(f"hook: the family {families!r} has no {what}; hook another place than {where!r}")
+    for item in layers if isinstance(layers, list) else ():
+        if not any(choose(names, [item]) for _, names in found):
+            raise ValueError(f"hook: {item!r} in layers names none of the places at {where!r}")
     placed = [(root, Entry(where, fn, choose(names, layers))) for root, names in found]
     placed = [(root, entry) for root, entry in placed if entry.chosen]
     if not placed:

@@ -207,6 +207,9 @@ def attach(root: nn.Module, session: Session, adapter: ModelAdapter) -> int:
     """Let ``session.around`` stand around every block; returns the number of blocks."""
     blocks = transformer_blocks(root, adapter)
     for index, (name, module) in enumerate(blocks):
+        present = module.__dict__.get("forward")
+        if isinstance(present, AroundForward) and present.of(session):
+            continue
         block = Block(index, len(blocks), name, adapter.block_streams)
         AroundForward(module, block, session, root).attach()
     return len(blocks)

@@ -45,8 +45,7 @@ class HookPlace:
     over: str = "video"
     """What one sequence holds: "video" (all tokens), "frames" (of one place), "frame" (one frame's tokens)."""
     grid: tuple[int, int, int] | None = None
-    """(frames, height, width) in tokens, None when unknown or where only some of them run. A UNet's levels have grids
-    of their own."""
+    """(frames, height, width) in tokens, None when unknown. A UNet's levels have grids of their own."""
     geometry: Geometry | None = None
     """Layout of the joint sequence of a "video" layer, None when unknown."""
     family: str = ""
@@ -380,7 +379,7 @@ def attach(root: nn.Module, session: Session) -> None:
 
 def detach(root: nn.Module, session: Session) -> None:
     """Undoes ``attach``."""
-    for site in session.hooks.sites.values():
-        wrapper = root.get_submodule(site.name).__dict__.get("forward")
+    for module in root.modules():  # a site may be gone
+        wrapper = module.__dict__.get("forward")
         if isinstance(wrapper, AroundForward) and wrapper.of(session):
             wrapper.detach()

@@ -38,7 +38,8 @@ class KeptKeys:
         for kept, new in ((self.k, k), (self.v, v)):
             old = kept.get(layer)
             if old is None or old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
-                kept[layer] = new.detach().clone(memory_format=torch.contiguous_format)
+                with torch.inference_mode(False):  # an inference tensor could not be updated outside of that mode
+                    kept[layer] = new.detach().clone(memory_format=torch.contiguous_format)
             else:
                 old.copy_(new.detach())
 

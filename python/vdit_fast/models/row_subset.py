@@ -251,6 +251,7 @@ class RowSubset:
         self._whole(session, reason)
         self.rows_computed += tokens
         if not self.policy.keeps(step):
+            self._branches.pop(key, None)
             return None
         branch.attended.clear()
         run.check = lambda k, v: check_budget(
@@ -297,7 +298,8 @@ class RowSubset:
     def _choose(self, choice: _Choice) -> Tensor:
         measure = torch.stack(list(choice.measures.values())).mean(0)
         if choice.skipped is None:
-            choice.skipped = torch.zeros_like(measure)
+            with torch.inference_mode(False):
+                choice.skipped = torch.zeros_like(measure)
         rows = self.policy.choose(measure, choice.skipped)
         choice.skipped += 1
         choice.skipped.index_add_(0, rows.long(), choice.skipped.new_full((1,), -1.0).expand(rows.shape[0]))
@@ -315,7 +317,8 @@ class RowSubset:
         if rows.ndim != 3 or rows.shape[1] != run.tokens:
             return rows
         if run.rows is None:
-            branch.output = rows.detach().clone()
+            with torch.inference_mode(False):
+                branch.output = rows.detach().clone()
         else:
             assert branch.output is not None
             scatter_rows(branch.output, gather_rows(rows, run.rows), run.rows)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vdit_fast.models.blocks import Around
     from vdit_fast.models.rotary import PositionFn
     from vdit_fast.models.text_kv import TextKV
+    from vdit_fast.plan import AttentionPlan
 
 __all__ = ["Geometry", "Session", "session_by_id"]
 
@@ -118,7 +119,7 @@ class Session:
         self.stand_ins: dict[int, StandIn] = {}
         self.state: dict[Any, Any] = {}
         self.static: dict[Any, Any] = {}
-        self.cache = FeatureCache(config.cache, config.attention)
+        self.cache = FeatureCache(config.cache, config.attention, config.subset)
         self.around: dict[str, Around] = {}
         self.around_attention: dict[str, Around] = {}
         self.hooks = Hooks()
@@ -152,6 +153,7 @@ class Session:
         for layer in self.layers:
             new.add_layer(layer.name, layer.always_dense)
         convert(new, converted(self))
+        new.stand_ins |= {layer: item for layer, item in self.stand_ins.items() if layer not in new.stand_ins}
         new.fused, new.left = dict(self.fused), self.left.copy()
         new.cache = self.cache.fresh()
         new.around = {name: new.cache if item is self.cache else item.fresh() for name, item in self.around.items()}
@@ -196,7 +198,9 @@ class Session:
         self.unfused.clear()
         self.state.clear()
         self.static.clear()
-        self.cache = FeatureCache(config.cache, config.attention)
+        self.cache = FeatureCache(config.cache, config.attention, config.subset)
+        self.forward = None  # of the old configuration, and holds what its cache kept
+        self.hooks.calls.clear()
         self.repositioned.clear()
         self._told.clear()
 
@@ -217,6 +221,9 @@ class Session:
         ``mask`` is the bool [1,1,N,N] of a transformer whose geometry has a frame block.
         """
         run = self.forward.subset if self.forward is not None else None
+        recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if recorded and anchor is not None and self.forward is not None and not _in_backward():
+            self._anchors[anchor] = self.forward  # before any kind of attention: all of them may run again
         if run is not None:
             k, v, kv_len = run.attend(layer, k, v, kv_len)
         softmax = partial(self._softmax, layer, q, k, v, kv_len, anchor, scale, mask)
@@ -228,7 +235,28 @@ class Session:
         if not self.hooks.at_heads(layer):
             return out
         forward = self.forward_of(anchor) if anchor is not None else self.forward
-        return self.hooks.heads(self, forward, layer, out, lambda plan: over_plan(q, k, v, kv_len, scale, plan))
+        again = partial(self._over_plan, layer, q, k, v, kv_len, scale, mask)
+        return self.hooks.heads(self, forward, layer, out, again)
+
+    def _over_plan(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | None,
+        scale: float | None,
+        mask: Tensor | None,
+        plan: AttentionPlan | None,
+    ) -> Tensor:
+        """What ``HookRows.attend`` answers."""
+        if self.layers[layer].linear:
+            raise RuntimeError(
+                f"attend: {self.layers[layer].name} is linear and has no attention over a plan; hook other layers"
+            )
+        if mask is None:
+            return over_plan(q, k, v, kv_len, scale, plan)
+        return dense_attention(q, k, v, kv_len, scale, mask if plan is None else mask & plan.to_mask())
 
     def _softmax(
         self,
@@ -250,8 +278,6 @@ class Session:
         forward = self.forward
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad) and anchor is not None:
             forward = self.forward_of(anchor)  # same plan as in the first run
-            if forward is not None and not _in_backward():
-                self._anchors[anchor] = forward
         geometry = forward.geometry if forward is not None else None
         if mask is not None:
             if forward is None or geometry is None or not self._understands(forward, geometry, mask):

@@ -33,7 +33,7 @@ def linear_attention(
         feature_map: ``"hedgehog"``: softmax(x W) and softmax(-x W) side by side, 2 D features (Hedgehog, arXiv
             2402.04347; LinVideo, arXiv 2510.08318); ``"relu"``; ``"elu"``: elu(x) + 1; ``"identity"``: D features.
         q_weight, k_weight: W of ``"hedgehog"``, ``[D, D]`` for all heads or ``[H, D, D]`` (``[Hkv, D, D]`` for k), of
-            q's dtype or float32; None: no projection.
+            q's dtype or float32; None: no projection. On tensor cores features and weights are rounded to q's dtype.
         q_den, k_den: inputs of the denominator where they are not q and k, of the same shapes (Sana-Video rotates only
             what the numerator sees). They pass through the same map and weights.
         kv_len: int32 or int64 ``[B]``; keys ``j >= kv_len[b]`` do not count, whatever they hold.

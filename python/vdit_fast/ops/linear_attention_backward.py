@@ -5,7 +5,8 @@ Time grows linearly with the length, and besides the results memory does not gro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -68,7 +69,19 @@ def _sum_weight(total: Tensor, weight: Tensor) -> Tensor:
     return (total.sum(0) if weight.dim() == 2 else total).to(weight.dtype)
 
 
+def _full_precision(fn: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """``fn`` outside of autocast, whose 16-bit products are not what fp32 gradients promise."""
+
+    @functools.wraps(fn)
+    def run(grad: Tensor, *rest: Any) -> list[Tensor]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return fn(grad, *rest)
+
+    return run
+
+
 @torch.library.custom_op("vdit_fast::linear_attention_state_backward", mutates_args=())
+@_full_precision
 def _state_backward(
     grad: Tensor,
     k: Tensor,
@@ -127,6 +140,7 @@ def _fake_state_backward(
 
 
 @torch.library.custom_op("vdit_fast::linear_attention_readout_backward", mutates_args=())
+@_full_precision
 def _readout_backward(
     grad: Tensor,
     q: Tensor,

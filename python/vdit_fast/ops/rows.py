@@ -91,12 +91,17 @@ def _setup_gather(ctx: Any, inputs: tuple[list[Tensor], Tensor, Tensor | None], 
 
 def _gather_back(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor | None], None, None]:
     rows, count = ctx.saved_tensors
-    known = [grad.contiguous() for grad in grads if grad is not None]
-    wide = [grad.new_zeros(shape) for grad, shape in zip(grads, ctx.shapes, strict=True) if grad is not None]
-    if known:
-        torch.ops.vdit_fast.scatter_rows(wide, known, rows, count, None, False)
-    left = iter(wide)
-    return [None if grad is None else next(left) for grad in grads], None, None
+    slots = torch.arange(rows.shape[1], device=rows.device)
+    used = (rows >= 0) & (slots < (rows.shape[1] if count is None else count[:, None]))
+
+    def back(grad: Tensor, shape: torch.Size) -> Tensor:  # rows may repeat: they are added up
+        on = (used & (rows < shape[1])).expand(shape[0], -1)
+        index = rows.long().expand(shape[0], -1).where(on, 0)
+        flat = grad.flatten(2).masked_fill(~on[..., None], 0)
+        wide = grad.new_zeros(shape[0], shape[1], flat.shape[2])
+        return wide.scatter_add_(1, index[..., None].expand_as(flat), flat).view(shape)
+
+    return [None if g is None else back(g, s) for g, s in zip(grads, ctx.shapes, strict=True)], None, None
 
 
 torch.library.register_autograd("vdit_fast::gather_rows", _gather_back, setup_context=_setup_gather)

@@ -29,14 +29,17 @@ def combine_rows(
     """
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     present = slots >= 0
+    if slots.is_cuda:
+        present = present & (slots < rows.shape[0])  # as the operator: nothing is read back
     total = rows.new_zeros(slots.shape[0], rows.shape[1], dtype=dtype) if base is None else base.to(dtype)
     for j in range(slots.shape[1]):
         row = rows.new_zeros(total.shape, dtype=dtype)
+        on = present[:, j, None]
         if rows.shape[0]:
-            row = rows.index_select(0, slots[:, j].clamp(min=0)).to(dtype)
+            row = torch.where(on, rows.index_select(0, slots[:, j].where(present[:, j], 0)).to(dtype), 0)
         if weights is not None:
-            row = row * weights[:, j, None].to(dtype)
-        total = total + torch.where(present[:, j, None], row, 0)
+            row = row * torch.where(on, weights[:, j, None].to(dtype), 0)  # 0 * nan would reach the gradients
+        total = total + row
     if gate is not None:
         total = total * gate.to(dtype).repeat_interleave(slots.shape[0] // max(1, gate.shape[0]), 0)
     if base is None:
