@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -317,6 +318,8 @@ def test_reasons_of_blocks_outlive_another_configuration_and_a_copy() -> None:
 def test_blocks_of_a_control_network_run_the_stock_way() -> None:
     model, inputs = tiny.build("cosmos_1")
     block, arguments = model.transformer_blocks[0], []
+    if "controlnet_residual" not in inspect.signature(type(block).forward).parameters:
+        pytest.skip("this diffusers has no control network for Cosmos")
     watch = block.register_forward_pre_hook(lambda _, args, kwargs: arguments.append((args, kwargs)), with_kwargs=True)
     tiny.run(model, inputs)
     watch.remove()
