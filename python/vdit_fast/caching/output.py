@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import types
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..forwards import ForwardStandIn
 from .engine import FeatureCache, Run
 
 if TYPE_CHECKING:
     from ..context import StepContext
-    from ..models.session import Session
 
 Output = Any
 
@@ -85,28 +83,15 @@ def _parts(output: Output) -> tuple[list[Tensor], Callable[[list[Tensor]], Outpu
     return parts, wrap
 
 
-class CachedForward:
-    """Stands in for ``forward`` of one transformer, as an attribute of the object, where other wrappers sit too."""
-
-    def __init__(self, module: nn.Module, session: Session) -> None:
-        self._module = weakref.ref(module)
-        self._session = session
-        self._inner = module.__dict__.get("forward")  # another library's wrapper, e.g. one that moves weights
-        self.__signature__ = inspect.signature(_own_forward(module))
-
-    @property
-    def stock(self) -> Callable[..., Output]:
-        """What this object stands in for."""
-        module = self._module()
-        assert module is not None
-        return self._inner if self._inner is not None else _own_forward(module)
+class CachedForward(ForwardStandIn):
+    """Stands in for ``forward`` of one transformer."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Output:
         session = self._session
         policy, forward = session.config.cache, session.forward
         # A forward that was seen has passed a second wrapper, or there was no pre-hook: `forward` was called directly.
         if not session.active or policy is None or forward is None or forward.cached:
-            return self.stock(*args, **kwargs)
+            return self.inner(*args, **kwargs)
         forward.cached = True
         if torch.compiler.is_compiling():
             raise RuntimeError(
@@ -114,27 +99,7 @@ class CachedForward:
                 "(compile_repeated_blocks) instead of the whole, or set cache to null in the configuration"
             )
         arguments = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
-        return run_cached(session.cache, forward.step, lambda: self.stock(*args, **kwargs), arguments)
-
-    def of(self, session: Session) -> bool:
-        """Whether this is the wrapper of that session."""
-        return self._session is session
-
-    def attach(self) -> None:
-        """Become the module's ``forward``."""
-        module = self._module()
-        assert module is not None
-        object.__setattr__(module, "forward", self)
-
-    def detach(self) -> None:
-        """Give the module back what it had; a wrapper that was put around this one later stays and passes through."""
-        module = self._module()
-        if module is None or module.__dict__.get("forward") is not self:
-            return
-        if self._inner is None:
-            del module.__dict__["forward"]
-        else:
-            object.__setattr__(module, "forward", self._inner)
+        return run_cached(session.cache, forward.step, lambda: self.inner(*args, **kwargs), arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         module = self._module()
@@ -148,11 +113,3 @@ class CachedForward:
         new._inner = copy.deepcopy(self._inner, memo)
         new.__signature__ = self.__signature__
         return new
-
-    def __reduce__(self) -> Any:
-        # A pickled model is the stock one.
-        return _own_forward, (self._module(),)
-
-
-def _own_forward(module: nn.Module) -> Callable[..., Output]:
-    return types.MethodType(type(module).forward, module)

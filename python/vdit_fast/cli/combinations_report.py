@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vdit_fast import report
+from vdit_fast.cli import cells as table_cells
 
 LEGEND = (
     "attention: pairs of queries and keys computed, of those of a run that computes every step densely; forecast: "
@@ -72,32 +73,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["name"],
         percent(row["attention"]) if "attention" in row else "",
         forecast,
-        *(_quality(row, key) for key in ("psnr", "ssim", "flicker_psnr", "latent_relative_l2")),
+        *(table_cells.quality(row, key) for key in ("psnr", "ssim", "flicker_psnr", "latent_relative_l2")),
         f"{peak / 2**20:,.0f} MiB" if peak is not None else "",
-        _seconds(row["seconds"]),
-        _spread(row["speedup"]),
-        _spread(row["speedup_compiled"]) if "speedup_compiled" in row else "",
+        table_cells.seconds(row["seconds"]),
+        table_cells.ratio(row["speedup"]),
+        table_cells.ratio(row["speedup_compiled"]) if "speedup_compiled" in row else "",
         f"{row['dense_equivalent_gflops']:,.0f}",
     ]
-
-
-def _quality(row: dict[str, Any], key: str) -> str:
-    value = row.get(key)
-    if value is None:
-        return ""
-    return f"{float(value):.1f}" if key.endswith("psnr") else f"{float(value):.4f}"
-
-
-def _seconds(row: dict[str, Any]) -> str:
-    text = str(report.format_seconds(row["median"]))
-    if len(row["all"]) == 1:
-        return text
-    return f"{text} ({report.format_seconds(row['min'])} to {report.format_seconds(row['max'])})"
-
-
-def _spread(row: dict[str, Any]) -> str:
-    bounds = (row["min"], row["max"]) if len(row["all"]) > 1 else (None, None)
-    return str(report.format_ratio(row["median"], *bounds))
 
 
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:

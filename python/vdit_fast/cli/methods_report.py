@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdit_fast import report
+from vdit_fast.cli import cells as table_cells
 
 if TYPE_CHECKING:
     from vdit_fast.cli.methods_bench import Contestant
@@ -112,10 +113,21 @@ def _ratio(row: dict[str, Any]) -> str:
 def cells(document: dict[str, Any]) -> list[list[str]]:
     """The table's rows under ``HEADERS``: the two dense runs, then the methods by PSNR."""
     stock, dense = (document["baselines"][name] for name in ("stock", "dense"))
-    rows = [["stock", "100%", "100%", *[""] * 7, _seconds(stock["seconds"]), "1×", ""]]
-    own = [_quality(dense, key) for key in ("psnr", "ssim", "flicker_psnr", "latent_relative_l2")]
+    rows = [["stock", "100%", "100%", *[""] * 7, table_cells.seconds(stock["seconds"]), "1×", ""]]
+    own = [table_cells.quality(dense, key) for key in ("psnr", "ssim", "flicker_psnr", "latent_relative_l2")]
     rows.append(
-        ["own dense", "100%", "100%", *own, "", "", "", _seconds(dense["seconds"]), _spread(dense["speedup"]), "1×"]
+        [
+            "own dense",
+            "100%",
+            "100%",
+            *own,
+            "",
+            "",
+            "",
+            table_cells.seconds(dense["seconds"]),
+            table_cells.ratio(dense["speedup"]),
+            "1×",
+        ]
     )
     percent = report.format_percent
     for row in sorted(document["methods"], key=lambda r: -r["psnr"]):
@@ -125,35 +137,16 @@ def cells(document: dict[str, Any]) -> list[list[str]]:
                 row["method"],
                 percent(row["density"]["sparse_calls"]) + ("" if row["matched"] else " !"),
                 percent(row["density"]["overall"]),
-                *(_quality(row, key) for key in ("psnr", "ssim", "flicker_psnr", "latent_relative_l2")),
+                *(table_cells.quality(row, key) for key in ("psnr", "ssim", "flicker_psnr", "latent_relative_l2")),
                 percent(row["recall"]) if row["recall"] is not None else "",
                 f"{row['knob']}={value}",
                 percent(row["overhead"]),
-                _seconds(row["seconds"]),
-                _spread(row["speedup"]),
-                _spread(row["speedup_own"]),
+                table_cells.seconds(row["seconds"]),
+                table_cells.ratio(row["speedup"]),
+                table_cells.ratio(row["speedup_own"]),
             ]
         )
     return rows
-
-
-def _quality(row: dict[str, Any], key: str) -> str:
-    value = row.get(key)
-    if value is None:
-        return ""
-    return f"{float(value):.1f}" if key.endswith("psnr") else f"{float(value):.4f}"
-
-
-def _seconds(row: dict[str, Any]) -> str:
-    text = str(report.format_seconds(row["median"]))
-    if len(row["all"]) == 1:
-        return text
-    return f"{text} ({report.format_seconds(row['min'])} to {report.format_seconds(row['max'])})"
-
-
-def _spread(row: dict[str, Any]) -> str:
-    bounds = (row["min"], row["max"]) if len(row["all"]) > 1 else (None, None)
-    return str(report.format_ratio(row["median"], *bounds))
 
 
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..forwards import stock_forward
 from .tokens import TokenSubset, subset_linear
 from .units import Units, WeightParts, take
 
@@ -102,10 +102,6 @@ def _idle() -> Place:
     return Place("", Work(), active=False)
 
 
-def _own_forward(module: nn.Module) -> Callable[..., Any]:
-    return types.MethodType(type(module).forward, module)
-
-
 class StandIn:
     """The forward of one module object."""
 
@@ -118,7 +114,7 @@ class StandIn:
         """What this object stands in for."""
         if self._before is not None:
             return self._before(*args, **kwargs)
-        return _own_forward(self.module)(*args, **kwargs)
+        return stock_forward(self.module)(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.inner(*args, **kwargs)
@@ -139,7 +135,7 @@ class StandIn:
         return new
 
     def __reduce__(self) -> Any:
-        return _own_forward, (self.module,)
+        return stock_forward, (self.module,)
 
 
 class LinearStandIn(StandIn):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import types
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from vdit_fast.forwards import ForwardStandIn
 
 if TYPE_CHECKING:
     from vdit_fast.models.base import ModelAdapter
@@ -104,28 +105,18 @@ def with_streams(output: Any, new: Sequence[Tensor]) -> Any:
     return new[0] if isinstance(output, Tensor) else tuple(new)
 
 
-class AroundForward:
-    """Stands in for ``forward`` of one block, as an attribute of the object."""
+class AroundForward(ForwardStandIn):
+    """Stands in for ``forward`` of one block."""
 
     def __init__(
         self, module: nn.Module, block: Block, session: Session, root: nn.Module, around: str = "around"
     ) -> None:
-        self._module = weakref.ref(module)
+        super().__init__(module, session)
         self._around = around  # the session's attribute that says who stands here
         self._root = weakref.ref(root)
-        self._session = session
         self._block = block
-        self._inner = module.__dict__.get("forward")
-        self.__signature__ = inspect.signature(_own_forward(module))
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._names = [name for name, item in self.__signature__.parameters.items() if item.kind in kinds]
-
-    @property
-    def inner(self) -> Callable[..., Any]:
-        """What this object stands in for."""
-        module = self._module()
-        assert module is not None
-        return self._inner if self._inner is not None else _own_forward(module)
 
     # A compiled block is cut here: decisions are taken anew in every call. What lies inside is compiled on its own.
     @torch.compiler.disable(
@@ -159,26 +150,6 @@ class AroundForward:
         finally:
             session.standing.discard(place)
 
-    def of(self, session: Session) -> bool:
-        """Whether this is the wrapper of that session."""
-        return self._session is session
-
-    def attach(self) -> None:
-        """Become the block's ``forward``."""
-        module = self._module()
-        assert module is not None
-        object.__setattr__(module, "forward", self)
-
-    def detach(self) -> None:
-        """Give the block back what it had; a wrapper that was put around this one later stays and passes through."""
-        module = self._module()
-        if module is None or module.__dict__.get("forward") is not self:
-            return
-        if self._inner is None:
-            del module.__dict__["forward"]
-        else:
-            object.__setattr__(module, "forward", self._inner)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         module = self._module()
         copied = memo.get(id(module))
@@ -194,13 +165,6 @@ class AroundForward:
         new._block, new._names, new.__signature__ = self._block, self._names, self.__signature__
         new._inner = copy.deepcopy(self._inner, memo)
         return new
-
-    def __reduce__(self) -> Any:
-        return _own_forward, (self._module(),)  # a pickled model is the stock one
-
-
-def _own_forward(module: nn.Module) -> Callable[..., Any]:
-    return types.MethodType(type(module).forward, module)
 
 
 def attach(root: nn.Module, session: Session, adapter: ModelAdapter) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vdit_fast.forwards import stock_forward
 from vdit_fast.models.kernels import missing_fused_kernel, under_autocast
 from vdit_fast.reference.adaln import Rounding
 
@@ -123,11 +124,6 @@ def fused_blocks(root: nn.Module, session: Session) -> Iterator[nn.Module]:
         link = block.__dict__.get(LINK)
         if link is not None and link.session is session:
             yield block
-
-
-def stock_forward(block: nn.Module) -> Callable[..., Any]:
-    """The forward of the block's class."""
-    return types.MethodType(type(block).forward, block)
 
 
 def fused_rounding(
