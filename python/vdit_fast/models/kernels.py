@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -26,6 +27,9 @@ __all__ = [
     "over_plan",
     "under_autocast",
 ]
+
+Segments = Sequence[tuple[Tensor, Tensor]]
+"""(k, v) pairs of further keys and values."""
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,12 +85,25 @@ def under_autocast(x: Tensor) -> bool:
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float | None = None, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    segments: Segments = (),
 ) -> Tensor:
     """Dense attention by torch in the stock models' form: q [B,L,H,D], k, v [B,L,Hkv,D], and either kv_len int [B] or
-    a mask that broadcasts to [B,H,L,L], or none."""
+    a mask that broadcasts to [B,H,L,L], or none. Segments [B or 1, S, Hkv, D] are read by every query."""
     if kv_len is not None:
         mask = (torch.arange(k.shape[1], device=k.device) < kv_len.view(-1, 1)).view(-1, 1, 1, k.shape[1])
+    if segments:
+        extra = sum(segment.shape[1] for segment, _ in segments)
+        k, v = (
+            torch.cat([x, *(pair[i].expand(x.shape[0], -1, -1, -1) for pair in segments)], dim=1)
+            for i, x in enumerate((k, v))
+        )
+        mask = None if mask is None else functional.pad(mask, (0, extra), value=True)
     query, key, value = (tensor.transpose(1, 2) for tensor in (q, k, v))
     grouped = query.shape[1] != key.shape[1]
     out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
@@ -94,13 +111,19 @@ def dense_attention(
 
 
 def over_plan(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float | None, plan: AttentionPlan | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float | None,
+    plan: AttentionPlan | None,
+    segments: Segments = (),
 ) -> Tensor:
     """Attention of q [B,L,H,D] over a plan, by torch where there is no kernel."""
     if missing_kernel(q) is None:
-        return cast(Tensor, attention(q, k, v, plan, kv_len=kv_len, scale=scale))
+        return cast(Tensor, attention(q, k, v, plan, kv_len=kv_len, scale=scale, segments=segments))
     mask = None if plan is None else plan.to_mask()
     if mask is not None and kv_len is not None:
         mask = mask & (torch.arange(k.shape[1], device=k.device) < kv_len.view(-1, 1)).view(-1, 1, 1, k.shape[1])
         kv_len = None
-    return dense_attention(q, k, v, kv_len, scale, mask)
+    return dense_attention(q, k, v, kv_len, scale, mask, segments)

@@ -14,6 +14,7 @@ from vdit_fast.ops.linear_attention import linear_attention
 
 if TYPE_CHECKING:
     from vdit_fast.config import Config
+    from vdit_fast.models.heads import HeadsCall
     from vdit_fast.models.session import Session
 
 __all__ = ["LinearLayer", "StandIn", "convert", "converted", "linear_maps", "stand_in"]
@@ -49,28 +50,21 @@ class LinearLayer:
 
 
 def stand_in(
-    found: StandIn,
-    ledger: LayerLedger,
-    softmax: Callable[[], Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_len: Tensor | None,
-    scale: float | None,
-    mask: Tensor | None,
-    *,
-    again: bool,
+    found: StandIn, ledger: LayerLedger, call: HeadsCall, softmax: Callable[[], Tensor], *, again: bool
 ) -> Tensor:
     """One call of a layer with a stand-in. ``again``: recomputed for gradients, and not counted."""
-    if mask is not None:
-        raise RuntimeError(
-            f"{ledger.name} cannot run linear attention: it reads every key, and this call has a mask over frames; "
-            f"take layer {ledger.layer} out of linear.layers"
-        )
+    q = call.q
+    kinds = (call.mask, "a mask over frames"), (call.plan, call.planned), (call.segments or None, "further keys")
+    for given, what in kinds:
+        if given is not None:
+            raise RuntimeError(
+                f"{ledger.name} cannot run linear attention: it reads every key once, and this call has {what}; "
+                f"take layer {ledger.layer} out of linear.layers"
+            )
     begin = stamp(q.device)
-    if scale is not None:  # the map is one of the q that would have the default scale
-        q = q * (scale * q.shape[-1] ** 0.5)
-    out = found(softmax, q, k, v, kv_len)
+    if call.scale is not None:  # the map is one of the q that would have the default scale
+        q = q * (call.scale * q.shape[-1] ** 0.5)
+    out = found(softmax, q, call.k, call.v, call.kv_len)
     if ledger.linear and not again:
         ledger.calls += 1
         ledger.attention_time.add(begin, stamp(q.device))

@@ -15,12 +15,16 @@ from vdit_fast.ops.qk_norm_rope import qk_norm_rope
 if TYPE_CHECKING:
     from vdit_fast.models.base import ServedProcessor
 
-__all__ = ["Heads", "Rotary", "joint_heads", "pair_rotary", "rotate_pairs", "turned_heads"]
+__all__ = ["BeforeRotation", "Heads", "Rotary", "joint_heads", "pair_rotary", "rotate_pairs", "turn", "turned_heads"]
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q, k, v [B, N, H, D]."""
 Norms = tuple[Any, Any]
 """The norm modules of q and k; None where a model has none."""
+
+
+BeforeRotation = Callable[["ServedProcessor", Heads, Norms, "Rotary | None", bool], Heads]
+"""Takes the place of ``turn`` where keys are kept as they are before RoPE; may return more keys than queries."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,16 @@ def pair_rotary(tables: tuple[Tensor, Tensor] | None, tokens: Tensor, start: int
 def turned_heads(
     processor: ServedProcessor, heads: Heads, norms: Norms, rotary: Rotary | None, *, across: bool = False
 ) -> Heads:
-    """q and k after norm and RoPE, v as it is. ``across``: the norms run over all heads' channels."""
+    """q, k and v that attention gets: q and k after norm and RoPE; ``Session.before_rotation`` may add keys of other
+    tokens. ``across``: the norms run over all heads' channels."""
+    other = processor.session.before_rotation
+    if other is not None:
+        return other(processor, heads, norms, rotary, across)
+    return turn(processor, heads, norms, rotary, across)
+
+
+def turn(processor: ServedProcessor, heads: Heads, norms: Norms, rotary: Rotary | None, across: bool = False) -> Heads:
+    """q and k after norm and RoPE, v as it is."""
     query, key, value = heads
     options = _options(processor, query, norms, across)
     if options is not None:
@@ -110,14 +123,16 @@ def joint_heads(
         joint = tuple(x.new_empty(x.shape[0], n + m, *x.shape[2:]) for x in video)
         places = [x[:, m:] if text_first else x[:, :n] for x in joint]
         text_places = [x[:, :m] if text_first else x[:, n:] for x in joint]
-        turn = rotary.arguments() if rotary else {}
-        qk_norm_rope(video[0], video[1], video[2], **options, **turn, q_out=places[0], k_out=places[1], v_out=places[2])
+        rotation = rotary.arguments() if rotary else {}
+        qk_norm_rope(
+            video[0], video[1], video[2], **options, **rotation, q_out=places[0], k_out=places[1], v_out=places[2]
+        )
         qk_norm_rope(
             text[0], text[1], text[2], **text_options, q_out=text_places[0], k_out=text_places[1], v_out=text_places[2]
         )
         return joint[0], joint[1], joint[2]
-    video = turned_heads(processor, video, video_norms, rotary)
-    text = turned_heads(processor, text, text_norms, None)
+    video = turn(processor, video, video_norms, rotary)
+    text = turn(processor, text, text_norms, None)
     query, key, value = (torch.cat((b, a) if text_first else (a, b), dim=1) for a, b in zip(video, text, strict=True))
     return query, key, value
 

@@ -9,8 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,20 +21,20 @@ from vdit_fast.context import LayerContext
 from vdit_fast.models.block_causal import block_causal_plan, is_block_causal
 from vdit_fast.models.forward import Forward
 from vdit_fast.models.geometry import Geometry
+from vdit_fast.models.heads import AroundHeads, HeadsCall, enter_heads, execute
 from vdit_fast.models.hooks import Hooks
-from vdit_fast.models.kernels import dense_attention, missing_kernel, over_plan
+from vdit_fast.models.kernels import missing_kernel
 from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.linear_layers import StandIn, convert, converted, stand_in
 from vdit_fast.models.tracker import StepTracker
-from vdit_fast.ops.attention import attention
-from vdit_fast.ops.short_attention import MAX_SHORT_KEYS, short_attention
+from vdit_fast.ops.short_attention import MAX_SHORT_KEYS
 from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
     from vdit_fast.models.blocks import Around
+    from vdit_fast.models.qk import BeforeRotation
     from vdit_fast.models.rotary import PositionFn
     from vdit_fast.models.text_kv import TextKV
-    from vdit_fast.plan import AttentionPlan
 
 __all__ = ["Geometry", "Session", "session_by_id"]
 
@@ -73,28 +72,6 @@ def _sample(q: Tensor) -> Tensor:
     return q.detach()[:, :: max(1, q.shape[1] // 16), :, 0].clone()
 
 
-def _execute(
-    decision: Decision,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_len: Tensor | None,
-    scale: float | None,
-    short: bool,
-) -> Tensor:
-    """The attention call that a planner decided on; ``short`` for a layer of short sequences that none sees."""
-    if short:
-        return short_attention(q, k, v, kv_len=kv_len, scale=scale)
-    options: dict[str, Any] = {"row_scale": decision.row_scale, "kv_len": kv_len, "scale": scale}
-    if decision.observe is None:
-        out = cast(Tensor, attention(q, k, v, decision.plan, **options))
-    else:
-        out, lse = attention(q, k, v, decision.plan, **options, return_lse=True)
-        with torch.no_grad():
-            decision.observe(out.detach(), lse.detach())
-    return out if decision.residual is None else out + decision.residual
-
-
 class Session:
     """Runs the attention of one accelerated transformer.
 
@@ -122,6 +99,8 @@ class Session:
         self.cache = FeatureCache(config.cache, config.attention, config.subset)
         self.around: dict[str, Around] = {}
         self.around_attention: dict[str, Around] = {}
+        self.around_heads: dict[str, AroundHeads] = {}
+        self.before_rotation: BeforeRotation | None = None
         self.hooks = Hooks()
         self.standing: set[tuple[str, str]] = set()  # blocks and attention modules that are entered now
         self.text: TextKV | None = None
@@ -158,6 +137,7 @@ class Session:
         new.cache = self.cache.fresh()
         new.around = {name: new.cache if item is self.cache else item.fresh() for name, item in self.around.items()}
         new.around_attention = {layer: item.fresh() for layer, item in self.around_attention.items()}
+        new.around_heads = {who: item.fresh() for who, item in self.around_heads.items()}
         new.hooks = self.hooks.fresh()
         if self.text is not None:
             new.text = type(self.text)(self.text.inputs, self.text.embedders)
@@ -220,77 +200,57 @@ class Session:
 
         ``mask`` is the bool [1,1,N,N] of a transformer whose geometry has a frame block.
         """
-        run = self.forward.subset if self.forward is not None else None
-        recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if recorded and anchor is not None and self.forward is not None and not _in_backward():
-            self._anchors[anchor] = self.forward  # before any kind of attention: all of them may run again
+        call = HeadsCall(self, layer, q, k, v, kv_len, anchor, scale, mask)
+        return enter_heads(call, self._heads)
+
+    def _heads(self, call: HeadsCall) -> Tensor:
+        """``attend`` inside of everybody who stands around it."""
+        run, layer = self.forward.subset if self.forward is not None else None, call.layer
+        if call.recorded and call.anchor is not None and self.forward is not None and not _in_backward():
+            self._anchors[call.anchor] = self.forward  # before any kind of attention: all of them may run again
         if run is not None:
-            k, v, kv_len = run.attend(layer, k, v, kv_len)
-        softmax = partial(self._softmax, layer, q, k, v, kv_len, anchor, scale, mask)
+            call.k, call.v, call.kv_len = run.attend(layer, call.k, call.v, call.kv_len)
         found = self.stand_ins.get(layer)
         if found is None:
-            out = softmax()
+            out = self._softmax(call)
         else:
-            out = stand_in(found, self.layers[layer], softmax, q, k, v, kv_len, scale, mask, again=_in_backward())
+            out = stand_in(found, self.layers[layer], call, lambda: self._softmax(call), again=_in_backward())
         if not self.hooks.at_heads(layer):
             return out
-        forward = self.forward_of(anchor) if anchor is not None else self.forward
-        again = partial(self._over_plan, layer, q, k, v, kv_len, scale, mask)
-        return self.hooks.heads(self, forward, layer, out, again)
-
-    def _over_plan(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        kv_len: Tensor | None,
-        scale: float | None,
-        mask: Tensor | None,
-        plan: AttentionPlan | None,
-    ) -> Tensor:
-        """What ``HookRows.attend`` answers."""
+        forward = self.forward_of(call.anchor) if call.anchor is not None else self.forward
         if self.layers[layer].linear:
-            raise RuntimeError(
-                f"attend: {self.layers[layer].name} is linear and has no attention over a plan; hook other layers"
-            )
-        if mask is None:
-            return over_plan(q, k, v, kv_len, scale, plan)
-        return dense_attention(q, k, v, kv_len, scale, mask if plan is None else mask & plan.to_mask())
+            return self.hooks.heads(self, forward, layer, out, lambda plan: self._no_plan(layer))
+        return self.hooks.heads(self, forward, layer, out, call.over)
 
-    def _softmax(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        kv_len: Tensor | None,
-        anchor: Tensor | None,
-        scale: float | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """``attend`` in a layer of softmax attention, as planned."""
-        short = self._is_short(layer, k)
-        reason = missing_kernel(q, short) if short else missing_kernel(q)
+    def _no_plan(self, layer: int) -> Tensor:
+        raise RuntimeError(
+            f"attend: {self.layers[layer].name} is linear and has no attention over a plan; hook other layers"
+        )
+
+    def _softmax(self, call: HeadsCall) -> Tensor:
+        """The call in a layer of softmax attention, as planned."""
+        short = self._is_short(call)
+        reason = missing_kernel(call.q, short) if short else missing_kernel(call.q)
         if reason is not None:
-            self.fall_back(layer, reason)
-            return dense_attention(q, k, v, kv_len, scale, mask)
-        forward = self.forward
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad) and anchor is not None:
-            forward = self.forward_of(anchor)  # same plan as in the first run
+            self.fall_back(call.layer, reason)
+            return call.dense() if call.plan is None else call.over(call.plan)
+        forward, ledger = self.forward, self.layers[call.layer]
+        if call.recorded and call.anchor is not None:
+            forward = self.forward_of(call.anchor)  # same plan as in the first run
         geometry = forward.geometry if forward is not None else None
-        if mask is not None:
-            if forward is None or geometry is None or not self._understands(forward, geometry, mask):
-                self.fall_back(layer, "an attention mask of this form is not understood")
-                return dense_attention(q, k, v, kv_len, scale, mask)
-            return self._attend(self.layers[layer], forward, q, k, v, kv_len, scale, geometry)
-        if geometry is None or not geometry.history or self.config.attention is None:
-            return self._attend(self.layers[layer], forward, q, k, v, kv_len, scale)
-        q, k, v = geometry.video_first(q), geometry.video_first(k), geometry.video_first(v)
-        return geometry.in_model_order(self._attend(self.layers[layer], forward, q, k, v, kv_len, scale))
+        if call.mask is not None and call.plan is None:
+            if forward is None or geometry is None or not self._understands(forward, geometry, call.mask):
+                self.fall_back(call.layer, "an attention mask of this form is not understood")
+                return call.dense()
+            return self._attend(ledger, forward, call, geometry)
+        if geometry is None or not geometry.history or self.config.attention is None or call.plan is not None:
+            return self._attend(ledger, forward, call)
+        call.q, call.k, call.v = (geometry.video_first(x) for x in (call.q, call.k, call.v))
+        return geometry.in_model_order(self._attend(ledger, forward, call))
 
-    def _is_short(self, layer: int, k: Tensor) -> bool:
-        return self.layers[layer].always_dense is not None and k.shape[1] <= MAX_SHORT_KEYS
+    def _is_short(self, call: HeadsCall) -> bool:
+        whole = call.plan is None and not call.segments
+        return whole and self.layers[call.layer].always_dense is not None and call.k.shape[1] <= MAX_SHORT_KEYS
 
     def _understands(self, forward: Forward, geometry: Geometry, mask: Tensor) -> bool:
         """Whether the geometry says what the mask says; looked at once per forward."""
@@ -301,35 +261,29 @@ class Session:
         return True
 
     def _attend(
-        self,
-        ledger: LayerLedger,
-        forward: Forward | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        kv_len: Tensor | None,
-        scale: float | None,
-        causal: Geometry | None = None,
+        self, ledger: LayerLedger, forward: Forward | None, call: HeadsCall, causal: Geometry | None = None
     ) -> Tensor:
-        short = self._is_short(ledger.layer, k)
-        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        short, device = self._is_short(call), call.q.device
+        grad = call.recorded
         replay = grad and _in_backward()
         if replay and forward is not None and ledger.layer in forward.decisions:
             decision, seen = forward.decisions[ledger.layer]
-            if seen is not None and not torch.equal(seen, _sample(q)):
+            if seen is not None and not torch.equal(seen, _sample(call.q)):
                 raise RuntimeError(
                     "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
                     "backward before the next forward, or train with dense attention (config 'exact')"
                 )
-            return _execute(decision, q, k, v, kv_len, scale, short)
-        begin = stamp(q.device)
-        if causal is None:
-            decision = self._decide(ledger, forward, q, k, v, kv_len, scale)
+            return execute(decision, call, short)
+        begin = stamp(device)
+        if call.plan is not None:
+            decision = self._planned(ledger, call)
+        elif causal is None:
+            decision = self._decide(ledger, forward, call)
         else:
-            decision = self._block_causal(ledger, causal, q.device)
-        middle = stamp(q.device)
-        out = _execute(decision, q, k, v, kv_len, scale, short)
-        end = stamp(q.device)
+            decision = self._block_causal(ledger, causal, device)
+        middle = stamp(device)
+        out = execute(decision, call, short)
+        end = stamp(device)
         ledger.calls += 1
         ledger.attention_time.add(middle, end)
         if self.config.attention is not None:
@@ -343,8 +297,13 @@ class Session:
         if grad and forward is not None:
             # without `observe`, which acts once and may hold q, k and v that checkpointing is there to free
             kept = replace(decision, observe=None)
-            forward.decisions[ledger.layer] = kept, None if kept.plan is None else _sample(q)
+            forward.decisions[ledger.layer] = kept, None if kept.plan is None else _sample(call.q)
         return out
+
+    def _planned(self, ledger: LayerLedger, call: HeadsCall) -> Decision:
+        if self.config.attention is not None:
+            ledger.count(ledger.dense, call.planned)
+        return Decision(call.plan)
 
     def _block_causal(self, ledger: LayerLedger, geometry: Geometry, device: torch.device) -> Decision:
         if self.config.attention is not None:
@@ -354,16 +313,7 @@ class Session:
             self.static[key] = block_causal_plan(geometry, device)
         return Decision(self.static[key])
 
-    def _decide(
-        self,
-        ledger: LayerLedger,
-        forward: Forward | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        kv_len: Tensor | None,
-        scale: float | None,
-    ) -> Decision:
+    def _decide(self, ledger: LayerLedger, forward: Forward | None, call: HeadsCall) -> Decision:
         planner = self.config.attention
         if planner is None:
             return Decision()
@@ -373,14 +323,16 @@ class Session:
         if forward is not None and forward.subset is not None and forward.subset.partial:
             ledger.count(ledger.dense, SOME_ROWS)
             return Decision(reason=SOME_ROWS)
-        context, problem = self._context(ledger, forward, q, kv_len)
+        context, problem = self._context(ledger, forward, call)
         if context is None:
             self.fall_back(ledger.layer, problem, served_dense=True)
             return Decision(reason=problem)
+        q, k, v = call.q.detach(), call.k.detach(), call.v.detach()
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # selection scores are fp32
             # planners scale scores by D ** -0.5
-            seen = q.detach() if scale is None else q.detach() * (scale * q.shape[-1] ** 0.5)
-            decision = planner.decision(seen, k.detach(), v.detach(), context)
+            decision = planner.decision(
+                q if call.scale is None else q * (call.scale * q.shape[-1] ** 0.5), k, v, context
+            )
         if decision.plan is None:
             reason = decision.reason or "the planner keeps it dense"
             ledger.count(ledger.dense, reason)
@@ -389,18 +341,18 @@ class Session:
         return decision
 
     def _context(
-        self, ledger: LayerLedger, forward: Forward | None, q: Tensor, kv_len: Tensor | None
+        self, ledger: LayerLedger, forward: Forward | None, call: HeadsCall
     ) -> tuple[LayerContext | None, str]:
         if forward is None:
             return None, "called outside a forward of its transformer"
         geometry = forward.geometry
         if geometry is None:
             return None, "the transformer's input has no known video grid"
-        rest = q.shape[1] - geometry.n_video - geometry.history
+        rest = call.q.shape[1] - geometry.n_video - geometry.history
         if rest < 0 or (geometry.text is not None and rest != geometry.text):
             parts = f"the grid {geometry.grid} plus {geometry.text or 0} text tokens"
             parts += f" plus {geometry.history} of history" if geometry.history else ""
-            return None, f"{q.shape[1]:,} tokens are not {parts}"
+            return None, f"{call.q.shape[1]:,} tokens are not {parts}"
         forward.geometry = replace(geometry, text=rest)
         context = LayerContext(
             layer=ledger.place,
@@ -410,7 +362,7 @@ class Session:
             n_video=geometry.n_video,
             text=rest + geometry.history,
             text_first=geometry.text_first,
-            kv_len=kv_len,
+            kv_len=call.kv_len,
             step=forward.step,
             state=self.state,
             family=self.family,

@@ -1,0 +1,113 @@
+"""One attention call of a served layer as data, who may stand around it, and the kernel call at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from vdit_fast.models.kernels import dense_attention, over_plan
+from vdit_fast.ops.attention import attention
+from vdit_fast.ops.short_attention import short_attention
+from vdit_fast.planners.base import Decision
+
+if TYPE_CHECKING:
+    from vdit_fast.models.session import Session
+    from vdit_fast.plan import AttentionPlan
+
+__all__ = ["HEADS", "AroundHeads", "HeadsCall", "enter_heads", "execute"]
+
+HEADS = ("sequence", "streaming", "regions", "segments")
+"""Who may stand around attention, outermost first: sequence parallelism hands the others whole sequences, a K/V cache
+adds the past to the keys, regions say who reads whom, segments are further keys outside of the sequence."""
+
+Segments = list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class HeadsCall:
+    """One attention call of a served layer; whoever stands around it may exchange what it holds before going on."""
+
+    session: Session
+    layer: int
+    """Number among the served layers."""
+    q: Tensor
+    """[B, Lq, H, D] after norm and RoPE, the joint sequence in the model's order."""
+    k: Tensor
+    """[B, Lk, Hkv, D]."""
+    v: Tensor
+    kv_len: Tensor | None = None
+    """int [B]: number of valid keys; None when all are."""
+    anchor: Tensor | None = None
+    """A tensor that the transformer makes anew in every forward."""
+    scale: float | None = None
+    """None is D ** -0.5."""
+    mask: Tensor | None = None
+    """bool [1, 1, N, N] of a transformer whose geometry has a frame block."""
+    plan: AttentionPlan | None = None
+    """Which keys are read, where that is decided already; planners are not asked then."""
+    planned: str = ""
+    """Why, for the report."""
+    segments: Segments = field(default_factory=list)
+    """Further keys and values [B or 1, S, Hkv, D] that every query reads."""
+
+    @property
+    def recorded(self) -> bool:
+        """Whether gradients are recorded."""
+        return torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or self.v.requires_grad)
+
+    def dense(self) -> Tensor:
+        """The call by torch, as the stock model computes it."""
+        return dense_attention(self.q, self.k, self.v, self.kv_len, self.scale, self.mask, self.segments)
+
+    def over(self, plan: AttentionPlan | None) -> Tensor:
+        """The call over another plan."""
+        if self.mask is None:
+            return over_plan(self.q, self.k, self.v, self.kv_len, self.scale, plan, self.segments)
+        mask = self.mask if plan is None else self.mask & plan.to_mask()
+        return dense_attention(self.q, self.k, self.v, self.kv_len, self.scale, mask, self.segments)
+
+
+class AroundHeads(Protocol):
+    """Stands around the attention calls of one transformer, inside of its processors."""
+
+    def __call__(self, call: HeadsCall, proceed: Callable[[], Tensor]) -> Tensor:
+        """[B, Lq, H, D] for the q that the call came with; ``proceed()`` computes the call as it is then."""
+        ...
+
+    def fresh(self) -> AroundHeads:
+        """The same settings without records, for a copied model."""
+        ...
+
+
+def enter_heads(call: HeadsCall, innermost: Callable[[HeadsCall], Tensor]) -> Tensor:
+    """Run a call through everybody who stands around it."""
+    present = call.session.around_heads
+    around = [present[who] for who in HEADS if who in present]
+
+    def enter(depth: int) -> Tensor:
+        return around[depth](call, lambda: enter(depth + 1)) if depth < len(around) else innermost(call)
+
+    return enter(0)
+
+
+def execute(decision: Decision, call: HeadsCall, short: bool) -> Tensor:
+    """The attention call that a planner decided on; ``short`` for a layer of short sequences that none sees."""
+    if short:
+        return short_attention(call.q, call.k, call.v, kv_len=call.kv_len, scale=call.scale)
+    options: dict[str, Any] = {
+        "row_scale": decision.row_scale,
+        "kv_len": call.kv_len,
+        "scale": call.scale,
+        "segments": call.segments,
+    }
+    if decision.observe is None:
+        out = cast(Tensor, attention(call.q, call.k, call.v, decision.plan, **options))
+    else:
+        out, lse = attention(call.q, call.k, call.v, decision.plan, **options, return_lse=True)
+        with torch.no_grad():
+            decision.observe(out.detach(), lse.detach())
+    return out if decision.residual is None else out + decision.residual
