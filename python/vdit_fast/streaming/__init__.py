@@ -1,0 +1,5 @@
+"""Streaming generation: keys and values of past frames."""
+
+from vdit_fast.streaming.kv_cache import KVCache
+
+__all__ = ["KVCache"]
