@@ -237,6 +237,10 @@ class ModelAdapter:
     left_alone: ClassVar[dict[str, str]] = {}
     """Class name of a stock processor that must stay -> why, for the report."""
 
+    calls_per_branch: ClassVar[bool] = False
+    """Whether the family's pipelines call the transformer once for every branch of classifier-free guidance, and say by
+    ``do_classifier_free_guidance`` whether they guide."""
+
     text_inputs: ClassVar[tuple[str, ...]] = ()
     """Arguments of the transformer that, with weights, make the keys and values of its cross-attention; empty where
     something else does too. Such modules are the ones left alone as ``CROSS_ATTENTION``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from numbers import Integral, Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -55,9 +56,7 @@ class ExplicitStep:
         branch = self._forwards[expert] if self._branch is None else self._branch
         self._forwards[expert] += 1
         known = self._context
-        return StepContext(
-            known.step, known.num_steps, known.timestep, known.sigma, branch, self._model or expert, generation
-        )
+        return replace(known, branch=branch, branches=branch + 1, expert=self._model or expert, generation=generation)
 
     def __enter__(self) -> ExplicitStep:
         if self._tracker.explicit is not None:

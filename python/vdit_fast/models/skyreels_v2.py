@@ -76,6 +76,7 @@ class SkyReelsV2Processor(ServedProcessor):
 
 class SkyReelsV2Adapter(WanAdapter):
     family = "skyreels_v2"
+    calls_per_branch = True
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {
         "SkyReelsV2AttnProcessor": SkyReelsV2Processor,
         "SkyReelsV2AttnProcessor2_0": SkyReelsV2Processor,

@@ -74,6 +74,7 @@ class WanProcessor(ServedProcessor):
 
 class WanAdapter(ModelAdapter):
     family = "wan"
+    calls_per_branch = True
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {
         "WanAttnProcessor": WanProcessor,
         "WanAttnProcessor2_0": WanProcessor,
