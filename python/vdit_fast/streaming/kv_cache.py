@@ -218,7 +218,7 @@ class KVCache:
         place = self.device if device is None else torch.device(device)
         return self._once(("table rows", chunk, place), lambda: self._spread(numbers, place))
 
-    def plan(self, lq: int, *, causal: int = 0, window: int | None = None, q_tile: int = 128) -> AttentionPlan:
+    def plan(self, lq: int, *, causal: int = 0, window: int | None = None) -> AttentionPlan:
         """What the current chunk's queries read, over the physical rows of ``keys_values``; built once per state.
 
         Args:
@@ -226,11 +226,10 @@ class KVCache:
             causal: 0: every query reads the whole chunk. n: the chunk is cut into blocks of n frames, a query reads
                 the past and the blocks up to its own (True is 1).
             window: a query reads the last so many frames up to the end of its own block, and the sinks; None: all.
-            q_tile: most rows per tile.
         """
         self._chunked("plan")
-        key = ("plan", lq, int(causal), window, q_tile)
-        return self._once(key, lambda: chunk_plan(self._ring, self.page, lq, causal, window, q_tile, self.device))
+        key = ("plan", lq, int(causal), window)
+        return self._once(key, lambda: chunk_plan(self._ring, self.page, lq, causal, window, self.device))
 
     # ------------------------------------------------------------------ writing
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -297,6 +296,14 @@ class KVCache:
         self._layer(layer)
         held = len(self._ring.frames) * self.page
         return self._k[layer, :, :held], self._v[layer, :, :held]
+
+    def ordered(self, layer: int) -> tuple[Tensor, Tensor]:
+        """``keys_values`` in attention order, for what knows no plan; copies once the ring has wrapped around."""
+        keys, values = self.keys_values(layer)
+        if self._ring.slots == tuple(range(len(self._ring.slots))):
+            return keys, values
+        rows = self._once("order", lambda: self._spread(self._ring.slots, self.device))
+        return keys.index_select(1, rows), values.index_select(1, rows)
 
     def rotated(self, layer: int, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
         """The layer's keys after norm and RoPE at the positions they have now: a view of the workspace that all layers
