@@ -15,6 +15,7 @@ from vdit_fast.plan import AttentionPlan
 from vdit_fast.streaming.checks import as_queries, check_budget, check_positions, no_gradient
 from vdit_fast.streaming.pages import POSITIONS, Ring, neighbours, numbered
 from vdit_fast.streaming.plans import chunk_plan
+from vdit_fast.streaming.split_kv import choose_parts, split_attention, split_plan
 
 __all__ = ["STORES", "KVCache"]
 
@@ -347,7 +348,11 @@ class KVCache:
             raise ValueError(f"attend: store is {self.store!r}; pass {need}")
         plan = self.plan(q.shape[1], causal=causal, window=window)
         keys = stored if keys is None else keys
-        return attention(q, keys, values, plan, scale=scale, segments=segments, return_lse=return_lse)
+        parts = 1 if segments else choose_parts(q, keys)
+        if parts == 1:
+            return attention(q, keys, values, plan, scale=scale, segments=segments, return_lse=return_lse)
+        split = self._once(("split", id(plan), parts), lambda: split_plan(plan, parts, self.batch))
+        return split_attention(q, keys, values, plan, parts=parts, split=split, scale=scale, return_lse=return_lse)
 
     # ------------------------------------------------------------------ checks
     def _once(self, key: Any, make: Any) -> Any:
