@@ -13,6 +13,7 @@ from vdit_fast.ops.attention import attention
 from vdit_fast.ops.qk_norm_rope import qk_norm_rope
 from vdit_fast.plan import AttentionPlan
 from vdit_fast.streaming.checks import as_queries, check_budget, check_positions, no_gradient
+from vdit_fast.streaming.fork import KVFork
 from vdit_fast.streaming.pages import POSITIONS, Ring, neighbours, numbered
 from vdit_fast.streaming.plans import chunk_plan
 from vdit_fast.streaming.split_kv import choose_parts, split_attention, split_plan
@@ -197,6 +198,16 @@ class KVCache:
         """Allow changes again."""
         self.frozen = False
 
+    def fork(self) -> KVFork:
+        """A reader of the frozen prefix for chunks whose keys are not to enter it, such as noisy ones.
+
+        Raises:
+            RuntimeError: the cache is not frozen.
+        """
+        if not self.frozen:
+            raise RuntimeError("fork: what is shared must not change; call freeze() first")
+        return KVFork(self)
+
     # ------------------------------------------------------------------ rows and positions as tensors, once per state
     def rows(self, device: torch.device | str | None = None) -> Tensor:
         """Physical row of every token of the current chunk, int32 [tokens]: ``kv_rows`` of ``qk_norm_rope``."""
@@ -343,9 +354,7 @@ class KVCache:
             scale, segments, return_lse: of ``vdit_fast.attention``.
         """
         stored, values = self.keys_values(layer)
-        if (keys is None) != (self.store == "post_rope"):
-            need = "keys=cache.rotated(...)" if keys is None else "no keys, they are read where they lie"
-            raise ValueError(f"attend: store is {self.store!r}; pass {need}")
+        self.check_keys("attend", keys)
         plan = self.plan(q.shape[1], causal=causal, window=window)
         keys = stored if keys is None else keys
         parts = 1 if segments else choose_parts(q, keys)
@@ -355,6 +364,12 @@ class KVCache:
         return split_attention(q, keys, values, plan, parts=parts, split=split, scale=scale, return_lse=return_lse)
 
     # ------------------------------------------------------------------ checks
+    def check_keys(self, what: str, keys: Tensor | None) -> None:
+        """Raise ValueError unless keys come where, and only where, the stored ones are not what attention reads."""
+        if (keys is None) != (self.store == "post_rope"):
+            need = "keys=cache.rotated(...)" if keys is None else "no keys, they are read where they lie"
+            raise ValueError(f"{what}: store is {self.store!r}; pass {need}")
+
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._memo:
             self._memo[key] = make()
