@@ -57,6 +57,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "fused": _fused(handle),
         "text_kv": _text_kv(handle),
         "positions": _positions(handle),
+        "streaming": _streaming(handle),
         "hooks": _hooks(handle),
         "linear": _linear(handle),
         "layers": layers,
@@ -134,6 +135,13 @@ def _positions(handle: Handle) -> dict[int, int] | None:
     for root in handle.roots:
         forwards.update(root.session.repositioned)
     return dict(sorted(forwards.items()))
+
+
+def _streaming(handle: Handle) -> dict[str, int] | None:
+    streamed: Counter[str] = Counter()
+    for root in handle.roots:
+        streamed.update(root.session.streamed)
+    return {name: streamed[name] for name in ("frames", "chunks", "denoise", "write")} if streamed else None
 
 
 def _hooks(handle: Handle) -> dict[str, int]:
@@ -245,6 +253,12 @@ def report_text(handle: Handle) -> str:
         lines += _reasons("text keys and values computed and not kept:", Counter(text["refused"]))
     if stats["positions"] is not None:
         lines.append(f"positions: rotary tables exchanged in {sum(stats['positions'].values()):,} forwards")
+    if stats["streaming"] is not None:
+        made = stats["streaming"]
+        lines.append(
+            f"streaming: {made['frames']:,} frames in {made['chunks']:,} chunks, {made['denoise']:,} forwards that "
+            f"denoised and {made['write']:,} that wrote keys and values"
+        )
     if stats["hooks"]:
         calls = ", ".join(f"{count:,} at {where}" for where, count in stats["hooks"].items())
         lines.append(f"hooks: called {calls}")

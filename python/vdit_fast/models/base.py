@@ -90,6 +90,11 @@ class ServedProcessor:
     def _parallel_config(self, value: Any) -> None:
         self.stock._parallel_config = value
 
+    @property
+    def layer(self) -> int:
+        """Number of this module among the served layers."""
+        return self._layer
+
     def root(self) -> Any:
         """The transformer this processor belongs to, None when it is gone."""
         return self._root()

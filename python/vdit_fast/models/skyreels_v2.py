@@ -21,11 +21,11 @@ from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
 from vdit_fast.models.wan import WanAdapter, wan_rotary
 
-__all__ = ["SkyReelsV2Adapter", "SkyReelsV2Processor"]
+__all__ = ["SkyReelsV2Adapter", "SkyReelsV2Processor", "skyreels_rotary"]
 
 
-def _rotary(table: tuple[Tensor, Tensor] | Tensor) -> Rotary:
-    """cos and sin as in Wan, or one complex table [1, 1, N, D / 2] (diffusers 0.35)."""
+def skyreels_rotary(table: tuple[Tensor, Tensor] | Tensor) -> Rotary:
+    """The rotation by cos and sin as in Wan, or one complex table [1, 1, N, D / 2] (diffusers 0.35)."""
     if not isinstance(table, Tensor):
         return wan_rotary(*table)
     turn = table.transpose(1, 2)
@@ -67,7 +67,7 @@ class SkyReelsV2Processor(ServedProcessor):
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         heads = tuple(tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        rotary = _rotary(rotary_emb) if rotary_emb is not None else None
+        rotary = skyreels_rotary(rotary_emb) if rotary_emb is not None else None
         query, key, value = turned_heads(self, heads, (attn.norm_q, attn.norm_k), rotary, across=True)
         out = served_attention(query, key, value, self.handle, anchor=anchor, mask=attention_mask)
         out = out.flatten(2, 3).type_as(query)
