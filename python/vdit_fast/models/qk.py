@@ -15,7 +15,17 @@ from vdit_fast.ops.qk_norm_rope import qk_norm_rope
 if TYPE_CHECKING:
     from vdit_fast.models.base import ServedProcessor
 
-__all__ = ["BeforeRotation", "Heads", "Rotary", "joint_heads", "pair_rotary", "rotate_pairs", "turn", "turned_heads"]
+__all__ = [
+    "BeforeRotation",
+    "Heads",
+    "Rotary",
+    "joint_heads",
+    "normed",
+    "pair_rotary",
+    "rotate_pairs",
+    "turn",
+    "turned_heads",
+]
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q, k, v [B, N, H, D]."""
@@ -99,7 +109,7 @@ def turn(processor: ServedProcessor, heads: Heads, norms: Norms, rotary: Rotary 
         query, new_key, _ = qk_norm_rope(query, key, **options, **(rotary.arguments() if rotary else {}))
         assert new_key is not None
         return query, new_key, value
-    query, key = _normed(query, norms[0], across), _normed(key, norms[1], across)
+    query, key = normed(query, norms[0], across), normed(key, norms[1], across)
     if rotary is not None:
         query, key = rotary.stock(query), rotary.stock(key)
     return query, key, value
@@ -137,7 +147,8 @@ def joint_heads(
     return query, key, value
 
 
-def _normed(x: Tensor, norm: Any, across: bool) -> Tensor:
+def normed(x: Tensor, norm: Any, across: bool) -> Tensor:
+    """x [B, N, H, D] after its norm module; None leaves it as it is."""
     if norm is None:
         return x
     result: Tensor = norm(x.flatten(2)).view(x.shape) if across else norm(x)
