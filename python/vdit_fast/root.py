@@ -172,7 +172,7 @@ class Root:
 
     def rehook(self) -> None:
         """Put the hooks' wrappers in place, after the hooks have changed."""
-        session, module = self.session, self.module()
+        session = self.session
         kinds = {entry.where for entry in session.hooks.entries}
         pairs: tuple[tuple[dict[str, blocks.Around], bool, blocks.Around], ...] = (
             (session.around, "block_output" in kinds, hooks.BlockHooks()),
@@ -182,7 +182,12 @@ class Root:
             around.pop("hooks", None)
             if wanted:
                 around["hooks"] = stands
-        if module is not None and session.active:
+        self.rewrap()
+
+    def rewrap(self) -> None:
+        """Put in place what stands around blocks and attention modules, after that has changed."""
+        module = self.module()
+        if module is not None and self.session.active:
             self._unwrap_parts(module)
             self._wrap_parts(module)
 
@@ -250,6 +255,8 @@ class Root:
             set_processor(module.get_submodule(name), processor.stock)
         self.unwrap(module)
         self.session.hooks.entries.clear()
+        self.session.around.pop("memory", None)
+        self.session.around_heads.pop("segments", None)
         detach(module, self.session)
         self.session.cache.forget()
         self.session.forward = self.session.cache.forward = None  # the last forward holds its stream

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from vdit_fast.models.memory import Memory
 from vdit_fast.models.row_subset import RowSubset
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "text_kv": _text_kv(handle),
         "positions": _positions(handle),
         "streaming": _streaming(handle),
+        "memory": _memory(handle),
         "hooks": _hooks(handle),
         "linear": _linear(handle),
         "layers": layers,
@@ -142,6 +144,16 @@ def _streaming(handle: Handle) -> dict[str, int] | None:
     for root in handle.roots:
         streamed.update(root.session.streamed)
     return {name: streamed[name] for name in ("frames", "chunks", "denoise", "write")} if streamed else None
+
+
+def _memory(handle: Handle) -> dict[str, Any] | None:
+    found = [item for root in handle.roots if isinstance(item := root.session.around.get("memory"), Memory)]
+    if not found:
+        return None
+    tokens = found[0].tokens
+    return {"tokens": tokens} | {
+        name: sum(getattr(memory, name) for memory in found) for name in ("computed", "shared", "nbytes")
+    }
 
 
 def _hooks(handle: Handle) -> dict[str, int]:
@@ -258,6 +270,13 @@ def report_text(handle: Handle) -> str:
         lines.append(
             f"streaming: {made['frames']:,} frames in {made['chunks']:,} chunks, {made['denoise']:,} forwards that "
             f"denoised and {made['write']:,} that wrote keys and values"
+        )
+    if stats["memory"] is not None:
+        memory = stats["memory"]
+        rows = "rows" if memory["tokens"] is None else f"{memory['tokens']:,} rows"
+        lines.append(
+            f"memory: {rows} in every block, {memory['shared']:,} of {memory['shared'] + memory['computed']:,} layers' "
+            f"keys shared with another guidance branch, {memory['nbytes'] / 2**20:,.1f} MiB held"
         )
     if stats["hooks"]:
         calls = ", ".join(f"{count:,} at {where}" for where, count in stats["hooks"].items())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vdit_fast.models.block_modules import BlockModules
 from vdit_fast.models.fusion import BlockForward
 from vdit_fast.models.geometry import Volume
+from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.rotary import served_tables
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.session import Geometry, Session
@@ -236,6 +237,8 @@ class ModelAdapter:
 
     rows: ClassVar[RowLayout | str] = "its blocks are not known to work token by token"
     """Where the family has one row per video token, or why no subset of them can run by itself."""
+    memory: ClassVar[MemoryLayout | str] = "nobody has said how its blocks make keys of rows outside of the sequence"
+    """How blocks make keys and values of memory rows, or why they cannot."""
     block_modules: ClassVar[Mapping[str, BlockModules]] = {}
     """Block class name -> which of its sub-modules a cache keeps, and how their outputs enter the residual streams."""
 
