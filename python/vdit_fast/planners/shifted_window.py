@@ -1,4 +1,4 @@
-"""Shifted window attention: the grid is cut into windows that attend to themselves, every other layer half a window on."""
+"""Shifted window attention: windows that attend to themselves, in every other layer half a window further on."""
 
 from __future__ import annotations
 
