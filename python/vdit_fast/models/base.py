@@ -308,6 +308,21 @@ class ModelAdapter:
         """
         return None
 
+    def frame_timesteps(self, module: nn.Module, timesteps: Tensor, latents: Tensor) -> dict[str, Any]:
+        """Arguments of a forward that gives every frame its own timestep.
+
+        Args:
+            timesteps: [B, F], in the model's units.
+            latents: [B, C, F, h, w].
+
+        Raises:
+            RuntimeError: the model takes one timestep for all frames.
+        """
+        raise RuntimeError(
+            f"{type(module).__name__} ({self.family}) takes one timestep for all frames; per-frame schedules run "
+            "WanTransformer3DModel and SkyReelsV2Transformer3DModel"
+        )
+
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         """Token layout of a forward of the transformer with these arguments by name, None when it cannot be told."""
         raise NotImplementedError

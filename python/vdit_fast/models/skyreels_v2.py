@@ -91,6 +91,11 @@ class SkyReelsV2Adapter(WanAdapter):
     memory = MemoryLayout("attn1", across=True, tokens_dim={4: 2})
     left_alone: ClassVar[dict[str, str]] = {}
 
+    def frame_timesteps(self, module: nn.Module, timesteps: Tensor, latents: Tensor) -> dict[str, Any]:
+        """Diffusion forcing: [B, F]."""
+        self._tokens_of_a_frame(module, latents)
+        return {"timestep": timesteps.contiguous(), "enable_diffusion_forcing": True}
+
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         geometry = super().geometry(module, arguments)
         frames = getattr(getattr(module, "config", None), "num_frame_per_block", None) or 1

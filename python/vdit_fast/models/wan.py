@@ -104,6 +104,19 @@ class WanAdapter(ModelAdapter):
             return "attention with image keys and values"
         return super().skip_reason(name, module, processor)
 
+    def frame_timesteps(self, module: nn.Module, timesteps: Tensor, latents: Tensor) -> dict[str, Any]:
+        """As Wan 2.2 TI2V does it: [B, N], one per token."""
+        if all(cls.__name__ != "WanTransformer3DModel" for cls in type(module).__mro__):  # VACE, Animate, ...
+            return super().frame_timesteps(module, timesteps, latents)
+        return {"timestep": timesteps.repeat_interleave(self._tokens_of_a_frame(module, latents), dim=1)}
+
+    def _tokens_of_a_frame(self, module: nn.Module, latents: Tensor) -> int:
+        config: Any = module.config
+        patch = tuple(config.patch_size)
+        if patch[0] != 1:
+            raise RuntimeError(f"per-frame timesteps: patches of {patch} join frames; they need one frame per patch")
+        return (latents.shape[3] // patch[1]) * (latents.shape[4] // patch[2])
+
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")
         patch = getattr(getattr(module, "config", None), "patch_size", None)
