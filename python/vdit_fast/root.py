@@ -172,7 +172,7 @@ class Root:
 
     def rehook(self) -> None:
         """Put the hooks' wrappers in place, after the hooks have changed."""
-        session, module = self.session, self.module()
+        session = self.session
         kinds = {entry.where for entry in session.hooks.entries}
         pairs: tuple[tuple[dict[str, blocks.Around], bool, blocks.Around], ...] = (
             (session.around, "block_output" in kinds, hooks.BlockHooks()),
@@ -182,7 +182,12 @@ class Root:
             around.pop("hooks", None)
             if wanted:
                 around["hooks"] = stands
-        if module is not None and session.active:
+        self.rewrap()
+
+    def rewrap(self) -> None:
+        """Put the wrappers of blocks and attention modules in place, after those who stand there have changed."""
+        module = self.module()
+        if module is not None and self.session.active:
             self._unwrap_parts(module)
             self._wrap_parts(module)
 
@@ -254,6 +259,8 @@ class Root:
         self.session.cache.forget()
         self.session.forward = self.session.cache.forward = None  # the last forward holds its stream
         self.session.stand_ins.clear()
+        self.session.around_heads.pop("sequence", None)
+        self.session.around.pop("sequence", None)
         self.session.state.clear()
         self.session.static.clear()
         if isinstance(subset := self.session.around.get("subset"), RowSubset):

@@ -21,6 +21,7 @@ from vdit_fast.models.session import Geometry, Session
 
 __all__ = [
     "CROSS_ATTENTION",
+    "NO_SEQUENCE",
     "ModelAdapter",
     "ServedProcessor",
     "is_prefix_mask",
@@ -33,6 +34,9 @@ __all__ = [
 
 CROSS_ATTENTION = "cross-attention"
 """The reason for leaving a cross-attention module alone."""
+
+NO_SEQUENCE = "context parallelism is enabled"
+"""Why a stock processor runs under a context parallelism that cannot be served."""
 
 
 def set_processor(module: nn.Module, processor: Any) -> None:
@@ -144,12 +148,18 @@ class ServedProcessor:
         return stands
 
     def _stands_aside(self, mask: Tensor | None, reason: str | None, why: str) -> bool:
-        if self._parallel_config is not None:
-            reason = "context parallelism is enabled"
+        sharded = self.session.around_heads.get("sequence") is not None
+        if self._parallel_config is not None and not sharded:
+            reason = NO_SEQUENCE
         elif reason is None and mask is not None:
             reason = why
         if reason is None:
             return False
+        if sharded and self._parallel_config is None:
+            raise RuntimeError(
+                f"{self.session.layers[self._layer].name} cannot run on some rows by its stock processor ({reason}); "
+                "end the sequence parallelism"
+            )
         if not torch.compiler.is_compiling():
             self.session.fall_back(self._layer, reason)
         return True

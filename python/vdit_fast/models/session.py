@@ -164,6 +164,10 @@ class Session:
         runs an earlier one again, whichever has begun since; its anchor, a tensor made once per forward, tells."""
         return self._anchors.get(anchor, self.forward) if _in_backward() else self.forward
 
+    def anchor(self, tensor: Tensor, forward: Forward) -> None:
+        """Note a tensor that is made once per forward."""
+        self._anchors[tensor] = forward
+
     def forward_among(self, tensors: Iterable[Tensor]) -> Forward | None:
         """``forward_of`` a call that gets these tensors, where nobody knows which of them is the anchor."""
         known = (self._anchors.get(tensor) for tensor in tensors) if _in_backward() else ()
@@ -367,6 +371,7 @@ class Session:
             state=self.state,
             family=self.family,
             static=self.static,
+            heads=call.heads,
         )
         return context, ""
 
