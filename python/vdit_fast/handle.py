@@ -85,7 +85,7 @@ class Handle:
         for root in self.roots:
             processors = [processor for processor in root.processors().values() if processor.attends]
             for processor in processors:
-                if processor._parallel_config is not None:
+                if processor._parallel_config is not None and "sequence" not in root.session.around_heads:
                     notes["context parallelism is enabled, the stock processor runs"] += 1
                 elif processor._attention_backend is not None:
                     notes["an attention backend is set, served layers do not use it"] += 1

@@ -72,6 +72,9 @@ class WanProcessor(ServedProcessor):
         return attn.to_out[1](attn.to_out[0](out))
 
 
+_BETWEEN = {"face_adapter": "each frame's tokens read the motion of a face between blocks, which needs whole frames"}
+
+
 class WanAdapter(ModelAdapter):
     family = "wan"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {
@@ -81,7 +84,7 @@ class WanAdapter(ModelAdapter):
     blocks = WAN_BLOCKS
     block_modules = WAN_MODULES
     block_lists = ("blocks",)
-    rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})})
+    rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})}, between=_BETWEEN)
 
     left_alone: ClassVar[dict[str, str]] = {
         "WanAnimateFaceBlockAttnProcessor": "face cross-attention: each frame reads its own few motion tokens",
