@@ -103,6 +103,7 @@ class Session:
         self.before_rotation: BeforeRotation | None = None
         self.hooks = Hooks()
         self.standing: set[tuple[str, str]] = set()  # blocks and attention modules that are entered now
+        self.guided = False  # whether its forward is entered by guidance parallelism
         self.text: TextKV | None = None
         self.positions: PositionFn | None = None
         self.repositioned: Counter[int] = Counter()

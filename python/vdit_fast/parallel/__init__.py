@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .guidance import GuidanceParallel, guidance_parallel
 from .sequence import SequenceParallel, sequence_parallel
 
-__all__ = ["SequenceParallel", "sequence_parallel"]
+__all__ = ["GuidanceParallel", "SequenceParallel", "guidance_parallel", "sequence_parallel"]
