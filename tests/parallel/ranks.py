@@ -17,7 +17,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "diffusers.models.transformers", "vdit_fast.accelerate"])
 
 
-def _rank(fn: Callable[..., Any], rank: int, world: int, store: str, seconds: float, args: Any, end: Connection) -> None:
+def _rank(
+    fn: Callable[..., Any], rank: int, world: int, store: str, seconds: float, args: Any, end: Connection
+) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
     import torch.distributed as dist

@@ -7,7 +7,7 @@ import itertools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +114,11 @@ class Session:
         self._anchors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._told: set[str] = set()
         _sessions[self.id] = self
+
+    @property
+    def total(self) -> Callable[[Tensor], Tensor] | None:
+        """Adds a tensor up over the ranks that share the sequence; None where nobody does."""
+        return getattr(self.around_heads.get("sequence"), "total", None)
 
     @property
     def planned(self) -> int:

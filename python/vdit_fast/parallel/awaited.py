@@ -20,7 +20,9 @@ class Promise:
         needs, compute: what they follow from, and how.
     """
 
-    def __init__(self, missing: str, needs: Sequence[Promise] = (), compute: Callable[[], Tensor] | None = None) -> None:
+    def __init__(
+        self, missing: str, needs: Sequence[Promise] = (), compute: Callable[[], Tensor] | None = None
+    ) -> None:
         self.missing = missing
         self._needs = needs
         self._compute = compute
@@ -53,7 +55,7 @@ class Awaited(Tensor):
     @staticmethod
     def of(promise: Promise, form: Tensor, device: torch.device) -> Awaited:
         """An awaited tensor of this shape, strides and dtype."""
-        new: Awaited = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        new: Awaited = Tensor._make_wrapper_subclass(
             Awaited, form.shape, strides=form.stride(), dtype=form.dtype, device=device
         )
         new.promise = promise
@@ -63,7 +65,7 @@ class Awaited(Tensor):
         return f"Awaited({list(self.shape)}, {self.dtype}, ready={self.promise.ready})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         call = _Call(func, args, kwargs or {})
         return call.noted() if any(not promise.ready for promise in call.promises) else call.now()
 

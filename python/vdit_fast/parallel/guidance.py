@@ -101,8 +101,8 @@ class GuidedForward(ForwardStandIn):
         at = forward.step
         if at.step < 0:
             raise RuntimeError(
-                "guidance_parallel: the denoising step is unknown, so nobody knows which branch this call is; accelerate "
-                "the pipeline, or name the step by handle.step(...)"
+                "guidance_parallel: the denoising step is unknown, so nobody knows which branch this call is; "
+                "accelerate the pipeline, or name the step by handle.step(...)"
             )
         step = self._follow((at.generation, at.step, at.expert), at.branch)
         form = self._forms.get(_signature(arguments))
@@ -145,8 +145,8 @@ class GuidedForward(ForwardStandIn):
             step = self._step = _Step(place)
         if branch != step.branch + 1 or branch >= ranks:
             raise RuntimeError(
-                f"guidance_parallel: branch {branch} of step {place[1]} follows branch {step.branch}, with {ranks} ranks; "
-                "the group must have as many ranks as the pipeline has branches"
+                f"guidance_parallel: branch {branch} of step {place[1]} follows branch {step.branch}, with {ranks} "
+                "ranks; the group must have as many ranks as the pipeline has branches"
             )
         step.branch = branch
         return step

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SequenceParallel", "ShardedRows", "sequence_parallel"]
 
-ROW_BY_ROW = frozenset({CROSS_ATTENTION, "attention with image keys and values", "cross-attention to text and image context"})
+ROW_BY_ROW = frozenset(
+    {CROSS_ATTENTION, "attention with image keys and values", "cross-attention to text and image context"}
+)
 """Why modules are left alone whose queries do not meet each other."""
 
 

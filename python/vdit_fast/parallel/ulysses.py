@@ -126,6 +126,12 @@ class Ulysses:
     def fresh(self) -> Ulysses:
         return Ulysses(self.group, self.rows)
 
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, on all ranks."""
+        found = x.clone()
+        dist.all_reduce(found, group=self.group)
+        return found
+
     def __call__(self, call: HeadsCall, proceed: Callable[[], Tensor]) -> Tensor:
         shard = self.rows(call)
         if shard is None:
