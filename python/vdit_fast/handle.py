@@ -87,7 +87,7 @@ class Handle:
         for root in self.roots:
             processors = [processor for processor in root.processors().values() if processor.attends]
             for processor in processors:
-                if processor._parallel_config is not None:
+                if processor._parallel_config is not None and "sequence" not in root.session.around_heads:
                     notes["context parallelism is enabled, the stock processor runs"] += 1
                 elif processor._attention_backend is not None:
                     notes["an attention backend is set, served layers do not use it"] += 1
@@ -257,9 +257,10 @@ class Handle:
         exchanged), ``streaming`` (None, or ``frames`` and ``chunks`` made, and forwards that ``denoise`` and that
         ``write`` keys and values), ``memory`` (None, or rows ``tokens``, layers' keys and values ``computed`` and
         ``shared`` with another guidance branch, ``nbytes`` held), ``hooks`` (place -> calls), ``linear`` (None, or
-        transformer -> indices of the layers that run linear attention), ``layers`` and ``skipped`` (reason -> module
-        paths). Each served layer is a dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``,
-        ``sparse_calls``, ``density`` (mean per step,
+        transformer -> indices of the layers that run linear attention), ``parallel`` (None, or of "sequence" and
+        "guidance" the ``rank``, ``ranks``, the ``calls`` or ``exchanges`` and the ``bytes`` that this rank has sent),
+        ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict of ``expert``, ``layer``,
+        ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
         None where the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per
         head, one number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and
         ``fallbacks`` (both reason -> calls).

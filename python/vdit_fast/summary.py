@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vdit_fast.models.memory import Memory
 from vdit_fast.models.row_subset import RowSubset
+from vdit_fast.parallel.ulysses import Ulysses
 
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
@@ -62,6 +63,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "memory": _memory(handle),
         "hooks": _hooks(handle),
         "linear": _linear(handle),
+        "parallel": _parallel(handle),
         "layers": layers,
         "skipped": skipped,
     }
@@ -168,6 +170,21 @@ def _linear(handle: Handle) -> dict[str, list[int]] | None:
         return None
     sessions = [root.session for root in handle.roots]
     return {session.expert: [ledger.layer for ledger in session.layers if ledger.linear] for session in sessions}
+
+
+def _parallel(handle: Handle) -> dict[str, Any] | None:
+    found: dict[str, Any] = {}
+    for root in handle.roots:
+        ulysses, rows = root.session.around_heads.get("sequence"), root.session.around.get("sequence")
+        if isinstance(ulysses, Ulysses):
+            part = found.setdefault("sequence", {"rank": ulysses.rank, "ranks": ulysses.ranks, "calls": 0, "bytes": 0})
+            part["calls"] += ulysses.calls
+            part["bytes"] += ulysses.bytes_sent + getattr(rows, "bytes_sent", 0)
+        if root.guidance is not None:
+            guided = root.guidance
+            sent = {"exchanges": guided.exchanges, "bytes": guided.bytes_sent}
+            found["guidance"] = {"rank": guided.rank, "ranks": guided.ranks, "split": guided.split, **sent}
+    return found or None
 
 
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
@@ -281,6 +298,12 @@ def report_text(handle: Handle) -> str:
     if stats["hooks"]:
         calls = ", ".join(f"{count:,} at {where}" for where, count in stats["hooks"].items())
         lines.append(f"hooks: called {calls}")
+    for what, part in (stats["parallel"] or {}).items():
+        times = f"{part['calls']:,} attention calls" if what == "sequence" else f"{part['exchanges']:,} exchanges"
+        lines.append(
+            f"{what} parallelism: rank {part['rank']} of {part['ranks']}, {times}, "
+            f"{part['bytes'] / 2**20:,.1f} MiB sent"
+        )
     lines += _reasons("kept dense by the planner (calls):", dense)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.block_modules import BlockModules
+from vdit_fast.models.context_parallel import NO_SEQUENCE, follow, unserved
 from vdit_fast.models.fusion import BlockForward
 from vdit_fast.models.geometry import Volume
 from vdit_fast.models.memory import MemoryLayout
@@ -72,6 +73,8 @@ class ServedProcessor:
         self._layer = layer
         self._root = root  # weak reference to the transformer
         self.handle = torch.tensor([session.id, layer], dtype=torch.int64, device="cpu")
+        if self._parallel_config is not None:
+            self._parallel_config = self._parallel_config
 
     # diffusers' set_attention_backend() and enable_parallelism() skip processors without these two attributes. The
     # stock processor keeps the values, so nothing is lost by remove().
@@ -90,6 +93,8 @@ class ServedProcessor:
     @_parallel_config.setter
     def _parallel_config(self, value: Any) -> None:
         self.stock._parallel_config = value
+        if self.session.active:
+            follow(self.session, value)
 
     @property
     def layer(self) -> int:
@@ -150,12 +155,18 @@ class ServedProcessor:
         return stands
 
     def _stands_aside(self, mask: Tensor | None, reason: str | None, why: str) -> bool:
-        if self._parallel_config is not None:
-            reason = "context parallelism is enabled"
+        parallel, shared = self._parallel_config, "sequence" in self.session.around_heads
+        if parallel is not None and not shared:
+            reason = unserved(self.session, parallel) or NO_SEQUENCE
         elif reason is None and mask is not None:
             reason = why
         if reason is None:
             return False
+        if shared and parallel is None:
+            raise RuntimeError(
+                f"{self.session.layers[self._layer].name}: the stock processor must run here ({reason}), which knows "
+                "nothing of the other ranks' rows; end the sequence parallelism"
+            )
         if not torch.compiler.is_compiling():
             self.session.fall_back(self._layer, reason)
         return True

@@ -73,6 +73,9 @@ class WanProcessor(ServedProcessor):
         return attn.to_out[1](attn.to_out[0](out))
 
 
+_BETWEEN = {"face_adapter": "each frame's tokens read the motion of a face between blocks, which needs whole frames"}
+
+
 class WanAdapter(ModelAdapter):
     family = "wan"
     calls_per_branch = True
@@ -83,7 +86,7 @@ class WanAdapter(ModelAdapter):
     blocks = WAN_BLOCKS
     block_modules = WAN_MODULES
     block_lists = ("blocks",)
-    rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})})
+    rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})}, between=_BETWEEN)
     memory = MemoryLayout("attn1", across=True, tokens_dim={4: 1})
 
     left_alone: ClassVar[dict[str, str]] = {
