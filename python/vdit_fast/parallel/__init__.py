@@ -1,0 +1,1 @@
+"""Several processes for one video: stage pipelines, sequence and guidance parallelism over torch.distributed."""
