@@ -9,13 +9,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..reference import pack as _reference
-from ._no_gradient import needs_gradient, refuse_tangents
+from ._no_gradient import refuse_tangents
 
 Compression = Literal["bf16", "e4m3"]
 Sizes = Sequence[int] | Sequence[Sequence[int]]
 
-_FORMATS = {None: 0, "bf16": 1, "e4m3": 2}
+_FORMATS: dict[Compression | None, int] = {None: 0, "bf16": 1, "e4m3": 2}
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -56,14 +55,10 @@ def pack_slices(
     """
     many = [x] if isinstance(x, Tensor) else list(x)
     refuse_tangents("pack_slices", *many)
-    if compression is not None and needs_gradient(many):
-        _refuse_gradient("pack_slices", compression)
     shapes = [list(t.shape) for t in many]
     flat = _flat_sizes("pack_slices", shapes, sizes, dim)
-    _format("pack_slices", compression)
-    count = len(flat) // len(many)
-    each = [flat[t * count : (t + 1) * count] for t in range(len(many))]
-    return _reference.pack_slices(many, each, dim, compression=compression, block=block)
+    packed: Tensor = torch.ops.vdit_fast.pack_slices(many, flat, dim, _format("pack_slices", compression), block)
+    return packed
 
 
 @overload
@@ -122,18 +117,18 @@ def unpack_slices(
             raise RuntimeError(
                 f"vdit_fast: unpack_slices: dtype is {dtype}, but without compression it is the buffer's"
             )
+        code = 0
     else:
-        if needs_gradient(buffer):
-            _refuse_gradient("unpack_slices", compression)
         if dtype not in _DTYPES:
             raise RuntimeError(
                 f"vdit_fast: unpack_slices: dtype is {dtype}; with compression pass float32, bfloat16 or float16"
             )
+        code = _DTYPES[dtype]
     flat = _flat_sizes("unpack_slices", many, sizes, dim)
-    count = len(flat) // len(many)
-    each = [flat[t * count : (t + 1) * count] for t in range(len(many))]
-    whole = _reference.unpack_slices(buffer, many, each, dim, compression=compression, block=block, dtype=dtype)
-    assert isinstance(whole, list)
+    whole: list[Tensor] = torch.ops.vdit_fast.unpack_slices(
+        buffer, [n for s in many for n in _wide(s)], flat, dim, _format("unpack_slices", compression), block, code
+    )
+    whole = [t.view(s) for t, s in zip(whole, many, strict=True)]
     return whole[0] if one else whole
 
 
@@ -165,16 +160,15 @@ def packed_sizes(
     return [sum(length(t, rank) for t in range(len(many))) for rank in range(slices)]
 
 
-def _format(who: str, compression: str | None) -> int:
+def _format(who: str, compression: Compression | None) -> int:
     if compression not in _FORMATS:
         raise RuntimeError(f'vdit_fast: {who}: compression is {compression!r}; expected None, "bf16" or "e4m3"')
     return _FORMATS[compression]
 
 
-def _refuse_gradient(who: str, compression: str) -> None:
-    raise RuntimeError(
-        f'vdit_fast: {who} has no gradient with compression="{compression}"; call it under torch.no_grad(), or without'
-    )
+def _wide(shape: Sequence[int]) -> list[int]:
+    """[B, N, C] as [B, N, 1, C]."""
+    return [*shape[:-1], 1, shape[-1]] if len(shape) == 3 else list(shape)
 
 
 def _flat_sizes(who: str, shapes: list[list[int]], sizes: Sizes | None, dim: int) -> list[int]:
@@ -197,3 +191,58 @@ def _flat_sizes(who: str, shapes: list[list[int]], sizes: Sizes | None, dim: int
                 f"vdit_fast: {who}: sizes {one} do not add up to {shape[dim]}, dimension {dim} of a tensor {shape}"
             )
     return [n for one in each for n in one]
+
+
+@torch.library.register_fake("vdit_fast::pack_slices")
+def _fake_pack(x: list[Tensor], sizes: list[int], dim: int, compression: int, block: int) -> Tensor:
+    count = len(sizes) // len(x)
+    each = [sizes[t * count : (t + 1) * count] for t in range(len(x))]
+    name = next(n for n, code in _FORMATS.items() if code == compression)
+    lengths = packed_sizes([t.shape for t in x], each, dim, compression=name, block=block)
+    dtype = (x[0].dtype, torch.bfloat16, torch.uint8)[compression]
+    return x[0].new_empty([sum(lengths)], dtype=dtype)
+
+
+@torch.library.register_fake("vdit_fast::unpack_slices")
+def _fake_unpack(
+    buffer: Tensor, shapes: list[int], sizes: list[int], dim: int, compression: int, block: int, dtype: int
+) -> list[Tensor]:
+    out = buffer.dtype if compression == 0 else next(d for d, code in _DTYPES.items() if code == dtype)
+    return [buffer.new_empty(shapes[i : i + 4], dtype=out) for i in range(0, len(shapes), 4)]
+
+
+def _refuse_compression(name: str, compression: int) -> None:
+    if compression != 0:
+        raise RuntimeError(
+            f"vdit_fast: {name} has no gradient with compression; call it under torch.no_grad(), or without compression"
+        )
+
+
+def _setup_pack(ctx: Any, inputs: tuple[list[Tensor], list[int], int, int, int], output: Tensor) -> None:
+    x, ctx.sizes, ctx.dim, compression, ctx.block = inputs
+    _refuse_compression("pack_slices", compression)
+    ctx.shapes = [t.shape for t in x]
+
+
+def _pack_back(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None, None, None, None]:
+    flat = [n for s in ctx.shapes for n in _wide(s)]
+    grads = torch.ops.vdit_fast.unpack_slices(grad.contiguous(), flat, ctx.sizes, ctx.dim, 0, ctx.block, 0)
+    return [g.view(s) for g, s in zip(grads, ctx.shapes, strict=True)], None, None, None, None
+
+
+def _setup_unpack(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    buffer, shapes, ctx.sizes, ctx.dim, compression, ctx.block, _ = inputs
+    _refuse_compression("unpack_slices", compression)
+    ctx.shapes = [shapes[i : i + 4] for i in range(0, len(shapes), 4)]
+    ctx.save_for_backward(buffer.new_empty(0))  # what gradients that nobody computed are made like
+
+
+def _unpack_back(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    (like,) = ctx.saved_tensors
+    whole = [like.new_zeros(s) if g is None else g for g, s in zip(grads, ctx.shapes, strict=True)]
+    packed = torch.ops.vdit_fast.pack_slices(whole, ctx.sizes, ctx.dim, 0, ctx.block)
+    return packed, None, None, None, None, None, None
+
+
+torch.library.register_autograd("vdit_fast::pack_slices", _pack_back, setup_context=_setup_pack)
+torch.library.register_autograd("vdit_fast::unpack_slices", _unpack_back, setup_context=_setup_unpack)
