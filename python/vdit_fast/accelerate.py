@@ -85,6 +85,7 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
         raise _nothing_served(components, skipped)
 
     tracker = StepTracker(None if isinstance(target, nn.Module) else target)
+    tracker.calls_per_branch = any(item.adapter.calls_per_branch for item in found)
     handle = Handle(settings, tracker)
     handle.skipped = skipped
     roots: dict[int, Root] = {}

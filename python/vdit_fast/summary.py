@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from vdit_fast.models.memory import Memory
 from vdit_fast.models.row_subset import RowSubset
+from vdit_fast.parallel.ulysses import Ulysses
 
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
@@ -58,8 +60,10 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "text_kv": _text_kv(handle),
         "positions": _positions(handle),
         "streaming": _streaming(handle),
+        "memory": _memory(handle),
         "hooks": _hooks(handle),
         "linear": _linear(handle),
+        "parallel": _parallel(handle),
         "layers": layers,
         "skipped": skipped,
     }
@@ -144,6 +148,16 @@ def _streaming(handle: Handle) -> dict[str, int] | None:
     return {name: streamed[name] for name in ("frames", "chunks", "denoise", "write")} if streamed else None
 
 
+def _memory(handle: Handle) -> dict[str, Any] | None:
+    found = [item for root in handle.roots if isinstance(item := root.session.around.get("memory"), Memory)]
+    if not found:
+        return None
+    tokens = found[0].tokens
+    return {"tokens": tokens} | {
+        name: sum(getattr(memory, name) for memory in found) for name in ("computed", "shared", "nbytes")
+    }
+
+
 def _hooks(handle: Handle) -> dict[str, int]:
     calls: Counter[str] = Counter()
     for root in handle.roots:
@@ -156,6 +170,21 @@ def _linear(handle: Handle) -> dict[str, list[int]] | None:
         return None
     sessions = [root.session for root in handle.roots]
     return {session.expert: [ledger.layer for ledger in session.layers if ledger.linear] for session in sessions}
+
+
+def _parallel(handle: Handle) -> dict[str, Any] | None:
+    found: dict[str, Any] = {}
+    for root in handle.roots:
+        ulysses, rows = root.session.around_heads.get("sequence"), root.session.around.get("sequence")
+        if isinstance(ulysses, Ulysses):
+            part = found.setdefault("sequence", {"rank": ulysses.rank, "ranks": ulysses.ranks, "calls": 0, "bytes": 0})
+            part["calls"] += ulysses.calls
+            part["bytes"] += ulysses.bytes_sent + getattr(rows, "bytes_sent", 0)
+        if root.guidance is not None:
+            guided = root.guidance
+            sent = {"exchanges": guided.exchanges, "bytes": guided.bytes_sent}
+            found["guidance"] = {"rank": guided.rank, "ranks": guided.ranks, "split": guided.split, **sent}
+    return found or None
 
 
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
@@ -259,9 +288,22 @@ def report_text(handle: Handle) -> str:
             f"streaming: {made['frames']:,} frames in {made['chunks']:,} chunks, {made['denoise']:,} forwards that "
             f"denoised and {made['write']:,} that wrote keys and values"
         )
+    if stats["memory"] is not None:
+        memory = stats["memory"]
+        rows = "rows" if memory["tokens"] is None else f"{memory['tokens']:,} rows"
+        lines.append(
+            f"memory: {rows} in every block, {memory['shared']:,} of {memory['shared'] + memory['computed']:,} layers' "
+            f"keys shared with another guidance branch, {memory['nbytes'] / 2**20:,.1f} MiB held"
+        )
     if stats["hooks"]:
         calls = ", ".join(f"{count:,} at {where}" for where, count in stats["hooks"].items())
         lines.append(f"hooks: called {calls}")
+    for what, part in (stats["parallel"] or {}).items():
+        times = f"{part['calls']:,} attention calls" if what == "sequence" else f"{part['exchanges']:,} exchanges"
+        lines.append(
+            f"{what} parallelism: rank {part['rank']} of {part['ranks']}, {times}, "
+            f"{part['bytes'] / 2**20:,.1f} MiB sent"
+        )
     lines += _reasons("kept dense by the planner (calls):", dense)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():

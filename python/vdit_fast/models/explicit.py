@@ -61,7 +61,9 @@ class ExplicitStep:
         """Of the next forward of a transformer."""
         branch = self._forwards[expert] if self._branch is None else self._branch
         self._forwards[expert] += 1
-        return replace(self._context, branch=branch, expert=self._model or expert, generation=generation)
+        return replace(
+            self._context, branch=branch, branches=branch + 1, expert=self._model or expert, generation=generation
+        )
 
     def __enter__(self) -> ExplicitStep:
         if self._tracker.explicit is not None:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,7 @@ class Session:
         self.before_rotation: BeforeRotation | None = None
         self.hooks = Hooks()
         self.standing: set[tuple[str, str]] = set()  # blocks and attention modules that are entered now
+        self.guided = False  # whether its forward is entered by guidance parallelism
         self.text: TextKV | None = None
         self.positions: PositionFn | None = None
         self.repositioned: Counter[int] = Counter()
@@ -114,6 +115,11 @@ class Session:
         self._anchors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._told: set[str] = set()
         _sessions[self.id] = self
+
+    @property
+    def total(self) -> Callable[[Tensor], Tensor] | None:
+        """Adds a tensor up over the ranks that share the sequence; None where nobody does."""
+        return getattr(self.around_heads.get("sequence"), "total", None)
 
     @property
     def planned(self) -> int:
@@ -164,6 +170,10 @@ class Session:
         """The forward that a call belongs to: the running one, except inside backward. There gradient checkpointing
         runs an earlier one again, whichever has begun since; its anchor, a tensor made once per forward, tells."""
         return self._anchors.get(anchor, self.forward) if _in_backward() else self.forward
+
+    def anchor(self, tensor: Tensor, forward: Forward) -> None:
+        """Note a tensor that is made once per forward."""
+        self._anchors[tensor] = forward
 
     def forward_among(self, tensors: Iterable[Tensor]) -> Forward | None:
         """``forward_of`` a call that gets these tensors, where nobody knows which of them is the anchor."""
@@ -369,6 +379,7 @@ class Session:
             state=self.state,
             family=self.family,
             static=self.static,
+            heads=call.heads,
         )
         return context, ""
 

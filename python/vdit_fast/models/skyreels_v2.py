@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ServedProcessor
+from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, Take, along
@@ -76,6 +77,7 @@ class SkyReelsV2Processor(ServedProcessor):
 
 class SkyReelsV2Adapter(WanAdapter):
     family = "skyreels_v2"
+    calls_per_branch = True
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {
         "SkyReelsV2AttnProcessor": SkyReelsV2Processor,
         "SkyReelsV2AttnProcessor2_0": SkyReelsV2Processor,
@@ -86,7 +88,13 @@ class SkyReelsV2Adapter(WanAdapter):
         arguments={"temb": along({4: 2}), "rotary_emb": _some_positions},
         refused={"attention_mask": "a mask says which keys a token reads"},
     )
+    memory = MemoryLayout("attn1", across=True, tokens_dim={4: 2})
     left_alone: ClassVar[dict[str, str]] = {}
+
+    def frame_timesteps(self, module: nn.Module, timesteps: Tensor, latents: Tensor) -> dict[str, Any]:
+        """Diffusion forcing: [B, F]."""
+        self._tokens_of_a_frame(module, latents)
+        return {"timestep": timesteps.contiguous(), "enable_diffusion_forcing": True}
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         geometry = super().geometry(module, arguments)
