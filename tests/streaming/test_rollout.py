@@ -203,9 +203,8 @@ def test_gradients_flow_through_teacher_forcing() -> None:
     clean.requires_grad_()
     timesteps = torch.tensor([[0.0] * 6 + [700.0] * 6])
     with teacher_forcing(handle, chunk_frames=2):
-        out = model(
-            hidden_states=torch.cat([clean, noisy], 2), **rest, **per_frame(model, timesteps, 16), return_dict=False
-        )[0]
+        both = torch.cat([clean, noisy], 2)
+        out = model(hidden_states=both, **rest, **per_frame(handle, timesteps, both), return_dict=False)[0]
     (grad,) = torch.autograd.grad(out[:, :, 8:10].square().sum(), clean)  # the noisy frames 2 and 3
     reached = grad.abs().amax((0, 1, 3, 4)) > 0
     assert reached.tolist() == [True, True, False, False, False, False]

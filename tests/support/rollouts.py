@@ -92,5 +92,5 @@ def at_once(handle: Handle, clean: Tensor, noisy: Tensor, t: float, settings: Se
     held = {name: getattr(settings, name) for name in ("chunk_frames", "cache_frames", "sinks")}
     with teacher_forcing(handle, **held), torch.no_grad():
         both = torch.cat([clean, noisy], 2).to(model.dtype)
-        out = model(hidden_states=both, **rest, **per_frame(model, timesteps, TOKENS), return_dict=False)[0]
+        out = model(hidden_states=both, **rest, **per_frame(handle, timesteps, both), return_dict=False)[0]
     return out[:, :, frames:]
