@@ -255,8 +255,9 @@ class Handle:
         reason -> times it did not run), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``:
         reason -> calls, ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were
         exchanged), ``streaming`` (None, or ``frames`` and ``chunks`` made, forwards that ``denoise`` and that
-        ``write`` keys and values, and the most ``nbytes`` of those that one stream held), ``memory`` (None, or rows ``tokens``, layers' keys and values ``computed`` and
-        ``shared`` with another guidance branch, ``nbytes`` held), ``hooks`` (place -> calls), ``linear`` (None, or
+        ``write`` keys and values, and the most ``nbytes`` of those that one stream held), ``memory`` (None, or
+        rows ``tokens``, layers' keys and values ``computed`` and ``shared`` with another guidance branch, ``nbytes``
+        held), ``hooks`` (place -> calls), ``linear`` (None, or
         transformer -> indices of the layers that run linear attention), ``parallel`` (None, or of "sequence" and
         "guidance" the ``rank``, ``ranks``, the ``calls`` or ``exchanges`` and the ``bytes`` that this rank has sent),
         ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict of ``expert``, ``layer``,
