@@ -183,6 +183,7 @@ class Handle:
         branch: int | None = None,
         model: str | None = None,
         num_steps: int | None = None,
+        frame_block: int | None = None,
     ) -> ExplicitStep:
         """Name the denoising step of the forwards inside a ``with`` block, instead of having it derived.
 
@@ -200,12 +201,14 @@ class Handle:
             model: name of the weights that compute this step (strong or weak, an adapter on or off). What one
                 remembers never serves another. None: the transformer's name in its pipeline.
             num_steps: length of the schedule; None: unknown, and rules that are fractions of it go by sigma.
+            frame_block: index of the frame block that is denoised, where a video is made of several with schedules of
+                their own; what one of them remembers never serves another.
 
         Raises:
             TypeError, ValueError: a bad argument.
             RuntimeError: at the ``with``, inside another one.
         """
-        return ExplicitStep(self._tracker, step_id, timestep, sigma, branch, model, num_steps)
+        return ExplicitStep(self._tracker, step_id, timestep, sigma, branch, model, num_steps, frame_block)
 
     def reset(self) -> None:
         """The next forward begins a new generation, whatever its timestep."""

@@ -18,6 +18,7 @@ from vdit_fast.models.geometry import Volume
 from vdit_fast.models.rotary import served_tables
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.session import Geometry, Session
+from vdit_fast.models.stage_layout import StageLayout
 
 __all__ = [
     "CROSS_ATTENTION",
@@ -231,6 +232,8 @@ class ModelAdapter:
 
     rows: ClassVar[RowLayout | str] = "its blocks are not known to work token by token"
     """Where the family has one row per video token, or why no subset of them can run by itself."""
+    stages: ClassVar[StageLayout | str] = "its blocks are not known to run on several ranks"
+    """What lies around the blocks, or why they cannot be split over ranks."""
     block_modules: ClassVar[Mapping[str, BlockModules]] = {}
     """Block class name -> which of its sub-modules a cache keeps, and how their outputs enter the residual streams."""
 

@@ -35,8 +35,9 @@ __all__ = [
     "with_streams",
 ]
 
-LAYERS = ("hooks", "cache", "subset")
-"""Who may stand around a block, outermost first: hooks see what a cache forecasts, a cache sees all rows."""
+LAYERS = ("stage", "hooks", "cache", "subset")
+"""Who may stand around a block, outermost first: a pipeline stage leaves out what other ranks compute, hooks see what a
+cache forecasts, a cache sees all rows."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,17 @@ from vdit_fast.ops.qk_norm_rope import qk_norm_rope
 if TYPE_CHECKING:
     from vdit_fast.models.base import ServedProcessor
 
-__all__ = ["BeforeRotation", "Heads", "Rotary", "joint_heads", "pair_rotary", "rotate_pairs", "turn", "turned_heads"]
+__all__ = [
+    "BeforeRotation",
+    "Heads",
+    "Rotary",
+    "joint_heads",
+    "pair_rotary",
+    "rotate_pairs",
+    "turn",
+    "turn_keys",
+    "turned_heads",
+]
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q, k, v [B, N, H, D]."""
@@ -103,6 +113,18 @@ def turn(processor: ServedProcessor, heads: Heads, norms: Norms, rotary: Rotary 
     if rotary is not None:
         query, key = rotary.stock(query), rotary.stock(key)
     return query, key, value
+
+
+def turn_keys(
+    processor: ServedProcessor, key: Tensor, norm: Any, rotary: Rotary | None, across: bool = False
+) -> Tensor:
+    """Keys [B, N, H, D] alone after norm and RoPE, as ``turn`` makes them."""
+    options = _options(processor, key, (norm, norm), across)
+    if options is not None:  # the norm as that of the kernel's first tensor
+        options = {name: value for name, value in options.items() if not name.startswith("k_")}
+        return qk_norm_rope(key, **options, **(rotary.arguments() if rotary else {}))[0]
+    key = _normed(key, norm, across)
+    return key if rotary is None else rotary.stock(key)
 
 
 def joint_heads(
