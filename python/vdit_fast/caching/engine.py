@@ -95,9 +95,10 @@ class FeatureCache:
 
     def release(self, frame_block: int) -> None:
         """Release what is held of one frame block."""
-        for held in (self._streams, self._verdicts):
-            for key in [key for key in held if key[-1] == frame_block]:
-                del held[key]
+        held: tuple[dict[Any, Any], ...] = (self._streams, self._verdicts)
+        for records in held:
+            for key in [key for key in records if key[-1] == frame_block]:
+                del records[key]
 
     def fresh(self) -> FeatureCache:
         """The same settings without records, for a copied model."""

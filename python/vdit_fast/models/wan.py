@@ -89,7 +89,11 @@ class WanAdapter(ModelAdapter):
     block_lists = ("blocks",)
     rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})})
     stages = StageLayout(
-        ("WanTransformer3DModel",), "patch_embedding", ("condition_embedder",), volume_of, wan_later_rotary
+        models=("WanTransformer3DModel",),
+        patch="patch_embedding",
+        embedders=("condition_embedder",),
+        patched=volume_of,
+        later_rotary=wan_later_rotary,
     )
 
     left_alone: ClassVar[dict[str, str]] = {

@@ -18,7 +18,6 @@ from vdit_fast.forwards import ForwardStandIn
 from vdit_fast.handle import Handle
 from vdit_fast.models.blocks import BlockCall, transformer_blocks
 from vdit_fast.models.session import Session
-from vdit_fast.models.stage_layout import StageLayout
 from vdit_fast.parallel.neighbours import NeighbourKeys
 from vdit_fast.parallel.refusals import staged_root
 from vdit_fast.parallel.schedule import Item
