@@ -77,11 +77,8 @@ def test_s1_the_mask_is_the_roll_out(block: int) -> None:
     at_once = vdit_fast.attention(q, k, v, plan)
     parts = [vdit_fast.attention(q[:, :context], k, v)]
     for first in range(0, frames, block):
-        rows, end = (
-            slice(context + first * tokens, context + (first + block) * tokens),
-            context + (first + block) * tokens,
-        )
-        parts.append(vdit_fast.attention(q[:, rows], k[:, :end], v[:, :end]))
+        start, end = (context + frame * tokens for frame in (first, first + block))
+        parts.append(vdit_fast.attention(q[:, start:end], k[:, :end], v[:, :end]))
     torch.testing.assert_close(at_once, torch.cat(parts, dim=1), atol=2e-6, rtol=1e-5)
 
 

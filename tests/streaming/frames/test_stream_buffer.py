@@ -123,9 +123,9 @@ def test_one_chunk_is_ordinary_sampling(build, kind, steps):
 
 @pytest.mark.parametrize(("chunks", "chunk", "micro_steps"), [(3, 1, 1), (2, 2, 2), (4, 1, 2)])
 def test_a_causal_model_draws_what_ar_diffusion_draws(build, chunks, chunk, micro_steps):
-    """Chunks behind each other by s steps are AR-Diffusion's blocks with ar_step = s in a window of the buffer's length;
-    where no frame reads a later one, the noise that waits in the buffer makes no difference. Until the clip's last
-    block begins, which no chunk of the stream is, N + 1 chunks have left."""
+    """Chunks behind each other by s steps are AR-Diffusion's blocks with ar_step = s in a window of the buffer's size:
+    where no frame reads a later one, the noise that waits in the buffer makes no difference. Until the last of 2 N
+    blocks begins, behind which a stream has more and a clip has none, N + 1 chunks have left."""
     schedule = BufferSchedule(chunks, chunk, micro_steps)
     handle, stream = buffer(build, schedule)
     causal_frames(handle, CausalFrames(block=chunk))
