@@ -226,7 +226,8 @@ class Handle:
             model: name of the weights that compute this step (strong or weak, an adapter on or off). What one
                 remembers never serves another. None: the transformer's name in its pipeline.
             num_steps: length of the schedule; None: unknown, and rules that are fractions of it go by sigma.
-            frame_block: which chunk of a longer video the forwards are about, where it is made chunk by chunk.
+            frame_block: which part of a longer video the forwards are about, where it is made of several with schedules
+                of their own; what one of them remembers never serves another.
 
         Raises:
             TypeError, ValueError: a bad argument.

@@ -20,6 +20,7 @@ from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.rotary import served_tables
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.session import Geometry, Session
+from vdit_fast.models.stage_layout import StageLayout
 
 __all__ = [
     "CROSS_ATTENTION",
@@ -250,6 +251,8 @@ class ModelAdapter:
     """Where the family has one row per video token, or why no subset of them can run by itself."""
     memory: ClassVar[MemoryLayout | str] = "nobody has said how its blocks make keys of rows outside of the sequence"
     """How blocks make keys and values of memory rows, or why they cannot."""
+    stages: ClassVar[StageLayout | str] = "its blocks are not known to run on several ranks"
+    """What lies around the blocks, or why they cannot be split over ranks."""
     block_modules: ClassVar[Mapping[str, BlockModules]] = {}
     """Block class name -> which of its sub-modules a cache keeps, and how their outputs enter the residual streams."""
 

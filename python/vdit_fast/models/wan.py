@@ -19,6 +19,7 @@ from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
+from vdit_fast.models.stage_layout import StageLayout, volume_of
 from vdit_fast.models.wan_block import WAN_BLOCKS, WAN_MODULES
 
 __all__ = ["WanAdapter", "WanProcessor", "rotate", "wan_rotary"]
@@ -40,6 +41,11 @@ def wan_rotary(cos: Tensor, sin: Tensor) -> Rotary:
         # tables the model reads the first cosine and the second sine.
         pair_cos, pair_sin = cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous()
     return Rotary(pair_cos, pair_sin, lambda x: rotate(x, cos, sin), round_products=cos.dtype.itemsize == 2)
+
+
+def wan_later_rotary(root: Any, latents: Tensor, first: int) -> Rotary:
+    """Of the tokens from ``first`` on of a clip of this shape."""
+    return wan_rotary(*(table[:, first:] for table in root.rope(latents)))
 
 
 class WanProcessor(ServedProcessor):
@@ -88,6 +94,9 @@ class WanAdapter(ModelAdapter):
     block_lists = ("blocks",)
     rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})}, between=_BETWEEN)
     memory = MemoryLayout("attn1", across=True, tokens_dim={4: 1})
+    stages = StageLayout(
+        ("WanTransformer3DModel",), "patch_embedding", ("condition_embedder",), volume_of, wan_later_rotary
+    )
 
     left_alone: ClassVar[dict[str, str]] = {
         "WanAnimateFaceBlockAttnProcessor": "face cross-attention: each frame reads its own few motion tokens",
