@@ -229,11 +229,11 @@ class Handle:
         reason -> calls, ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were
         exchanged), ``hooks`` (place -> calls), ``linear`` (None, or transformer -> indices of the layers that
         run linear attention), ``parallel`` (None, or of "sequence" and "guidance" the ``rank``, ``ranks``, the
-        ``calls`` or ``exchanges`` and the ``bytes`` that this rank has sent), ``layers`` and ``skipped`` (reason ->
-        module paths). Each served layer is a dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
-        None where the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per
-        head, one number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and
-        ``fallbacks`` (both reason -> calls).
+        ``calls`` or ``exchanges`` and the ``bytes`` that this rank has sent), ``layers`` and ``skipped`` (reason
+        -> module paths). Each served layer is a dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``,
+        ``sparse_calls``, ``density`` (mean per step, None where the layer did not run; linear layers have none),
+        ``mean_density``, ``head_density`` (per head, one number where they never differed), ``plan_seconds``,
+        ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason -> calls).
         """
         return collect_stats(self)
 
