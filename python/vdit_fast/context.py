@@ -41,6 +41,9 @@ class StepContext:
     """Grows by one when a new denoising run begins."""
     frame_block: int | None = None
     """Index of the frame block in streaming generation, None otherwise."""
+    branches: int = 1
+    """Guidance branches of the generation that have calls of their own, as far as is known: those seen so far, or two
+    where the pipeline says that it guides and its family calls once per branch."""
 
     @property
     def fraction(self) -> float | None:

@@ -16,9 +16,11 @@ from vdit_fast.hooks.registration import HookRemover, Layers, add_hook
 from vdit_fast.models.explicit import ExplicitStep
 from vdit_fast.models.hooks import HookFn
 from vdit_fast.models.linear_layers import convert, linear_maps
+from vdit_fast.models.memory import MemoryRows
 from vdit_fast.models.rotary import PositionFn
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.root import NO_STEPS, Root
+from vdit_fast.segments.attaching import set_memory
 from vdit_fast.summary import collect_stats, report_text
 
 __all__ = ["Handle", "Skipped"]
@@ -152,6 +154,29 @@ class Handle:
             root.session.repositioned.clear()
         return self
 
+    def memory(self, rows: MemoryRows | None) -> Handle:
+        """Give every block memory rows (DiT-Mem): tokens that go through the block's norm, modulation and projections
+        of keys and values, have no position and no queries, and are read by every token of the video.
+
+        They are never sparsified, and under sequence parallelism they count once. A new memory begins a new
+        generation: what caches and planners remember was computed with the old one.
+
+        Args:
+            rows: floating ``[M, C]`` or ``[B, M, C]``, C the width of the blocks, copied here; or
+                ``fn(step) -> rows or None``, called once per forward with the ``StepContext`` for rows that go with
+                the denoising steps (caches forecast over their changes). None switches memory off.
+
+        Returns:
+            this handle; ``stats()["memory"]`` counts what was computed.
+
+        Raises:
+            TypeError, ValueError: ``rows`` are of a wrong kind or shape; a wrong width at the next forward.
+            RuntimeError: the family's recipe is not known, a block would go without memory, or linear layers, which
+                read every key once, would not read it; this handle was removed.
+        """
+        set_memory(self, rows)
+        return self
+
     def hook(self, where: str, fn: HookFn, layers: Layers = None) -> HookRemover:
         """Call a function at attention modules or blocks, from the next call on; it sees rows in the model's own order.
 
@@ -183,6 +208,7 @@ class Handle:
         branch: int | None = None,
         model: str | None = None,
         num_steps: int | None = None,
+        frame_block: int | None = None,
     ) -> ExplicitStep:
         """Name the denoising step of the forwards inside a ``with`` block, instead of having it derived.
 
@@ -200,12 +226,13 @@ class Handle:
             model: name of the weights that compute this step (strong or weak, an adapter on or off). What one
                 remembers never serves another. None: the transformer's name in its pipeline.
             num_steps: length of the schedule; None: unknown, and rules that are fractions of it go by sigma.
+            frame_block: which chunk of a longer video the forwards are about, where it is made chunk by chunk.
 
         Raises:
             TypeError, ValueError: a bad argument.
             RuntimeError: at the ``with``, inside another one.
         """
-        return ExplicitStep(self._tracker, step_id, timestep, sigma, branch, model, num_steps)
+        return ExplicitStep(self._tracker, step_id, timestep, sigma, branch, model, num_steps, frame_block)
 
     def reset(self) -> None:
         """The next forward begins a new generation, whatever its timestep."""
@@ -227,13 +254,16 @@ class Handle:
         (``blocks``: class -> number with a fused forward, ``left``: reason -> blocks without one, ``unfused``:
         reason -> times it did not run), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``:
         reason -> calls, ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were
-        exchanged), ``hooks`` (place -> calls), ``linear`` (None, or transformer -> indices of the layers that
-        run linear attention), ``parallel`` (None, or of "sequence" and "guidance" the ``rank``, ``ranks``, the
-        ``calls`` or ``exchanges`` and the ``bytes`` that this rank has sent), ``layers`` and ``skipped`` (reason
-        -> module paths). Each served layer is a dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``,
-        ``sparse_calls``, ``density`` (mean per step, None where the layer did not run; linear layers have none),
-        ``mean_density``, ``head_density`` (per head, one number where they never differed), ``plan_seconds``,
-        ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason -> calls).
+        exchanged), ``streaming`` (None, or ``frames`` and ``chunks`` made, and forwards that ``denoise`` and that
+        ``write`` keys and values), ``memory`` (None, or rows ``tokens``, layers' keys and values ``computed`` and
+        ``shared`` with another guidance branch, ``nbytes`` held), ``hooks`` (place -> calls), ``linear`` (None, or
+        transformer -> indices of the layers that run linear attention), ``parallel`` (None, or of "sequence" and
+        "guidance" the ``rank``, ``ranks``, the ``calls`` or ``exchanges`` and the ``bytes`` that this rank has sent),
+        ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict of ``expert``, ``layer``,
+        ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
+        None where the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per
+        head, one number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and
+        ``fallbacks`` (both reason -> calls).
         """
         return collect_stats(self)
 

@@ -263,6 +263,8 @@ class Root:
             set_processor(module.get_submodule(name), processor.stock)
         self.unwrap(module)
         self.session.hooks.entries.clear()
+        self.session.around.pop("memory", None)
+        self.session.around_heads.pop("segments", None)
         detach(module, self.session)
         self.session.cache.forget()
         self.session.forward = self.session.cache.forward = None  # the last forward holds its stream

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from vdit_fast.models.memory import Memory
 from vdit_fast.models.row_subset import RowSubset
 from vdit_fast.parallel.ulysses import Ulysses
 
@@ -58,6 +59,8 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "fused": _fused(handle),
         "text_kv": _text_kv(handle),
         "positions": _positions(handle),
+        "streaming": _streaming(handle),
+        "memory": _memory(handle),
         "hooks": _hooks(handle),
         "linear": _linear(handle),
         "parallel": _parallel(handle),
@@ -136,6 +139,23 @@ def _positions(handle: Handle) -> dict[int, int] | None:
     for root in handle.roots:
         forwards.update(root.session.repositioned)
     return dict(sorted(forwards.items()))
+
+
+def _streaming(handle: Handle) -> dict[str, int] | None:
+    streamed: Counter[str] = Counter()
+    for root in handle.roots:
+        streamed.update(root.session.streamed)
+    return {name: streamed[name] for name in ("frames", "chunks", "denoise", "write")} if streamed else None
+
+
+def _memory(handle: Handle) -> dict[str, Any] | None:
+    found = [item for root in handle.roots if isinstance(item := root.session.around.get("memory"), Memory)]
+    if not found:
+        return None
+    tokens = found[0].tokens
+    return {"tokens": tokens} | {
+        name: sum(getattr(memory, name) for memory in found) for name in ("computed", "shared", "nbytes")
+    }
 
 
 def _hooks(handle: Handle) -> dict[str, int]:
@@ -262,6 +282,19 @@ def report_text(handle: Handle) -> str:
         lines += _reasons("text keys and values computed and not kept:", Counter(text["refused"]))
     if stats["positions"] is not None:
         lines.append(f"positions: rotary tables exchanged in {sum(stats['positions'].values()):,} forwards")
+    if stats["streaming"] is not None:
+        made = stats["streaming"]
+        lines.append(
+            f"streaming: {made['frames']:,} frames in {made['chunks']:,} chunks, {made['denoise']:,} forwards that "
+            f"denoised and {made['write']:,} that wrote keys and values"
+        )
+    if stats["memory"] is not None:
+        memory = stats["memory"]
+        rows = "rows" if memory["tokens"] is None else f"{memory['tokens']:,} rows"
+        lines.append(
+            f"memory: {rows} in every block, {memory['shared']:,} of {memory['shared'] + memory['computed']:,} layers' "
+            f"keys shared with another guidance branch, {memory['nbytes'] / 2**20:,.1f} MiB held"
+        )
     if stats["hooks"]:
         calls = ", ".join(f"{count:,} at {where}" for where, count in stats["hooks"].items())
         lines.append(f"hooks: called {calls}")

@@ -241,7 +241,8 @@ class FeatureCache:
         if run.stream.granted:
             return
         assert self.policy is not None
-        budget.check(self.policy, sizes, dtype, held=self.nbytes)
+        branches = 1 if self.forward is None else self.forward.step.branches
+        budget.check(self.policy, sizes, dtype, held=self.nbytes, branches=branches)
         run.stream.granted = True
 
 

@@ -16,6 +16,7 @@ from vdit_fast.models.block_modules import BlockModules
 from vdit_fast.models.context_parallel import NO_SEQUENCE, follow, unserved
 from vdit_fast.models.fusion import BlockForward
 from vdit_fast.models.geometry import Volume
+from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.rotary import served_tables
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.session import Geometry, Session
@@ -94,6 +95,11 @@ class ServedProcessor:
         self.stock._parallel_config = value
         if self.session.active:
             follow(self.session, value)
+
+    @property
+    def layer(self) -> int:
+        """Number of this module among the served layers."""
+        return self._layer
 
     def root(self) -> Any:
         """The transformer this processor belongs to, None when it is gone."""
@@ -242,11 +248,17 @@ class ModelAdapter:
 
     rows: ClassVar[RowLayout | str] = "its blocks are not known to work token by token"
     """Where the family has one row per video token, or why no subset of them can run by itself."""
+    memory: ClassVar[MemoryLayout | str] = "nobody has said how its blocks make keys of rows outside of the sequence"
+    """How blocks make keys and values of memory rows, or why they cannot."""
     block_modules: ClassVar[Mapping[str, BlockModules]] = {}
     """Block class name -> which of its sub-modules a cache keeps, and how their outputs enter the residual streams."""
 
     left_alone: ClassVar[dict[str, str]] = {}
     """Class name of a stock processor that must stay -> why, for the report."""
+
+    calls_per_branch: ClassVar[bool] = False
+    """Whether the family's pipelines call the transformer once for every branch of classifier-free guidance, and say by
+    ``do_classifier_free_guidance`` whether they guide."""
 
     text_inputs: ClassVar[tuple[str, ...]] = ()
     """Arguments of the transformer that, with weights, make the keys and values of its cross-attention; empty where
@@ -306,6 +318,21 @@ class ModelAdapter:
         itself where no forward with a timestep was found.
         """
         return None
+
+    def frame_timesteps(self, module: nn.Module, timesteps: Tensor, latents: Tensor) -> dict[str, Any]:
+        """Arguments of a forward that gives every frame its own timestep.
+
+        Args:
+            timesteps: [B, F], in the model's units.
+            latents: [B, C, F, h, w].
+
+        Raises:
+            RuntimeError: the model takes one timestep for all frames.
+        """
+        raise RuntimeError(
+            f"{type(module).__name__} ({self.family}) takes one timestep for all frames; per-frame schedules run "
+            "WanTransformer3DModel and SkyReelsV2Transformer3DModel"
+        )
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         """Token layout of a forward of the transformer with these arguments by name, None when it cannot be told."""

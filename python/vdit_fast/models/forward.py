@@ -45,6 +45,8 @@ class Forward:
     """Rotary tables that stand in for the model's, by the model's shape, dtype and device; None: the model's own."""
     subset: RowRun | None = None
     """How its blocks run on some of the tokens, or keep what later steps need to; None: they do neither."""
+    memory: tuple[()] | tuple[Tensor | None] = ()
+    """Its memory rows, where a function makes them: once per forward."""
     shard: RowShard | None = None
     """Which rows its blocks get on this rank; None: all."""
     _distinct: Distinct | None = None

@@ -107,6 +107,7 @@ class Session:
         self.text: TextKV | None = None
         self.positions: PositionFn | None = None
         self.repositioned: Counter[int] = Counter()
+        self.streamed: Counter[str] = Counter()  # of generation chunk by chunk: frames, chunks, forwards
         self.forward: Forward | None = None
         self.forwards = 0
         self.steps: set[tuple[int, int]] = set()
@@ -192,6 +193,7 @@ class Session:
         self.forward = None  # of the old configuration, and holds what its cache kept
         self.hooks.calls.clear()
         self.repositioned.clear()
+        self.streamed.clear()
         self._told.clear()
 
     # ------------------------------------------------------------------ one attention call

@@ -1,4 +1,4 @@
-"""Several processes for one clip, over torch.distributed."""
+"""Several processes for one clip: stage pipelines, sequence and guidance parallelism over torch.distributed."""
 
 from __future__ import annotations
 
