@@ -35,9 +35,10 @@ __all__ = [
     "with_streams",
 ]
 
-LAYERS = ("hooks", "cache", "memory", "subset")
-"""Who may stand around a block, outermost first: hooks see what a cache forecasts, a cache sees all rows, memory sees
-the modulation of all rows and is not asked where a cache leaves the block out."""
+LAYERS = ("references", "hooks", "cache", "memory", "subset")
+"""Who may stand around a block, outermost first: references lengthen everybody's text, hooks see what a cache
+forecasts, a cache sees all rows, memory sees the modulation of all rows and is not asked where a cache leaves a
+block out."""
 
 
 @dataclass(frozen=True)
