@@ -249,6 +249,8 @@ class ModelAdapter:
 
     rows: ClassVar[RowLayout | str] = "its blocks are not known to work token by token"
     """Where the family has one row per video token, or why no subset of them can run by itself."""
+    references: ClassVar[str | None] = "reference rows stand behind the text of a sequence [text, video] without a mask"
+    """Why no rows can be put behind the text of the blocks; None where they can."""
     memory: ClassVar[MemoryLayout | str] = "nobody has said how its blocks make keys of rows outside of the sequence"
     """How blocks make keys and values of memory rows, or why they cannot."""
     stages: ClassVar[StageLayout | str] = "its blocks are not known to run on several ranks"

@@ -63,6 +63,7 @@ class CogVideoXAdapter(ModelAdapter):
     block_lists = ("transformer_blocks",)
     rows = RowLayout("first", arguments={"image_rotary_emb": along({2: 0})})
     memory = MemoryLayout("attn1")
+    references = None
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False):

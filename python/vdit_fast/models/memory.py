@@ -149,13 +149,15 @@ class Memory:
         return output
 
     def _rows(self, forward: Forward | None, expert: str) -> Tensor | None:
-        if isinstance(self.source, Tensor):
-            return self.source
-        if forward is None:
-            return checked_rows(self.source(StepContext(expert=expert)))
-        if not forward.memory:  # a tuple, as None is an answer
-            forward.memory = (checked_rows(self.source(forward.step)),)
-        rows: Tensor | None = forward.memory[0]
+        source = self.source
+        if forward is not None and forward.memory:  # a tuple, as None is an answer
+            return forward.memory[0]
+        if isinstance(source, Tensor):
+            rows: Tensor | None = source
+        else:
+            rows = checked_rows("memory", source(forward.step if forward is not None else StepContext(expert=expert)))
+        if forward is not None:
+            forward.memory = (rows,)
         return rows
 
     def _keys(self, call: BlockCall, layer: int, rows: Tensor, forward: Forward | None) -> tuple[Tensor, Tensor]:
@@ -215,15 +217,15 @@ class Memory:
         self._placed = None
 
 
-def checked_rows(rows: Any) -> Tensor | None:
-    """Memory rows as [1 or B, M, C]; raises TypeError or ValueError where they are none."""
+def checked_rows(what: str, rows: Any) -> Tensor | None:
+    """Rows as [1 or B, M, C]; raises TypeError or ValueError where they are none."""
     if rows is None:
         return None
     if not isinstance(rows, Tensor) or not rows.is_floating_point():
         kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"memory: rows must be a floating tensor [M, C] or [B, M, C], got {kind}")
+        raise TypeError(f"{what}: rows must be a floating tensor [M, C] or [B, M, C], got {kind}")
     if rows.ndim not in (2, 3) or 0 in rows.shape:
-        raise ValueError(f"memory: rows must be [M, C] or [B, M, C] and not empty, got {list(rows.shape)}")
+        raise ValueError(f"{what}: rows must be [M, C] or [B, M, C] and not empty, got {list(rows.shape)}")
     return rows if rows.ndim == 3 else rows[None]
 
 
