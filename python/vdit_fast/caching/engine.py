@@ -95,7 +95,8 @@ class FeatureCache:
 
     def release(self, frame_block: int) -> None:
         """Release what is held of one frame block."""
-        for held in (self._streams, self._verdicts):
+        tables: tuple[dict[Any, Any], ...] = (self._streams, self._verdicts)
+        for held in tables:
             for key in [key for key in held if key[-1] == frame_block]:
                 del held[key]
 
