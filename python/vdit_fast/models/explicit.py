@@ -32,9 +32,9 @@ class ExplicitStep:
         frame_block: int | None = None,
     ) -> None:
         _whole("step_id", step_id, 0)
-        _whole("frame_block", frame_block, 0)
         _whole("branch", branch, 0)
         _whole("num_steps", num_steps, 1)
+        _whole("frame_block", frame_block, 0)
         _number("timestep", timestep)
         _number("sigma", sigma)
         if step_id is not None and num_steps is not None and step_id >= num_steps:
@@ -61,8 +61,9 @@ class ExplicitStep:
         """Of the next forward of a transformer."""
         branch = self._forwards[expert] if self._branch is None else self._branch
         self._forwards[expert] += 1
-        known = self._context
-        return replace(known, branch=branch, expert=self._model or expert, generation=generation)
+        return replace(
+            self._context, branch=branch, branches=branch + 1, expert=self._model or expert, generation=generation
+        )
 
     def __enter__(self) -> ExplicitStep:
         if self._tracker.explicit is not None:

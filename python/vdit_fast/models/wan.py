@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, patch_grid
+from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, along
@@ -78,8 +79,12 @@ class WanProcessor(ServedProcessor):
         return attn.to_out[1](attn.to_out[0](out))
 
 
+_BETWEEN = {"face_adapter": "each frame's tokens read the motion of a face between blocks, which needs whole frames"}
+
+
 class WanAdapter(ModelAdapter):
     family = "wan"
+    calls_per_branch = True
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {
         "WanAttnProcessor": WanProcessor,
         "WanAttnProcessor2_0": WanProcessor,
@@ -87,7 +92,8 @@ class WanAdapter(ModelAdapter):
     blocks = WAN_BLOCKS
     block_modules = WAN_MODULES
     block_lists = ("blocks",)
-    rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})})
+    rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})}, between=_BETWEEN)
+    memory = MemoryLayout("attn1", across=True, tokens_dim={4: 1})
     stages = StageLayout(
         models=("WanTransformer3DModel",),
         patch="patch_embedding",
@@ -113,6 +119,19 @@ class WanAdapter(ModelAdapter):
         if getattr(module, "add_k_proj", None) is not None:
             return "attention with image keys and values"
         return super().skip_reason(name, module, processor)
+
+    def frame_timesteps(self, module: nn.Module, timesteps: Tensor, latents: Tensor) -> dict[str, Any]:
+        """As Wan 2.2 TI2V does it: [B, N], one per token."""
+        if all(cls.__name__ != "WanTransformer3DModel" for cls in type(module).__mro__):  # VACE, Animate, ...
+            return super().frame_timesteps(module, timesteps, latents)
+        return {"timestep": timesteps.repeat_interleave(self._tokens_of_a_frame(module, latents), dim=1)}
+
+    def _tokens_of_a_frame(self, module: nn.Module, latents: Tensor) -> int:
+        config: Any = module.config
+        patch = tuple(config.patch_size)
+        if patch[0] != 1:
+            raise RuntimeError(f"per-frame timesteps: patches of {patch} join frames; they need one frame per patch")
+        return (latents.shape[3] // patch[1]) * (latents.shape[4] // patch[2])
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")
