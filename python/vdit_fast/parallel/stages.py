@@ -6,13 +6,12 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vdit_fast.handle import Handle
 from vdit_fast.models.blocks import transformer_blocks
 from vdit_fast.parallel.block_queue import BlockQueue, FrameBlock, Snapshot
 from vdit_fast.parallel.checkpoint import Checkpoint
@@ -24,6 +23,9 @@ from vdit_fast.parallel.schedule import Item, Schedule, split_layers
 from vdit_fast.parallel.stage import Conditions, Stage
 from vdit_fast.parallel.trace import Trace
 from vdit_fast.parallel.transport import Alone, Ring, Transport
+
+if TYPE_CHECKING:
+    from vdit_fast.handle import Handle
 
 __all__ = ["StagePipeline"]
 
