@@ -95,7 +95,11 @@ class WanAdapter(ModelAdapter):
     rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})}, between=_BETWEEN)
     memory = MemoryLayout("attn1", across=True, tokens_dim={4: 1})
     stages = StageLayout(
-        ("WanTransformer3DModel",), "patch_embedding", ("condition_embedder",), volume_of, wan_later_rotary
+        models=("WanTransformer3DModel",),
+        patch="patch_embedding",
+        embedders=("condition_embedder",),
+        patched=volume_of,
+        later_rotary=wan_later_rotary,
     )
 
     left_alone: ClassVar[dict[str, str]] = {

@@ -61,7 +61,7 @@ class NeighbourKeys:
         if missing:
             raise RuntimeError(
                 f"num_cat: attention of {len(missing)} layers was not served, the first is layer {min(missing)}, so "
-                "that a block cannot see its noisier neighbour there; see the fallbacks in report(), or set num_cat to 0"
+                "that blocks cannot see their noisier neighbour; see the fallbacks in report(), or set num_cat to 0"
             )
 
     def rotate(

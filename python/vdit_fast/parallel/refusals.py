@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vdit_fast.caching.adaptive import AdaptivePolicy
-from vdit_fast.handle import Handle
 from vdit_fast.models.blocks import transformer_blocks
 from vdit_fast.models.stage_layout import StageLayout
-from vdit_fast.root import Root
+
+if TYPE_CHECKING:
+    from vdit_fast.handle import Handle
+    from vdit_fast.root import Root
 
 __all__ = ["staged_root"]
 

@@ -9,19 +9,20 @@ timestep and the text) is made once per step of the schedule, on the first rank,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vdit_fast.forwards import ForwardStandIn
-from vdit_fast.handle import Handle
 from vdit_fast.models.blocks import BlockCall, transformer_blocks
 from vdit_fast.models.session import Session
-from vdit_fast.models.stage_layout import StageLayout
 from vdit_fast.parallel.neighbours import NeighbourKeys
 from vdit_fast.parallel.refusals import staged_root
 from vdit_fast.parallel.schedule import Item
+
+if TYPE_CHECKING:
+    from vdit_fast.handle import Handle
 
 __all__ = ["Conditions", "Stage"]
 

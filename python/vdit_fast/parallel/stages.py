@@ -6,13 +6,12 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vdit_fast.handle import Handle
 from vdit_fast.models.blocks import transformer_blocks
 from vdit_fast.parallel.block_queue import BlockQueue, FrameBlock, Snapshot
 from vdit_fast.parallel.checkpoint import Checkpoint
@@ -24,6 +23,9 @@ from vdit_fast.parallel.schedule import Item, Schedule, split_layers
 from vdit_fast.parallel.stage import Conditions, Stage
 from vdit_fast.parallel.trace import Trace
 from vdit_fast.parallel.transport import Alone, Ring, Transport
+
+if TYPE_CHECKING:
+    from vdit_fast.handle import Handle
 
 __all__ = ["StagePipeline"]
 
@@ -235,6 +237,7 @@ class StagePipeline:
             whole = (branches, shape[0], schedule.frames, *shape[1:])
             settings = {**asdict(schedule), "shape": list(whole), "guidance": float(guidance), "seed": seed}
             settings |= {"timesteps": sampler.timesteps, "layers": self.layers[-1].stop}
+            self._check(num_cat, checkpoint)
             if checkpoint is not None and resume:
                 state = checkpoint.load(settings)
             first = state["iteration"] if state is not None else 0
@@ -254,6 +257,19 @@ class StagePipeline:
         if state is not None:
             queue.load(state)
         yield from self._lead(run, queue, checkpoint, settings)
+
+    def _check(self, num_cat: int, checkpoint: Checkpoint | None) -> None:
+        cache = self.stage.session.config.cache
+        if cache is not None and num_cat:
+            raise ValueError(
+                f"num_cat: {num_cat}; with cache {cache.name!r} the attention that a neighbour would read is not "
+                "computed in every step; set num_cat to 0, or cache to null in the configuration"
+            )
+        if cache is not None and checkpoint is not None:
+            raise ValueError(
+                f"checkpoint: cache {cache.name!r} remembers earlier steps, which a checkpoint has not; run without "
+                "checkpoints, or set cache to null in the configuration"
+            )
 
     def _lead(
         self, run: _Run, queue: BlockQueue, checkpoint: Checkpoint | None, settings: dict[str, Any]
@@ -319,9 +335,10 @@ class StagePipeline:
                     out = free + run.guidance * (given - free)
                 out = out[:, :, start:]
             elif (tuple(out.shape), out.dtype) != run.stream:
-                raise RuntimeError(f"the last block of rank {self.rank} returned {out.dtype} {list(out.shape)}, which is "
-                    f"not {run.stream[1]} {list(run.stream[0])}, what the first one gets"
-                )  # fmt: skip
+                raise RuntimeError(
+                    f"the last block of rank {self.rank} returned {out.dtype} {list(out.shape)}, but the first "
+                    f"of all gets {run.stream[1]} {list(run.stream[0])}; these must be the same"
+                )
         return out
 
     def _send(self, pack: Callable[[Tensor], Tensor], out: Tensor, item: Item) -> None:
