@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from vdit_fast.models.allegro_block import ALLEGRO_BLOCKS, ALLEGRO_MODULES
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_heads
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, Take
@@ -89,7 +88,6 @@ class AllegroAdapter(ModelAdapter):
     blocks = ALLEGRO_BLOCKS
     block_modules = ALLEGRO_MODULES
     block_lists = ("transformer_blocks",)
-    memory = MemoryLayout("attn1")
     rows = RowLayout("last", arguments={"image_rotary_emb": _some_positions}, refused={"attention_mask": _MASKED})
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:

@@ -70,7 +70,6 @@ class CosmosAdapter(ModelAdapter):
     blocks = COSMOS_BLOCKS
     block_modules = COSMOS_MODULES
     block_lists = ("transformer_blocks",)
-    memory = "blocks add positions to their rows before the norm, and memory rows have none"
     rows = RowLayout(
         "last",
         arguments={

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_added_heads, split_heads
 from vdit_fast.models.easyanimate_block import EASYANIMATE_BLOCKS, EASYANIMATE_MODULES
 from vdit_fast.models.joint import join
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import joint_heads, pair_rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, along
@@ -68,7 +67,6 @@ class EasyAnimateAdapter(ModelAdapter):
     blocks = EASYANIMATE_BLOCKS
     block_modules = EASYANIMATE_MODULES
     block_lists = ("transformer_blocks",)
-    memory = MemoryLayout("attn1")
     rows = RowLayout("first", arguments={"image_rotary_emb": along({2: 0})})
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:

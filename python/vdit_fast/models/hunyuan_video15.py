@@ -21,7 +21,6 @@ from vdit_fast.models.base import (
     split_heads,
 )
 from vdit_fast.models.hunyuan_video_block import HUNYUAN_BLOCKS, HUNYUAN_MODULES
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import joint_heads, pair_rotary
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, along
@@ -78,7 +77,6 @@ class HunyuanVideo15Adapter(ModelAdapter):
     blocks = HUNYUAN_BLOCKS
     block_modules = HUNYUAN_MODULES
     block_lists = ("transformer_blocks",)
-    memory = MemoryLayout("attn")
     rows = RowLayout("first", arguments={"freqs_cis": along({2: 0})})
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:

@@ -134,7 +134,6 @@ class LTX2Adapter(ModelAdapter):
     block_modules = LTX2_MODULES
     block_lists = ("transformer_blocks",)
     block_streams = ("hidden_states", "audio_hidden_states")
-    memory = "its audio stream has attention of its own, of which nobody says what memory it reads"
     rows = "the audio reads the video tokens by a cross-attention whose keys are not kept"
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:

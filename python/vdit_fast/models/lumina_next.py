@@ -84,7 +84,6 @@ class LuminaNextAdapter(ModelAdapter):
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"LuminaAttnProcessor2_0": LuminaNextProcessor}
     block_modules = LUMINA_NEXT_MODULES
     block_lists = ("layers",)
-    memory = "its blocks share one call between self- and text attention, and normed keys of more heads"
     rows = "a mask may hide image tokens, and which ones is not read on the host"
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:

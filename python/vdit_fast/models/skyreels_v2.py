@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ServedProcessor
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, Take, along
@@ -87,7 +86,6 @@ class SkyReelsV2Adapter(WanAdapter):
         arguments={"temb": along({4: 2}), "rotary_emb": _some_positions},
         refused={"attention_mask": "a mask says which keys a token reads"},
     )
-    memory = MemoryLayout("attn1", across=True, tokens_dim={4: 2})
     left_alone: ClassVar[dict[str, str]] = {}
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
