@@ -263,7 +263,8 @@ class Root:
             set_processor(module.get_submodule(name), processor.stock)
         self.unwrap(module)
         self.session.hooks.entries.clear()
-        self.session.around.pop("memory", None)
+        for name in ("memory", "references"):
+            self.session.around.pop(name, None)
         self.session.around_heads.pop("segments", None)
         detach(module, self.session)
         self.session.cache.forget()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from vdit_fast.models.extra_keys import ExtraKeys
 from vdit_fast.models.memory import Memory
+from vdit_fast.models.references import References
 from vdit_fast.models.row_subset import RowSubset
 from vdit_fast.parallel.ulysses import Ulysses
 
@@ -61,6 +63,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "positions": _positions(handle),
         "streaming": _streaming(handle),
         "memory": _memory(handle),
+        "beside": _beside(handle),
         "hooks": _hooks(handle),
         "linear": _linear(handle),
         "parallel": _parallel(handle),
@@ -156,6 +159,18 @@ def _memory(handle: Handle) -> dict[str, Any] | None:
     return {"tokens": tokens} | {
         name: sum(getattr(memory, name) for memory in found) for name in ("computed", "shared", "nbytes")
     }
+
+
+def _beside(handle: Handle) -> dict[str, Any]:
+    references, feed, captured = 0, None, 0
+    for root in handle.roots:
+        found = root.session.around.get("references")
+        references = found.rows.shape[1] if isinstance(found, References) else references
+        keys = root.session.around_heads.get("segments")
+        if isinstance(keys, ExtraKeys):
+            feed = keys.feed.mode if keys.feed is not None else feed
+            captured += keys.captured.nbytes if keys.captured is not None else 0
+    return {"references": references, "feed": feed, "captured_nbytes": captured}
 
 
 def _hooks(handle: Handle) -> dict[str, int]:
@@ -295,6 +310,13 @@ def report_text(handle: Handle) -> str:
             f"memory: {rows} in every block, {memory['shared']:,} of {memory['shared'] + memory['computed']:,} layers' "
             f"keys shared with another guidance branch, {memory['nbytes'] / 2**20:,.1f} MiB held"
         )
+    beside = stats["beside"]
+    if beside["references"]:
+        lines.append(f"references: {beside['references']:,} rows behind the text")
+    if beside["feed"]:
+        lines.append(f"feed: keys and values of another transformer, mode {beside['feed']}")
+    if beside["captured_nbytes"]:
+        lines.append(f"capture: {beside['captured_nbytes'] / 2**20:,.1f} MiB of keys and values held for another model")
     if stats["hooks"]:
         calls = ", ".join(f"{count:,} at {where}" for where, count in stats["hooks"].items())
         lines.append(f"hooks: called {calls}")

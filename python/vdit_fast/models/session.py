@@ -166,6 +166,15 @@ class Session:
         self.forwards += 1
         self.steps.add((step.generation, step.step))
 
+    def memory(self, frame_block: int | None) -> dict[Any, Any]:
+        """What planners remember of a frame block, of the whole clip where there are none."""
+        return self.state if frame_block is None else self.state.setdefault(("frame block", frame_block), {})
+
+    def release(self, frame_block: int) -> None:
+        """A frame block is finished: nothing is remembered of it any longer."""
+        self.state.pop(("frame block", frame_block), None)
+        self.cache.release(frame_block)
+
     def forward_of(self, anchor: Tensor) -> Forward | None:
         """The forward that a call belongs to: the running one, except inside backward. There gradient checkpointing
         runs an earlier one again, whichever has begun since; its anchor, a tensor made once per forward, tells."""
@@ -376,7 +385,7 @@ class Session:
             text_first=geometry.text_first,
             kv_len=call.kv_len,
             step=forward.step,
-            state=self.state,
+            state=self.memory(forward.step.frame_block),
             family=self.family,
             static=self.static,
             heads=call.heads,

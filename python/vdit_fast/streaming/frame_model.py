@@ -50,7 +50,7 @@ class FrameModel:
             )
         self.handle = handle
         self.guidance = float(guidance)
-        self._root = roots[0]
+        self._root, self._module = roots[0], roots[0].module()
         self._conditions = pair if guidance != 1 else pair[:1]
         self._window: Any = None
         self.evaluations = 0
@@ -83,9 +83,8 @@ class FrameModel:
         Returns:
             [B, C, F, h, w] in the latents' dtype.
         """
-        module = self._root.module()
-        if module is None:
-            raise RuntimeError("the transformer of this handle is gone")
+        module = self._module
+        assert module is not None
         if len(timesteps) != latents.shape[2]:
             raise ValueError(f"timesteps has {len(timesteps)} entries for {latents.shape[2]} frames")
         if window != self._window:
