@@ -263,9 +263,15 @@ class Root:
             set_processor(module.get_submodule(name), processor.stock)
         self.unwrap(module)
         self.session.hooks.entries.clear()
-        for name in ("memory", "references"):
+        for child in module.modules():  # what stands before the blocks of a pipeline stage
+            wrapper = child.__dict__.get("forward")
+            if isinstance(wrapper, ForwardStandIn) and wrapper.of(self.session):
+                wrapper.detach()
+        for name in ("memory", "references", "stage"):
             self.session.around.pop(name, None)
-        self.session.around_heads.pop("segments", None)
+        for who in ("segments", "streaming"):
+            self.session.around_heads.pop(who, None)
+        self.session.before_rotation = None
         detach(module, self.session)
         self.session.cache.forget()
         self.session.forward = self.session.cache.forward = None  # the last forward holds its stream

@@ -150,6 +150,11 @@ class Watch:
         """Look no longer, after a failure."""
         self._left.set()
 
+    @property
+    def left(self) -> bool:
+        """Whether this rank looks no longer."""
+        return self._left.is_set()
+
     # ------------------------------------------------------------------ stop early
     def set(self, key: str, value: str) -> None:
         """Tell all ranks something."""
