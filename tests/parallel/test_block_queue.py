@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ SHAPE = (2, 3, 4)
 class Counting:
     """A schedule whose state counts; a step adds the prediction and the count."""
 
-    timesteps = [9.0, 5.0, 2.0]
+    timesteps: ClassVar = [9.0, 5.0, 2.0]
 
     def fresh(self):
         return [0]

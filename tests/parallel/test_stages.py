@@ -91,10 +91,14 @@ def test_neighbours_are_seen(model):
     [("exact", {}), ("exact", {"scheduler": euler, "guidance": 1.0}), (PLANNED, {}), (CACHED, {"num_cat": 0})],
     ids=["dense", "unguided", "planned", "cached"],
 )
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_n_stages_are_one_stage(model, ranks, config, other):
-    one = alone(model, config, steps=6, **other)
-    parts = split(model, ranks, config, steps=6, **other)
+def test_n_stages_are_one_stage(model, config, other):
+    one = alone(model, config, steps=5, **other)
+    for ranks in (2, 4) if config == "exact" else (3,):
+        _check_split(model, ranks, config, one, other)
+
+
+def _check_split(model, ranks, config, one, other):
+    parts = split(model, ranks, config, steps=5, **other)
     assert_equal(parts[0][0], one)
     assert all(not video for video, _ in parts[1:])
     for _, pipeline in parts:
@@ -102,7 +106,7 @@ def test_n_stages_are_one_stage(model, ranks, config, other):
         assert {way: facts[way] for way in ("sent", "received")} == pipeline.expected()
     if config is PLANNED:
         calls = [layer["sparse_calls"] for _, p in parts for layer in p.stage.handle.stats()["layers"]]
-        assert sum(calls) == 4 * 18
+        assert sum(calls) == 4 * 15
     if config is CACHED:
         held = [p.stage.handle.stats()["cache"] for _, p in parts]
         assert all(cache["forecast"] and cache["nbytes"] == 0 for cache in held)  # finished blocks are forgotten
