@@ -131,9 +131,9 @@ def test_every_temporal_layer_blends_over_its_own_grid(family: str, layers: str,
     session = handle.roots[0].session
     attend = session._softmax
 
-    def spy(layer: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        taken[session.layers[layer].name] = (q.clone(), k.clone(), v.clone())
-        return attend(layer, q, k, v, *rest)
+    def spy(call: HeadsCall) -> Tensor:
+        taken[session.layers[call.layer].name] = (call.q.clone(), call.k.clone(), call.v.clone())
+        return attend(call)
 
     session._softmax = spy  # type: ignore[method-assign]
     places: list[Any] = []
