@@ -107,7 +107,7 @@ def contenders(case: Case, dtype: torch.dtype, device: str = "cpu", page: int = 
     tokens, held = case.chunk * page, case.capacity * page
     k, v = (torch.randn(1, tokens, case.heads, DIM, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(case.heads * DIM, device=device).to(dtype)
-    row = case.heads * DIM * dtype.itemsize
+    row, table_row = case.heads * DIM * dtype.itemsize, 2 * DIM * 4
     own_keys, own_values = (x.clone() for x in cache.keys_values(0))
 
     def torches(function: Callable[..., Any], *args: Any) -> dict[str, Call]:
@@ -123,23 +123,24 @@ def contenders(case: Case, dtype: torch.dtype, device: str = "cpu", page: int = 
         cos, sin = table(tokens)
         calls = {OWN: lambda: cache.append(0, k, v, cos, sin, **norm)}
         calls |= torches(append, own_keys, own_values, k, v, weight, cos[:, None], sin[:, None])
-        return 4 * tokens * row, calls | _copy(4 * tokens * row, device)
+        moved = tokens * (4 * row + table_row)
+        return moved, calls | _copy(moved, device)
     if case.kind == "roll":
 
         def own() -> None:
             cache.reserve(case.chunk)
             cache.write(0, k, v)
 
-        return 4 * tokens * row, {OWN: own} | torches(shift_left, own_keys, own_values, k, v) | _copy(
-            4 * tokens * row, device
-        )
+        moved = 4 * tokens * row
+        return moved, {OWN: own} | torches(shift_left, own_keys, own_values, k, v) | _copy(moved, device)
     if case.kind == "rotate":
         cos, sin = table((cache.end + 1) * page)
         places = cache.table_rows()
         keys, _ = cache.keys_values(0)
         calls = {OWN: lambda: cache.rotated(0, cos, sin, **norm)}
         calls |= torches(lambda x, w, c, s: rotate(rms(x, w), c, s), keys, weight, cos[places, None], sin[places, None])
-        return 2 * held * row, calls | _copy(2 * held * row, device)
+        moved = held * (2 * row + table_row)
+        return moved, calls | _copy(moved, device)
     q = torch.randn(1, case.queries or page, case.heads, DIM, device=device).to(dtype)
     keys, values = cache.keys_values(0)
     past = keys[:, tokens:].clone(), values[:, tokens:].clone()
