@@ -61,6 +61,7 @@ class CogVideoXAdapter(ModelAdapter):
     block_modules = COGVIDEOX_MODULES
     block_lists = ("transformer_blocks",)
     rows = RowLayout("first", arguments={"image_rotary_emb": along({2: 0})})
+    references = None
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if getattr(module, "is_cross_attention", False):
