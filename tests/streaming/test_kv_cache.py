@@ -272,6 +272,23 @@ def test_positions_follow_the_frames_through_the_ring(cache, draw, positions):
     assert positions == "absolute" or max(ring.ids()) < 5
 
 
+@pytest.mark.parametrize("store", ["post_rope", "pre_rope"])
+def test_inference_mode_may_begin_and_end_at_any_time(cache, draw, store):
+    cos, sin = table(torch.arange(3 * PAGE).float())
+    with torch.inference_mode():
+        ring = cache(3, store=store)
+    for inside in (False, True, False):
+        with torch.inference_mode(inside):
+            ring.reserve(1)
+            ring.write(0, draw(1), draw(1))
+            if store == "post_rope":
+                ring.append(0, draw(1), draw(1), cos[:PAGE], sin[:PAGE])
+            ring.scatter(0, draw(1), draw(1), ring.rows())
+            keys = ring.rotated(0, cos, sin) if store == "pre_rope" else None
+            ring.attend(0, draw(1), keys=keys)
+        ring.attend(0, draw(1), keys=keys)
+
+
 def test_scatter_changes_the_named_tokens_only(cache, draw):  # B1a
     ring = cache(4)
     for _ in range(2):
