@@ -301,14 +301,15 @@ class Handle:
         (``blocks``: class -> number with a fused forward, ``left``: reason -> blocks without one, ``unfused``:
         reason -> times it did not run), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``:
         reason -> calls, ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were
-        exchanged), ``streaming`` (None, or ``frames`` and ``chunks`` made, and forwards that ``denoise`` and that
-        ``write`` keys and values), ``memory`` (None, or rows ``tokens``, layers' keys and values ``computed`` and
-        ``shared`` with another guidance branch, ``nbytes`` held), ``beside`` (``references``: rows behind the text,
-        ``feed``: None or its mode, ``captured_nbytes`` held for another model), ``hooks`` (place -> calls), ``linear``
-        (None, or transformer -> indices of the layers that run linear attention), ``parallel`` (None, or of "sequence"
-        and "guidance" the ``rank``, ``ranks``, the ``calls`` or ``exchanges`` and the ``bytes`` that this rank has
-        sent), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict of ``expert``,
-        ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
+        exchanged), ``streaming`` (None, or ``frames`` and ``chunks`` made, forwards that ``denoise`` and that
+        ``write`` keys and values, and the most ``nbytes`` of those that one stream held), ``memory`` (None, or rows
+        ``tokens``, layers' keys and values ``computed`` and ``shared`` with another guidance branch, ``nbytes`` held),
+        ``beside`` (``references``: rows behind the text, ``feed``: None or its mode, ``captured_nbytes`` held for
+        another model), ``hooks`` (place -> calls), ``linear`` (None, or transformer -> indices of the layers that run
+        linear attention), ``parallel`` (None, or of "sequence" and "guidance" the ``rank``, ``ranks``, the ``calls``
+        or ``exchanges`` and the ``bytes`` that this rank has sent), ``layers`` and ``skipped`` (reason -> module
+        paths). Each served layer is a dict of ``expert``, ``layer``, ``name``, ``family``, ``calls``,
+        ``sparse_calls``, ``density`` (mean per step,
         None where the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per
         head, one number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and
         ``fallbacks`` (both reason -> calls).
