@@ -18,6 +18,8 @@ from vdit_fast.models.hooks import HookFn
 from vdit_fast.models.linear_layers import convert, linear_maps
 from vdit_fast.models.rotary import PositionFn
 from vdit_fast.models.tracker import StepTracker
+from vdit_fast.regions.attach import set_regions
+from vdit_fast.regions.regions import Regions
 from vdit_fast.root import NO_STEPS, Root
 from vdit_fast.summary import collect_stats, report_text
 
@@ -143,6 +145,8 @@ class Handle:
             _check_arguments(fn)
         if fn is not None and not self.active:
             raise RuntimeError("positions: this handle was removed; call vdit_fast.accelerate on the model again")
+        if any(root.session.regions is not None for root in self.roots):
+            raise RuntimeError("positions: regions set them; take those off by handle.regions(None)")
         for root in self.roots if fn is not None else ():
             processors = root.processors().values()
             if root.module() is not None and not any(processor.takes_positions for processor in processors):
@@ -150,6 +154,23 @@ class Handle:
         for root in self.roots:
             root.session.positions = fn
             root.session.repositioned.clear()
+        return self
+
+    def regions(self, regions: Regions | None) -> Handle:
+        """Let an object follow a box through the frames, from the next forward on; None ends it.
+
+        Sets positions, too. In steps with a mask of self-attention planners are not asked. ``stats()["regions"]``
+        counts forwards.
+
+        Returns:
+            this handle.
+
+        Raises:
+            RuntimeError: the handle was removed, positions are set or a subset of the tokens is configured, or the
+                family has no rotary tables or no cross-attention of text; at a call, where the step is unknown or other
+                rules say already what is read.
+        """
+        set_regions(self, regions)
         return self
 
     def hook(self, where: str, fn: HookFn, layers: Layers = None) -> HookRemover:
@@ -227,8 +248,9 @@ class Handle:
         (``blocks``: class -> number with a fused forward, ``left``: reason -> blocks without one, ``unfused``:
         reason -> times it did not run), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``:
         reason -> calls, ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were
-        exchanged), ``hooks`` (place -> calls), ``linear`` (None, or transformer -> indices of the layers that
-        run linear attention), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict
+        exchanged), ``regions`` (None, or step -> forwards ``masked`` in self-attention and ``prompted`` by two
+        prompts), ``hooks`` (place -> calls), ``linear`` (None, or transformer -> indices of the layers that run
+        linear attention), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict
         of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
         None where the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per
         head, one number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and
