@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vdit_fast.config import Config
 from vdit_fast.hooks.registration import HookRemover, Layers, add_hook
 from vdit_fast.models.explicit import ExplicitStep
+from vdit_fast.models.extra_keys import Captured, FeedMode
 from vdit_fast.models.hooks import HookFn
 from vdit_fast.models.linear_layers import convert, linear_maps
+from vdit_fast.models.memory import MemoryRows
 from vdit_fast.models.rotary import PositionFn
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.regions.attach import set_regions
 from vdit_fast.regions.regions import Regions
 from vdit_fast.root import NO_STEPS, Root
+from vdit_fast.segments.attaching import capture, set_feed, set_memory, set_references
 from vdit_fast.summary import collect_stats, report_text
 
 __all__ = ["Handle", "Skipped"]
@@ -87,7 +90,7 @@ class Handle:
         for root in self.roots:
             processors = [processor for processor in root.processors().values() if processor.attends]
             for processor in processors:
-                if processor._parallel_config is not None:
+                if processor._parallel_config is not None and "sequence" not in root.session.around_heads:
                     notes["context parallelism is enabled, the stock processor runs"] += 1
                 elif processor._attention_backend is not None:
                     notes["an attention backend is set, served layers do not use it"] += 1
@@ -173,6 +176,74 @@ class Handle:
         set_regions(self, regions)
         return self
 
+    def memory(self, rows: MemoryRows | None) -> Handle:
+        """Give every block memory rows (DiT-Mem): tokens that go through the block's norm, modulation and projections
+        of keys and values, have no position and no queries, and are read by every token of the video.
+
+        They are never sparsified, and under sequence parallelism they count once. A new memory begins a new
+        generation: what caches and planners remember was computed with the old one.
+
+        Args:
+            rows: floating ``[M, C]`` or ``[B, M, C]``, C the width of the blocks, copied here; or
+                ``fn(step) -> rows or None``, called once per forward with the ``StepContext`` for rows that go with
+                the denoising steps (caches forecast over their changes). None switches memory off.
+
+        Returns:
+            this handle; ``stats()["memory"]`` counts what was computed.
+
+        Raises:
+            TypeError, ValueError: ``rows`` are of a wrong kind or shape; a wrong width at the next forward.
+            RuntimeError: the family's recipe is not known, a block would go without memory, or linear layers, which
+                read every key once, would not read it; this handle was removed.
+        """
+        set_memory(self, rows)
+        return self
+
+    def references(self, rows: Tensor | None) -> Handle:
+        """Put reference rows behind the text of a joint sequence [text, references, video] (GSFixer), for models of the
+        CogVideoX class: they enter at the first block, run like text rows, and leave after the last.
+
+        Planners, caches and hooks see them as further text, which is never sparsified. Rows that go through the
+        model's own text projection may instead be appended to ``encoder_hidden_states``.
+
+        Args:
+            rows: floating ``[R, C]`` or ``[B, R, C]``, C the width of the blocks, copied here; None: no more.
+
+        Raises:
+            TypeError, ValueError: ``rows`` are of a wrong kind or shape; a wrong width at the next forward.
+            RuntimeError: the family has no such sequence; this handle was removed.
+        """
+        set_references(self, rows)
+        return self
+
+    def capture(self) -> Captured:
+        """Keep the keys and values (after norm and RoPE) that the attention layers make of their video tokens, from the
+        next forward on, as another transformer's ``feed``. Every forward replaces those of the one before.
+
+        Returns:
+            what holds them: ``stop()`` ends it, ``nbytes`` says how much is held.
+
+        Raises:
+            RuntimeError: the handle has several transformers, or was removed; at a forward on some of the tokens.
+        """
+        return capture(self)
+
+    def feed(self, captured: Captured | None, mode: FeedMode = "concat", gate: float | Tensor = 1.0) -> Handle:
+        """Let every query of layer i read the keys and values that another transformer's layer i made last
+        (VITON-DiT's garment branch).
+
+        Args:
+            captured: what ``capture()`` of the other handle returned; None: no more.
+            mode: "concat", one softmax over both; "sum", the attention over the other keys is added to the own one.
+            gate: factor of what is added, a number or a tensor ``[]`` or ``[heads]``; 0 leaves every bit as it was.
+
+        Raises:
+            TypeError, ValueError: a bad argument, or more layers than the other has; other heads at the next forward.
+            RuntimeError: the handle has several transformers, or was removed; nothing was captured at a forward.
+        """
+        set_feed(self, captured, mode, gate)
+        return self
+
     def hook(self, where: str, fn: HookFn, layers: Layers = None) -> HookRemover:
         """Call a function at attention modules or blocks, from the next call on; it sees rows in the model's own order.
 
@@ -204,6 +275,7 @@ class Handle:
         branch: int | None = None,
         model: str | None = None,
         num_steps: int | None = None,
+        frame_block: int | None = None,
     ) -> ExplicitStep:
         """Name the denoising step of the forwards inside a ``with`` block, instead of having it derived.
 
@@ -221,12 +293,14 @@ class Handle:
             model: name of the weights that compute this step (strong or weak, an adapter on or off). What one
                 remembers never serves another. None: the transformer's name in its pipeline.
             num_steps: length of the schedule; None: unknown, and rules that are fractions of it go by sigma.
+            frame_block: which part of a longer video the forwards are about, where it is made of several with schedules
+                of their own; what one of them remembers never serves another.
 
         Raises:
             TypeError, ValueError: a bad argument.
             RuntimeError: at the ``with``, inside another one.
         """
-        return ExplicitStep(self._tracker, step_id, timestep, sigma, branch, model, num_steps)
+        return ExplicitStep(self._tracker, step_id, timestep, sigma, branch, model, num_steps, frame_block)
 
     def reset(self) -> None:
         """The next forward begins a new generation, whatever its timestep."""
@@ -249,9 +323,14 @@ class Handle:
         reason -> times it did not run), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``:
         reason -> calls, ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were
         exchanged), ``regions`` (None, or step -> forwards ``masked`` in self-attention and ``prompted`` by two
-        prompts), ``hooks`` (place -> calls), ``linear`` (None, or transformer -> indices of the layers that run
-        linear attention), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict
-        of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
+        prompts), ``streaming`` (None, or ``frames`` and ``chunks`` made, and forwards that ``denoise`` and that
+        ``write`` keys and values), ``memory`` (None, or rows ``tokens``, layers' keys and values ``computed`` and
+        ``shared`` with another guidance branch, ``nbytes`` held), ``beside`` (``references``: rows behind the text,
+        ``feed``: None or its mode, ``captured_nbytes`` held for another model), ``hooks`` (place -> calls), ``linear``
+        (None, or transformer -> indices of the layers that run linear attention), ``parallel`` (None, or of "sequence"
+        and "guidance" the ``rank``, ``ranks``, the ``calls`` or ``exchanges`` and the ``bytes`` that this rank has
+        sent), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict of ``expert``,
+        ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
         None where the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per
         head, one number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and
         ``fallbacks`` (both reason -> calls).

@@ -11,6 +11,7 @@ from torch import nn
 
 from vdit_fast.caching.output import CachedForward
 from vdit_fast.config import Config
+from vdit_fast.forwards import ForwardStandIn
 from vdit_fast.models import block_cache, blocks, hooks, text_kv
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
 from vdit_fast.models.fusion import attach, detach
@@ -23,6 +24,7 @@ from vdit_fast.regions import attach as regions
 
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
+    from vdit_fast.parallel.guidance import GuidanceParallel
 
 __all__ = ["ATTRIBUTE", "NO_STEPS", "Root"]
 
@@ -125,6 +127,7 @@ class Root:
         self.adapter = adapter
         self.handle = handle
         self.hooked = False
+        self.guidance: GuidanceParallel | None = None
         object.__setattr__(module, ATTRIBUTE, self)
         handle.roots.append(self)
 
@@ -160,11 +163,16 @@ class Root:
         if self.session.config.text_kv and self.hooked:
             text_kv.attach(module, self.session, self.adapter)
         regions.attach(module, self.session, self.adapter)
+        if self.guidance is not None:
+            self.guidance.wrap(module, self.session).attach()
 
     def unwrap(self, module: nn.Module) -> None:
         """Take this session's wrappers off, where they are the outermost; elsewhere they pass calls through."""
         OutputRows.remove(module, self.session)
         wrapper = module.__dict__.get("forward")
+        if isinstance(wrapper, ForwardStandIn) and wrapper.of(self.session) and not isinstance(wrapper, CachedForward):
+            wrapper.detach()  # of guidance parallelism
+            wrapper = module.__dict__.get("forward")
         if isinstance(wrapper, CachedForward) and wrapper.of(self.session):
             wrapper.detach()
         self._unwrap_parts(module)
@@ -187,7 +195,7 @@ class Root:
 
     def rehook(self) -> None:
         """Put the hooks' wrappers in place, after the hooks have changed."""
-        session, module = self.session, self.module()
+        session = self.session
         kinds = {entry.where for entry in session.hooks.entries}
         pairs: tuple[tuple[dict[str, blocks.Around], bool, blocks.Around], ...] = (
             (session.around, "block_output" in kinds, hooks.BlockHooks()),
@@ -197,7 +205,12 @@ class Root:
             around.pop("hooks", None)
             if wanted:
                 around["hooks"] = stands
-        if module is not None and session.active:
+        self.rewrap()
+
+    def rewrap(self) -> None:
+        """Put the wrappers of blocks and attention modules in place, after those who stand there have changed."""
+        module = self.module()
+        if module is not None and self.session.active:
             self._unwrap_parts(module)
             self._wrap_parts(module)
 
@@ -263,16 +276,20 @@ class Root:
         self.session.active = False
         if module is None:
             return
-        self.session.around_heads.clear()
-        self.session.regions = None
         for name, processor in processors.items():
             set_processor(module.get_submodule(name), processor.stock)
         self.unwrap(module)
         self.session.hooks.entries.clear()
+        for name in ("memory", "references"):
+            self.session.around.pop(name, None)
+        self.session.around_heads.clear()
+        self.session.regions = None
         detach(module, self.session)
         self.session.cache.forget()
         self.session.forward = self.session.cache.forward = None  # the last forward holds its stream
         self.session.stand_ins.clear()
+        self.guidance = None
+        self.session.around.pop("sequence", None)
         self.session.state.clear()
         self.session.static.clear()
         if isinstance(subset := self.session.around.get("subset"), RowSubset):

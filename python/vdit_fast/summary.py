@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from vdit_fast.models.extra_keys import ExtraKeys
+from vdit_fast.models.memory import Memory
+from vdit_fast.models.references import References
 from vdit_fast.models.row_subset import RowSubset
+from vdit_fast.parallel.ulysses import Ulysses
 
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
@@ -58,8 +62,12 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "text_kv": _text_kv(handle),
         "positions": _positions(handle),
         "regions": _regions(handle),
+        "streaming": _streaming(handle),
+        "memory": _memory(handle),
+        "beside": _beside(handle),
         "hooks": _hooks(handle),
         "linear": _linear(handle),
+        "parallel": _parallel(handle),
         "layers": layers,
         "skipped": skipped,
     }
@@ -149,6 +157,35 @@ def _regions(handle: Handle) -> dict[str, dict[int, int]] | None:
     return {"masked": dict(sorted(masked.items())), "prompted": dict(sorted(prompted.items()))}
 
 
+def _streaming(handle: Handle) -> dict[str, int] | None:
+    streamed: Counter[str] = Counter()
+    for root in handle.roots:
+        streamed.update(root.session.streamed)
+    return {name: streamed[name] for name in ("frames", "chunks", "denoise", "write")} if streamed else None
+
+
+def _memory(handle: Handle) -> dict[str, Any] | None:
+    found = [item for root in handle.roots if isinstance(item := root.session.around.get("memory"), Memory)]
+    if not found:
+        return None
+    tokens = found[0].tokens
+    return {"tokens": tokens} | {
+        name: sum(getattr(memory, name) for memory in found) for name in ("computed", "shared", "nbytes")
+    }
+
+
+def _beside(handle: Handle) -> dict[str, Any]:
+    references, feed, captured = 0, None, 0
+    for root in handle.roots:
+        found = root.session.around.get("references")
+        references = found.rows.shape[1] if isinstance(found, References) else references
+        keys = root.session.around_heads.get("segments")
+        if isinstance(keys, ExtraKeys):
+            feed = keys.feed.mode if keys.feed is not None else feed
+            captured += keys.captured.nbytes if keys.captured is not None else 0
+    return {"references": references, "feed": feed, "captured_nbytes": captured}
+
+
 def _hooks(handle: Handle) -> dict[str, int]:
     calls: Counter[str] = Counter()
     for root in handle.roots:
@@ -161,6 +198,21 @@ def _linear(handle: Handle) -> dict[str, list[int]] | None:
         return None
     sessions = [root.session for root in handle.roots]
     return {session.expert: [ledger.layer for ledger in session.layers if ledger.linear] for session in sessions}
+
+
+def _parallel(handle: Handle) -> dict[str, Any] | None:
+    found: dict[str, Any] = {}
+    for root in handle.roots:
+        ulysses, rows = root.session.around_heads.get("sequence"), root.session.around.get("sequence")
+        if isinstance(ulysses, Ulysses):
+            part = found.setdefault("sequence", {"rank": ulysses.rank, "ranks": ulysses.ranks, "calls": 0, "bytes": 0})
+            part["calls"] += ulysses.calls
+            part["bytes"] += ulysses.bytes_sent + getattr(rows, "bytes_sent", 0)
+        if root.guidance is not None:
+            guided = root.guidance
+            sent = {"exchanges": guided.exchanges, "bytes": guided.bytes_sent}
+            found["guidance"] = {"rank": guided.rank, "ranks": guided.ranks, "split": guided.split, **sent}
+    return found or None
 
 
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
@@ -261,9 +313,35 @@ def report_text(handle: Handle) -> str:
     if stats["regions"] is not None:
         masked, prompted = (sum(stats["regions"][what].values()) for what in ("masked", "prompted"))
         lines.append(f"regions: self-attention masked in {masked:,} forwards, two prompts in {prompted:,}")
+    if stats["streaming"] is not None:
+        made = stats["streaming"]
+        lines.append(
+            f"streaming: {made['frames']:,} frames in {made['chunks']:,} chunks, {made['denoise']:,} forwards that "
+            f"denoised and {made['write']:,} that wrote keys and values"
+        )
+    if stats["memory"] is not None:
+        memory = stats["memory"]
+        rows = "rows" if memory["tokens"] is None else f"{memory['tokens']:,} rows"
+        lines.append(
+            f"memory: {rows} in every block, {memory['shared']:,} of {memory['shared'] + memory['computed']:,} layers' "
+            f"keys shared with another guidance branch, {memory['nbytes'] / 2**20:,.1f} MiB held"
+        )
+    beside = stats["beside"]
+    if beside["references"]:
+        lines.append(f"references: {beside['references']:,} rows behind the text")
+    if beside["feed"]:
+        lines.append(f"feed: keys and values of another transformer, mode {beside['feed']}")
+    if beside["captured_nbytes"]:
+        lines.append(f"capture: {beside['captured_nbytes'] / 2**20:,.1f} MiB of keys and values held for another model")
     if stats["hooks"]:
         calls = ", ".join(f"{count:,} at {where}" for where, count in stats["hooks"].items())
         lines.append(f"hooks: called {calls}")
+    for what, part in (stats["parallel"] or {}).items():
+        times = f"{part['calls']:,} attention calls" if what == "sequence" else f"{part['exchanges']:,} exchanges"
+        lines.append(
+            f"{what} parallelism: rank {part['rank']} of {part['ranks']}, {times}, "
+            f"{part['bytes'] / 2**20:,.1f} MiB sent"
+        )
     lines += _reasons("kept dense by the planner (calls):", dense)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():

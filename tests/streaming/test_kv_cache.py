@@ -298,6 +298,38 @@ def test_frozen_caches_are_read_only(cache, draw):
     assert ring.frames == (0,)
 
 
+@pytest.mark.parametrize("store", ["post_rope", "pre_rope"])
+def test_forks_share_the_frozen_prefix(cache, draw, store):
+    """Every candidate and step reads the same pages, and changes none of them."""
+    ring = cache(4, store=store)
+    cos, sin = table(torch.arange(4 * PAGE).float())
+    for pages in (2, 1):
+        ring.reserve(pages)
+        ring.write(0, draw(pages), draw(pages))
+    with pytest.raises(RuntimeError, match="freeze"):
+        ring.fork()
+    ring.freeze()
+    before = [t.clone() for t in ring.keys_values(0)]
+    forks = [ring.fork() for _ in range(2)]
+    keys = ring.rotated(0, cos, sin) if store == "pre_rope" else None
+    for fork in forks:
+        for _ in range(3):
+            q, k, v = draw(1, 4), draw(1), draw(1)
+            got = fork.attend(0, q, k, v, keys=keys)
+            prefix, values = (before[0] if keys is None else keys), before[1]
+            close(got, sdpa(q, torch.cat((prefix, k), 1), torch.cat((values, v), 1)))
+    assert all(torch.equal(a, b) for a, b in zip(ring.keys_values(0), before, strict=True))
+    with pytest.raises(ValueError, match="pass"):
+        forks[0].attend(0, q, k, v, keys=draw(3) if keys is None else None)
+    ring.thaw()
+    with pytest.raises(RuntimeError, match="thawed"):
+        forks[0].attend(0, q, k, v, keys=keys)
+    empty = cache(2, store=store)
+    empty.freeze()
+    if store == "post_rope":
+        close(empty.fork().attend(0, q, k, v), sdpa(q, k, v))
+
+
 def test_positions_beyond_the_table(cache):
     post = cache(2, table=5)
     for _ in range(5):

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from vdit_fast.models.kernels import dense_attention, over_plan
 from vdit_fast.ops.attention import attention
+from vdit_fast.ops.merge import merge
 from vdit_fast.ops.short_attention import short_attention
 from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
+    from vdit_fast.context import HeadShard
     from vdit_fast.models.session import Session
     from vdit_fast.plan import AttentionPlan
 
@@ -52,7 +54,19 @@ class HeadsCall:
     planned: str = ""
     """Why, for the report."""
     segments: Segments = field(default_factory=list)
-    """Further keys and values [B or 1, S, Hkv, D] that every query reads."""
+    """Further keys and values [B or 1, S, Hkv, D] that every query reads; of all key heads of the model, or of the
+    call's."""
+    heads: HeadShard | None = None
+    """Which of the layer's heads q, k and v have, None when all."""
+
+    def cut_segments(self) -> None:
+        """Leave the call's own key heads in segments that have all of the model's."""
+        shard = self.heads
+        if shard is not None and shard.kv_total != self.k.shape[2]:
+            self.segments = [
+                (shard.own_keys(k), shard.own_keys(v)) if k.shape[2] == shard.kv_total else (k, v)
+                for k, v in self.segments
+            ]
 
     @property
     def recorded(self) -> bool:
@@ -89,7 +103,10 @@ def enter_heads(call: HeadsCall, innermost: Callable[[HeadsCall], Tensor]) -> Te
     around = [present[who] for who in HEADS if who in present]
 
     def enter(depth: int) -> Tensor:
-        return around[depth](call, lambda: enter(depth + 1)) if depth < len(around) else innermost(call)
+        if depth < len(around):
+            return around[depth](call, lambda: enter(depth + 1))
+        call.cut_segments()
+        return innermost(call)
 
     return enter(0)
 
@@ -98,6 +115,8 @@ def execute(decision: Decision, call: HeadsCall, short: bool) -> Tensor:
     """The attention call that a planner decided on; ``short`` for a layer of short sequences that none sees."""
     if short:
         return short_attention(call.q, call.k, call.v, kv_len=call.kv_len, scale=call.scale)
+    if call.segments and (decision.row_scale is not None or decision.observe is not None):
+        return _beside_segments(decision, call)
     options: dict[str, Any] = {
         "row_scale": decision.row_scale,
         "kv_len": call.kv_len,
@@ -111,3 +130,32 @@ def execute(decision: Decision, call: HeadsCall, short: bool) -> Tensor:
         with torch.no_grad():
             decision.observe(out.detach(), lse.detach())
     return out if decision.residual is None else out + decision.residual
+
+
+TINY = 1e-37
+"""Least share of a row's mass that a method's factor stands for."""
+
+
+def _beside_segments(decision: Decision, call: HeadsCall) -> Tensor:
+    """The call of a method that looks at the softmax over the sequence, or makes up for what its plan leaves out of it:
+    further keys are no part of that, and are merged by LSE behind it."""
+    q, k, v, scale = call.q, call.k, call.v, call.scale
+    out, lse = cast(
+        tuple[Tensor, Tensor],
+        attention(
+            q, k, v, decision.plan, row_scale=decision.row_scale, kv_len=call.kv_len, scale=scale, return_lse=True
+        ),
+    )
+    if decision.observe is not None:
+        with torch.no_grad():
+            decision.observe(out.detach(), lse.detach())
+    after = decision.residual
+    if decision.row_scale is not None:
+        # rho is the mass of what the plan reads over that of all, and the residual the share of the others
+        lse = lse - decision.row_scale.clamp(min=TINY).log()
+        out, after = (out if after is None else out + after), None
+    (first_k, first_v), *rest = call.segments
+    first_k, first_v = (x.expand(q.shape[0], -1, -1, -1) for x in (first_k, first_v))
+    others = cast(tuple[Tensor, Tensor], attention(q, first_k, first_v, scale=scale, segments=rest, return_lse=True))
+    out = merge([out, others[0]], [lse, others[1]])[0]
+    return out if after is None else out + after

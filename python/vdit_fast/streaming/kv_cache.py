@@ -13,8 +13,10 @@ from vdit_fast.ops.attention import attention
 from vdit_fast.ops.qk_norm_rope import qk_norm_rope
 from vdit_fast.plan import AttentionPlan
 from vdit_fast.streaming.checks import as_queries, check_budget, check_positions, no_gradient
+from vdit_fast.streaming.fork import KVFork
 from vdit_fast.streaming.pages import POSITIONS, Ring, neighbours, numbered
 from vdit_fast.streaming.plans import chunk_plan
+from vdit_fast.streaming.split_kv import choose_parts, split_attention, split_plan
 
 __all__ = ["STORES", "KVCache"]
 
@@ -196,6 +198,16 @@ class KVCache:
         """Allow changes again."""
         self.frozen = False
 
+    def fork(self) -> KVFork:
+        """A reader of the frozen prefix for chunks whose keys are not to enter it, such as noisy ones.
+
+        Raises:
+            RuntimeError: the cache is not frozen.
+        """
+        if not self.frozen:
+            raise RuntimeError("fork: what is shared must not change; call freeze() first")
+        return KVFork(self)
+
     # ------------------------------------------------------------------ rows and positions as tensors, once per state
     def rows(self, device: torch.device | str | None = None) -> Tensor:
         """Physical row of every token of the current chunk, int32 [tokens]: ``kv_rows`` of ``qk_norm_rope``."""
@@ -218,7 +230,7 @@ class KVCache:
         place = self.device if device is None else torch.device(device)
         return self._once(("table rows", chunk, place), lambda: self._spread(numbers, place))
 
-    def plan(self, lq: int, *, causal: int = 0, window: int | None = None, q_tile: int = 128) -> AttentionPlan:
+    def plan(self, lq: int, *, causal: int = 0, window: int | None = None) -> AttentionPlan:
         """What the current chunk's queries read, over the physical rows of ``keys_values``; built once per state.
 
         Args:
@@ -226,11 +238,10 @@ class KVCache:
             causal: 0: every query reads the whole chunk. n: the chunk is cut into blocks of n frames, a query reads
                 the past and the blocks up to its own (True is 1).
             window: a query reads the last so many frames up to the end of its own block, and the sinks; None: all.
-            q_tile: most rows per tile.
         """
         self._chunked("plan")
-        key = ("plan", lq, int(causal), window, q_tile)
-        return self._once(key, lambda: chunk_plan(self._ring, self.page, lq, causal, window, q_tile, self.device))
+        key = ("plan", lq, int(causal), window)
+        return self._once(key, lambda: chunk_plan(self._ring, self.page, lq, causal, window, self.device))
 
     # ------------------------------------------------------------------ writing
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -298,6 +309,14 @@ class KVCache:
         held = len(self._ring.frames) * self.page
         return self._k[layer, :, :held], self._v[layer, :, :held]
 
+    def ordered(self, layer: int) -> tuple[Tensor, Tensor]:
+        """``keys_values`` in attention order, for what knows no plan; copies once the ring has wrapped around."""
+        keys, values = self.keys_values(layer)
+        if self._ring.slots == tuple(range(len(self._ring.slots))):
+            return keys, values
+        rows = self._once("order", lambda: self._spread(self._ring.slots, self.device))
+        return keys.index_select(1, rows), values.index_select(1, rows)
+
     def rotated(self, layer: int, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
         """The layer's keys after norm and RoPE at the positions they have now: a view of the workspace that all layers
         share, so read it before the next layer's; one pass over the pages held.
@@ -335,14 +354,22 @@ class KVCache:
             scale, segments, return_lse: of ``vdit_fast.attention``.
         """
         stored, values = self.keys_values(layer)
-        if (keys is None) != (self.store == "post_rope"):
-            need = "keys=cache.rotated(...)" if keys is None else "no keys, they are read where they lie"
-            raise ValueError(f"attend: store is {self.store!r}; pass {need}")
+        self.check_keys("attend", keys)
         plan = self.plan(q.shape[1], causal=causal, window=window)
         keys = stored if keys is None else keys
-        return attention(q, keys, values, plan, scale=scale, segments=segments, return_lse=return_lse)
+        parts = 1 if segments else choose_parts(q, keys)
+        if parts == 1:
+            return attention(q, keys, values, plan, scale=scale, segments=segments, return_lse=return_lse)
+        split = self._once(("split", id(plan), parts), lambda: split_plan(plan, parts, self.batch))
+        return split_attention(q, keys, values, plan, parts=parts, split=split, scale=scale, return_lse=return_lse)
 
     # ------------------------------------------------------------------ checks
+    def check_keys(self, what: str, keys: Tensor | None) -> None:
+        """Raise ValueError unless keys come where, and only where, the stored ones are not what attention reads."""
+        if (keys is None) != (self.store == "post_rope"):
+            need = "keys=cache.rotated(...)" if keys is None else "no keys, they are read where they lie"
+            raise ValueError(f"{what}: store is {self.store!r}; pass {need}")
+
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._memo:
             self._memo[key] = make()

@@ -12,13 +12,10 @@ from vdit_fast.streaming.pages import Ring, merged
 __all__ = ["chunk_plan"]
 
 
-def chunk_plan(
-    ring: Ring, page: int, lq: int, causal: int, window: int | None, q_tile: int, device: torch.device
-) -> AttentionPlan:
+def chunk_plan(ring: Ring, page: int, lq: int, causal: int, window: int | None, device: torch.device) -> AttentionPlan:
     """The plan of ``KVCache.plan``: lq queries over the rows of the slots held."""
     count("lq", lq, 1)
     count("causal", int(causal), 0)
-    count("q_tile", q_tile, 1)
     if window is not None:
         count("window", window, 1)
     tokens = ring.chunk * page
@@ -40,10 +37,9 @@ def chunk_plan(
             for frame, slot in zip(ring.frames, ring.slots, strict=True)
             if frame < end and (frame >= oldest or frame < ring.sinks)
         ]
-        runs = [(slot * page, pages * page) for slot, pages in merged(reads)]
-        for rows in cut(length, q_tile):
-            tiles.append((start, rows, runs))
-            start += rows
+        # One tile per block: executors cut long tiles, and count capacity by the number of tiles.
+        tiles.append((start, length, [(slot * page, pages * page) for slot, pages in merged(reads)]))
+        start += length
     tiles.sort(key=lambda tile: -tile[1] * sum(keys for _, keys in tile[2]))
     pointers = [0]
     for _, _, runs in tiles:
