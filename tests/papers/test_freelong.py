@@ -18,6 +18,7 @@ from vdit_fast.accelerate import accelerate
 from vdit_fast.config import Config
 from vdit_fast.hooks import SpectralBlend
 from vdit_fast.hooks.spectral_blend import low_pass, spectral_blend, temporal_window
+from vdit_fast.models.heads import HeadsCall
 from vdit_fast.planners import Draft
 
 pytest.importorskip("diffusers")
