@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import planner_settings
+import pytest
 import tiny
 import torch
 import torch.distributed as dist
@@ -23,8 +24,10 @@ from vdit_fast.handle import Handle
 from vdit_fast.parallel import sequence_parallel
 from vdit_fast.subset import RAS
 
+Case = tuple[str, str, tuple[Any, ...]]
+"""Name, function, arguments."""
 TIMES = planner_settings.TIMES
-FAMILIES = ("wan", "wan_ti2v", "hunyuan_video", "cogvideox")
+FAMILIES = ("wan", "hunyuan_video", "cogvideox")
 PER_HEAD = {  # settings with something of its own for every one of five heads
     "sparse_vdit": {
         "modes": "dmvsf", "block": 16, "sparsity": 0.6, "stripes": {"0.2": "0-3,7", "1.2": "5-9"}, "dense_steps": 1,
@@ -61,7 +64,8 @@ def densities(handle: Handle, heads: range) -> list[list[float]]:
 def planner(name: str, family: str, knobs: dict[str, Any] | None = None, heads: int = 5) -> dict[str, Any]:
     """A generation alone and together: the answers, and what every head read."""
     model, inputs = built(family, heads)
-    config = planner_settings.config(name)
+    rows = {"modes": ("dm" * heads)[:heads]} if name == "sparse_vdit" else {}  # one letter per head
+    config = planner_settings.config(name, **rows)
     if knobs is not None:
         config = Config.from_dict({"attention": {"method": name, **knobs}, "on_unsupported": "error"})
     handle = planner_settings.plugged(model, config)
@@ -260,12 +264,21 @@ def families(names: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def run(cases: list[tuple[str, str, tuple[Any, ...]]]) -> dict[str, Any]:
+def run(cases: list[Case], functions: dict[str, Any] | None = None) -> dict[str, Any]:
     """The results by name; what went wrong as text."""
+    functions = globals() if functions is None else functions
     found: dict[str, Any] = {}
     for name, fn, args in cases:
         try:
-            found[name] = globals()[fn](*args)
+            found[name] = functions[fn](*args)
         except Exception:
             found[name] = traceback.format_exc()
     return found
+
+
+def results(found: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Of all ranks."""
+    for rank, each in enumerate(found):
+        if isinstance(each[name], str):
+            pytest.fail(f"rank {rank}:\n{each[name]}")
+    return [each[name] for each in found]
