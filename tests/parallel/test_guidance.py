@@ -29,12 +29,12 @@ TWO: list[Case] = [
 
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, Any]]:
-    return ranks.run(2, guidance_cases.run, TWO, seconds=120)
+    return ranks.run(2, guidance_cases.run, TWO, seconds=300)
 
 
 @pytest.fixture(scope="module")
 def four() -> list[dict[str, Any]]:
-    return ranks.run(4, guidance_cases.run, CALLS[:3], seconds=120)
+    return ranks.run(4, guidance_cases.run, CALLS[:3], seconds=300)
 
 
 def check(found: list[dict[str, Any]], name: str) -> None:

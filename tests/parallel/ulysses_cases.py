@@ -27,7 +27,7 @@ from vdit_fast.subset import RAS
 Case = tuple[str, str, tuple[Any, ...]]
 """Name, function, arguments."""
 TIMES = planner_settings.TIMES
-FAMILIES = ("wan", "hunyuan_video", "cogvideox")
+FAMILIES = ("wan", "hunyuan_video")
 PER_HEAD = {  # settings with something of its own for every one of five heads
     "sparse_vdit": {
         "modes": "dmvsf", "block": 16, "sparsity": 0.6, "stripes": {"0.2": "0-3,7", "1.2": "5-9"}, "dense_steps": 1,
@@ -81,14 +81,12 @@ def planner(name: str, family: str, knobs: dict[str, Any] | None = None, heads: 
         after = densities(handle, range(last - first)) if last > first else []
         fallbacks = [layer["fallbacks"] for layer in handle.stats()["layers"] if layer["fallbacks"]]
         calls = ulysses.calls
-    handle.reset()
     return {
         "far": far(got, want),
         "same reads": before == after or not after,
         "sparse": min(map(min, whole)) < 0.95,
         "fallbacks": fallbacks,
         "calls": calls,
-        "again": far(generate(model, inputs), want),
     }
 
 
