@@ -28,13 +28,14 @@ Case = tuple[str, str, tuple[Any, ...]]
 """Name, function, arguments."""
 TIMES = planner_settings.TIMES
 FAMILIES = ("wan", "hunyuan_video")
-PER_HEAD = {  # settings with something of its own for every one of five heads
+PER_HEAD = {  # something of its own for every one of five heads: tables, and budgets by what the others recall
     "sparse_vdit": {
         "modes": "dmvsf", "block": 16, "sparsity": 0.6, "stripes": {"0.2": "0-3,7", "1.2": "5-9"}, "dense_steps": 1,
     },
     "window": {
         "sparsity": 0.6, "tile": [2, 3, 3], "heads": ["spatial", "temporal", "temporal", "spatial", "temporal"],
     },
+    "adaspa": {"sparsity": 0.4, "block": 16, "search": [1, 3], "dense_steps": 1},
     "sliding_tile": {"tile": [2, 3, 3], "window": [[1, 1, 1], [3, 1, 1], [1, 3, 1], [1, 1, 3], [3, 3, 3]]},
 }  # fmt: skip
 
