@@ -145,6 +145,42 @@ def test_compiled_blocks(store: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted  # no graph per rollout
 
 
+class Whole:
+    """Stands where sequence parallelism does, and hands whole sequences on."""
+
+    def __call__(self, call: Any, proceed: Any) -> Any:
+        call.q, call.k, call.v = call.q.clone(), call.k.clone(), call.v.clone()
+        return proceed()
+
+    def fresh(self) -> Whole:
+        return self
+
+
+def test_inside_of_sequence_parallelism() -> None:
+    """Keys come to the cache as attention would get them, and not by the fused pass."""
+    model, rest = model_of("wan_t2v")
+    handle = accelerate(model)
+    want = clip_of(handle, SETTINGS, rest, 12)
+    handle.roots[0].session.around_heads["sequence"] = Whole()
+    torch.testing.assert_close(clip_of(handle, SETTINGS, rest, 12), want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="turns whole sequences"):
+        next(chunks_of(handle, replace(SETTINGS, store="pre_rope"), rest, 3))
+
+
+@pytest.mark.parametrize("store", ["post_rope", "pre_rope"])
+def test_some_chunks_in_inference_mode(store: str) -> None:
+    """What outlives a forward is no inference tensor."""
+    model, rest = model_of("wan_t2v")
+    handle = accelerate(model, Config(text_kv=True))
+    settings = replace(SETTINGS, store=store)
+    want = clip_of(handle, settings, rest, 15)
+    chunks, got = chunks_of(handle, settings, rest, 15), []
+    for number in range(5):
+        with torch.inference_mode(number % 2 == 0):
+            got.append(next(chunks).latents.clone())
+    torch.testing.assert_close(torch.cat(got, 2), want, atol=1e-5, rtol=1e-5)
+
+
 def test_a_removed_handle() -> None:
     model, rest = model_of("wan_t2v")
     handle = accelerate(model)
