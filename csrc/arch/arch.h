@@ -70,6 +70,29 @@ VD_DEV void unpack(uint32_t pair, float& lo, float& hi) {
   Half<T>::unpack(pair, lo, hi);
 }
 
+// e4m3: sign, 4 exponent bits of bias 7, 3 mantissa bits; no infinity, NaN is 0x7f. Two codes in the lower half, round
+// to nearest even; magnitudes are at most 448. GPUs before compute capability 8.9 have no instruction for it.
+VD_DEV uint32_t e4m3_code(float x) {
+  const uint32_t sign = as_uint(x) >> 24 & 0x80, magnitude = as_uint(x) & 0x7fffffff;
+  if (magnitude > 0x7f800000) return 0x7f;
+  if (magnitude < 0x3c800000) return sign | (as_uint(as_float(magnitude) + 16384.f) - 0x46800000);  // rounds at 2^-9
+  return sign | ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - 960;
+}
+VD_DEV float e4m3_value(uint32_t code) {
+  if ((code & 0x7f) == 0x7f) return as_float(0x7fffffff);
+  return as_float((code & 0x80) << 24 | as_uint(as_float((code & 0x7f) << 20) * as_float(0x7b800000)));  // 2^120
+}
+#ifdef VD_HAS_CVT_E4M3
+VD_DEV uint32_t pack_e4m3(float lo, float hi) { return cvt_e4m3(lo, hi); }
+VD_DEV void unpack_e4m3(uint32_t pair, float& lo, float& hi) { unpack_f16(cvt_e4m3_to_f16(pair), lo, hi); }
+#else
+VD_DEV uint32_t pack_e4m3(float lo, float hi) { return e4m3_code(lo) | e4m3_code(hi) << 8; }
+VD_DEV void unpack_e4m3(uint32_t pair, float& lo, float& hi) {
+  lo = e4m3_value(pair);
+  hi = e4m3_value(pair >> 8);
+}
+#endif
+
 // Warpgroup matrix multiply of bf16 operands; the element type is the first template argument otherwise.
 template <int TransposeA, int TransposeB, int R>
 VD_DEV void wgmma_ss(float (&d)[R], uint64_t desc_a, uint64_t desc_b, int accumulate) {

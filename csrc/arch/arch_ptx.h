@@ -60,6 +60,20 @@ VD_DEV void unpack_f16(uint32_t pair, float& lo, float& hi) {
   asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(lo), "=f"(hi) : "r"(pair));
 }
 
+#if __CUDA_ARCH__ >= 890
+#define VD_HAS_CVT_E4M3
+VD_DEV uint32_t cvt_e4m3(float lo, float hi) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(hi), "f"(lo));
+  return pair;
+}
+VD_DEV uint32_t cvt_e4m3_to_f16(uint32_t pair) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"(uint16_t(pair)));
+  return both;
+}
+#endif
+
 // ---- shared memory
 
 VD_DEV uint32_t smem_u32(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }

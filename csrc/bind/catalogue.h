@@ -46,6 +46,8 @@ constexpr KernelEntry kCatalogue[] = {
     {"linear_attention_state", "cuda", "portable", "float32 float16 bfloat16"},
     {"merge", "cpu", "portable", "float32 float16 bfloat16"},
     {"merge", "cuda", "portable", "float32 float16 bfloat16"},
+    {"pack_slices", "cpu", "portable", "float32 float16 bfloat16 int32 int16"},
+    {"pack_slices", "cuda", "portable", "float32 float16 bfloat16 int32 int16"},
     {"permute_tokens", "cpu", "portable", "float32 float16 bfloat16 int32 int16"},
     {"permute_tokens", "cuda", "portable", "float32 float16 bfloat16 int32 int16"},
     {"qk_norm_rope", "cpu", "portable", "float32 float16 bfloat16"},
@@ -62,6 +64,8 @@ constexpr KernelEntry kCatalogue[] = {
     {"short_attention", "cuda", "portable", "float32 float16 bfloat16"},
     {"softmax_mass", "cpu", "portable", "float32 float16 bfloat16"},
     {"softmax_mass", "cuda", "portable", "float16 bfloat16"},
+    {"unpack_slices", "cpu", "portable", "float32 float16 bfloat16 int32 int16"},
+    {"unpack_slices", "cuda", "portable", "float32 float16 bfloat16 int32 int16"},
 };
 
 }  // namespace vdit

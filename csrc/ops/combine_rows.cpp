@@ -11,6 +11,8 @@
 namespace vdit {
 namespace {
 
+constexpr int64_t kMaxDim = int64_t(1) << 29;  // a row's bytes in fp32 stay below 2^31
+
 using Optional = std::optional<Tensor>;
 
 void check_place(const Tensor& t, const char* name, const Tensor& rows) {
@@ -34,8 +36,8 @@ const void* matrix(const Tensor& t, const char* name, const Tensor& rows, int64_
 // Checks everything, allocates the result and points the parameters at it.
 CombineRowsParams prepare(const Tensor& rows, const Tensor& slots, const Optional& weights, const Optional& base,
                           const Optional& residual, const Optional& gate, Tensor& out) {
-  VDIT_CHECK(rows.dim() == 2 && rows.size(1) <= INT32_MAX, "combine_rows: rows has shape ", shape_text(rows),
-             "; expected [rows, dim]");
+  VDIT_CHECK(rows.dim() == 2 && rows.size(1) < kMaxDim, "combine_rows: rows has shape ", shape_text(rows),
+             "; expected [rows, dim], dim below ", kMaxDim);
   VDIT_CHECK(slots.dim() == 2 && slots.size(1) >= 1 && slots.size(1) <= kCombineMaxSlots,
              "combine_rows: slots has shape ", shape_text(slots), "; expected [rows of the result, 1 to ",
              kCombineMaxSlots, "]");

@@ -47,6 +47,7 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
       "linear_attention_state(Tensor k, Tensor v, int feature_map, Tensor? weight, Tensor? k_den, Tensor? kv_len) -> "
       "Tensor");
   m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
+  m.def("pack_slices(Tensor[] x, int[] sizes, int dim, int compression, int block) -> Tensor");
   m.def("permute_tokens(Tensor x, Tensor order, bool inverse) -> Tensor");
   m.def(
       "qk_norm_rope(Tensor q, Tensor? k, Tensor? v, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? "
@@ -62,4 +63,7 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
   m.def(
       "softmax_mass(Tensor q, Tensor k, int q_block, int kv_block, float scale, int fold, Tensor? q_len, "
       "Tensor? kv_len) -> Tensor");
+  m.def(
+      "unpack_slices(Tensor buffer, int[] shapes, int[] sizes, int dim, int compression, int block, int dtype) -> "
+      "Tensor[]");
 }

@@ -23,6 +23,7 @@ from .ops import (  # noqa: E402
 )
 from .plan import AttentionPlan  # noqa: E402
 from .planners import Draft, Window  # noqa: E402
+from .stream import stream  # noqa: E402
 
 build_info = _info.build_info
 
@@ -44,4 +45,5 @@ __all__ = [
     "qk_norm_rope",
     "reference",
     "short_attention",
+    "stream",
 ]

@@ -22,7 +22,7 @@ from vdit_fast.models.session import Session
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.root import ATTRIBUTE, Root
 
-__all__ = ["NothingServed", "accelerate"]
+__all__ = ["NothingServed", "accelerate", "existing_handles"]
 
 logger = logging.getLogger("vdit_fast")
 
@@ -85,6 +85,7 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
         raise _nothing_served(components, skipped)
 
     tracker = StepTracker(None if isinstance(target, nn.Module) else target)
+    tracker.calls_per_branch = any(item.adapter.calls_per_branch for item in found)
     handle = Handle(settings, tracker)
     handle.skipped = skipped
     roots: dict[int, Root] = {}
@@ -133,6 +134,11 @@ def _components(target: Any) -> dict[str, nn.Module]:
             "without any module in it"
         )
     return modules
+
+
+def existing_handles(target: Any) -> list[Handle]:
+    """Handles of the transformers in a target that are accelerated already."""
+    return _existing(_components(target))
 
 
 def _existing(components: Mapping[str, nn.Module]) -> list[Handle]:

@@ -5,12 +5,15 @@ Both objects are plain data: planners read them, the accelerate layer fills them
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["LayerContext", "StepContext"]
+__all__ = ["HeadShard", "LayerContext", "StepContext"]
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class StepContext:
     """Grows by one when a new denoising run begins."""
     frame_block: int | None = None
     """Index of the frame block in streaming generation, None otherwise."""
+    branches: int = 1
+    """Guidance branches of the generation that have calls of their own, as far as is known: those seen so far, or two
+    where the pipeline says that it guides and its family calls once per branch."""
 
     @property
     def fraction(self) -> float | None:
@@ -45,6 +51,33 @@ class StepContext:
         if self.step < 0 or not self.num_steps:
             return None
         return self.step / self.num_steps
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """Which of a layer's heads a call has, where several ranks compute some of them each."""
+
+    first: int
+    """Number of the call's first query head in the model."""
+    count: int
+    total: int
+    """Query heads of the model."""
+    keys: tuple[int, ...]
+    """The model's key head of each of the call's key heads."""
+    kv_total: int
+    gather: Callable[[torch.Tensor], torch.Tensor]
+    """[B, count, ...] of the call's query heads -> [B, total, ...] of all: every rank of the group must call it."""
+
+    def own(self, per_head: Sequence[Item]) -> Sequence[Item]:
+        """The call's entries of a list with one per query head of the model."""
+        return per_head[self.first : self.first + self.count]
+
+    def own_keys(self, x: torch.Tensor, dim: int = 2) -> torch.Tensor:
+        """The call's key heads of all those of the model along a dimension."""
+        first, count = self.keys[0], len(self.keys)
+        if self.keys == tuple(range(first, first + count)):
+            return x.narrow(dim, first, count)
+        return x.index_select(dim, torch.tensor(self.keys, device=x.device))
 
 
 @dataclass
@@ -74,6 +107,9 @@ class LayerContext:
     """One transformer's, survives steps, cleared when a new generation begins. The planner chooses the keys."""
     family: str = ""
     """The model family of the adapter that serves the layer; empty when unknown."""
+    heads: HeadShard | None = None
+    """Which heads q, k and v have, None when all of the layer's. What a planner has per head of the model it must take
+    for these, and what it compares between heads it must gather."""
     static: dict[Any, Any] = field(default_factory=dict)
     """Like ``state``, for what follows from the planner's settings and the geometry alone: it outlives generations."""
 
@@ -81,6 +117,14 @@ class LayerContext:
     def num_tokens(self) -> int:
         """Length of the joint sequence."""
         return self.n_video + self.text
+
+    def all_heads(self, here: int) -> int:
+        """Query heads of the layer, of which a call has ``here``."""
+        return here if self.heads is None else self.heads.total
+
+    def own_heads(self, per_head: Sequence[Item]) -> Sequence[Item]:
+        """The call's entries of a list with one per query head of the layer."""
+        return per_head if self.heads is None else self.heads.own(per_head)
 
     @property
     def video_slice(self) -> slice:

@@ -88,7 +88,7 @@ class Handle:
         for root in self.roots:
             processors = [processor for processor in root.processors().values() if processor.attends]
             for processor in processors:
-                if processor._parallel_config is not None:
+                if processor._parallel_config is not None and "sequence" not in root.session.around_heads:
                     notes["context parallelism is enabled, the stock processor runs"] += 1
                 elif processor._attention_backend is not None:
                     notes["an attention backend is set, served layers do not use it"] += 1
@@ -254,6 +254,7 @@ class Handle:
         branch: int | None = None,
         model: str | None = None,
         num_steps: int | None = None,
+        frame_block: int | None = None,
     ) -> ExplicitStep:
         """Name the denoising step of the forwards inside a ``with`` block, instead of having it derived.
 
@@ -271,12 +272,14 @@ class Handle:
             model: name of the weights that compute this step (strong or weak, an adapter on or off). What one
                 remembers never serves another. None: the transformer's name in its pipeline.
             num_steps: length of the schedule; None: unknown, and rules that are fractions of it go by sigma.
+            frame_block: which part of a longer video the forwards are about, where it is made of several with schedules
+                of their own; what one of them remembers never serves another.
 
         Raises:
             TypeError, ValueError: a bad argument.
             RuntimeError: at the ``with``, inside another one.
         """
-        return ExplicitStep(self._tracker, step_id, timestep, sigma, branch, model, num_steps)
+        return ExplicitStep(self._tracker, step_id, timestep, sigma, branch, model, num_steps, frame_block)
 
     def reset(self) -> None:
         """The next forward begins a new generation, whatever its timestep."""
@@ -298,12 +301,14 @@ class Handle:
         (``blocks``: class -> number with a fused forward, ``left``: reason -> blocks without one, ``unfused``:
         reason -> times it did not run), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``:
         reason -> calls, ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were
-        exchanged), ``memory`` (None, or rows ``tokens``, layers' keys and values ``computed`` and ``shared`` with
-        another guidance branch, ``nbytes`` held), ``beside`` (``references``: rows behind the text, ``feed``: None or
-        its mode, ``captured_nbytes`` held for another model), ``hooks`` (place -> calls),
-        ``linear`` (None, or transformer -> indices of the layers that run linear attention),
-        ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict
-        of ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
+        exchanged), ``streaming`` (None, or ``frames`` and ``chunks`` made, and forwards that ``denoise`` and that
+        ``write`` keys and values), ``memory`` (None, or rows ``tokens``, layers' keys and values ``computed`` and
+        ``shared`` with another guidance branch, ``nbytes`` held), ``beside`` (``references``: rows behind the text,
+        ``feed``: None or its mode, ``captured_nbytes`` held for another model), ``hooks`` (place -> calls), ``linear``
+        (None, or transformer -> indices of the layers that run linear attention), ``parallel`` (None, or of "sequence"
+        and "guidance" the ``rank``, ``ranks``, the ``calls`` or ``exchanges`` and the ``bytes`` that this rank has
+        sent), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict of ``expert``,
+        ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
         None where the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per
         head, one number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and
         ``fallbacks`` (both reason -> calls).

@@ -11,6 +11,7 @@ from torch import nn
 
 from vdit_fast.caching.output import CachedForward
 from vdit_fast.config import Config
+from vdit_fast.forwards import ForwardStandIn
 from vdit_fast.models import block_cache, blocks, hooks, text_kv
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
 from vdit_fast.models.fusion import attach, detach
@@ -22,6 +23,7 @@ from vdit_fast.models.session import Session
 
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
+    from vdit_fast.parallel.guidance import GuidanceParallel
 
 __all__ = ["ATTRIBUTE", "NO_STEPS", "Root"]
 
@@ -112,6 +114,7 @@ class Root:
         self.adapter = adapter
         self.handle = handle
         self.hooked = False
+        self.guidance: GuidanceParallel | None = None
         object.__setattr__(module, ATTRIBUTE, self)
         handle.roots.append(self)
 
@@ -145,11 +148,16 @@ class Root:
         text_kv.detach(module, self.session)
         if self.session.config.text_kv and self.hooked:
             text_kv.attach(module, self.session, self.adapter)
+        if self.guidance is not None:
+            self.guidance.wrap(module, self.session).attach()
 
     def unwrap(self, module: nn.Module) -> None:
         """Take this session's wrappers off, where they are the outermost; elsewhere they pass calls through."""
         OutputRows.remove(module, self.session)
         wrapper = module.__dict__.get("forward")
+        if isinstance(wrapper, ForwardStandIn) and wrapper.of(self.session) and not isinstance(wrapper, CachedForward):
+            wrapper.detach()  # of guidance parallelism
+            wrapper = module.__dict__.get("forward")
         if isinstance(wrapper, CachedForward) and wrapper.of(self.session):
             wrapper.detach()
         self._unwrap_parts(module)
@@ -185,7 +193,7 @@ class Root:
         self.rewrap()
 
     def rewrap(self) -> None:
-        """Put in place what stands around blocks and attention modules, after that has changed."""
+        """Put the wrappers of blocks and attention modules in place, after those who stand there have changed."""
         module = self.module()
         if module is not None and self.session.active:
             self._unwrap_parts(module)
@@ -262,6 +270,9 @@ class Root:
         self.session.cache.forget()
         self.session.forward = self.session.cache.forward = None  # the last forward holds its stream
         self.session.stand_ins.clear()
+        self.guidance = None
+        self.session.around_heads.pop("sequence", None)
+        self.session.around.pop("sequence", None)
         self.session.state.clear()
         self.session.static.clear()
         if isinstance(subset := self.session.around.get("subset"), RowSubset):

@@ -9,6 +9,7 @@ from vdit_fast.models.extra_keys import ExtraKeys
 from vdit_fast.models.memory import Memory
 from vdit_fast.models.references import References
 from vdit_fast.models.row_subset import RowSubset
+from vdit_fast.parallel.ulysses import Ulysses
 
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
@@ -60,10 +61,12 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "fused": _fused(handle),
         "text_kv": _text_kv(handle),
         "positions": _positions(handle),
+        "streaming": _streaming(handle),
         "memory": _memory(handle),
         "beside": _beside(handle),
         "hooks": _hooks(handle),
         "linear": _linear(handle),
+        "parallel": _parallel(handle),
         "layers": layers,
         "skipped": skipped,
     }
@@ -141,6 +144,13 @@ def _positions(handle: Handle) -> dict[int, int] | None:
     return dict(sorted(forwards.items()))
 
 
+def _streaming(handle: Handle) -> dict[str, int] | None:
+    streamed: Counter[str] = Counter()
+    for root in handle.roots:
+        streamed.update(root.session.streamed)
+    return {name: streamed[name] for name in ("frames", "chunks", "denoise", "write")} if streamed else None
+
+
 def _memory(handle: Handle) -> dict[str, Any] | None:
     found = [item for root in handle.roots if isinstance(item := root.session.around.get("memory"), Memory)]
     if not found:
@@ -175,6 +185,21 @@ def _linear(handle: Handle) -> dict[str, list[int]] | None:
         return None
     sessions = [root.session for root in handle.roots]
     return {session.expert: [ledger.layer for ledger in session.layers if ledger.linear] for session in sessions}
+
+
+def _parallel(handle: Handle) -> dict[str, Any] | None:
+    found: dict[str, Any] = {}
+    for root in handle.roots:
+        ulysses, rows = root.session.around_heads.get("sequence"), root.session.around.get("sequence")
+        if isinstance(ulysses, Ulysses):
+            part = found.setdefault("sequence", {"rank": ulysses.rank, "ranks": ulysses.ranks, "calls": 0, "bytes": 0})
+            part["calls"] += ulysses.calls
+            part["bytes"] += ulysses.bytes_sent + getattr(rows, "bytes_sent", 0)
+        if root.guidance is not None:
+            guided = root.guidance
+            sent = {"exchanges": guided.exchanges, "bytes": guided.bytes_sent}
+            found["guidance"] = {"rank": guided.rank, "ranks": guided.ranks, "split": guided.split, **sent}
+    return found or None
 
 
 def _rows(table: list[tuple[str, ...]]) -> list[str]:
@@ -272,6 +297,12 @@ def report_text(handle: Handle) -> str:
         lines += _reasons("text keys and values computed and not kept:", Counter(text["refused"]))
     if stats["positions"] is not None:
         lines.append(f"positions: rotary tables exchanged in {sum(stats['positions'].values()):,} forwards")
+    if stats["streaming"] is not None:
+        made = stats["streaming"]
+        lines.append(
+            f"streaming: {made['frames']:,} frames in {made['chunks']:,} chunks, {made['denoise']:,} forwards that "
+            f"denoised and {made['write']:,} that wrote keys and values"
+        )
     if stats["memory"] is not None:
         memory = stats["memory"]
         rows = "rows" if memory["tokens"] is None else f"{memory['tokens']:,} rows"
@@ -289,6 +320,12 @@ def report_text(handle: Handle) -> str:
     if stats["hooks"]:
         calls = ", ".join(f"{count:,} at {where}" for where, count in stats["hooks"].items())
         lines.append(f"hooks: called {calls}")
+    for what, part in (stats["parallel"] or {}).items():
+        times = f"{part['calls']:,} attention calls" if what == "sequence" else f"{part['exchanges']:,} exchanges"
+        lines.append(
+            f"{what} parallelism: rank {part['rank']} of {part['ranks']}, {times}, "
+            f"{part['bytes'] / 2**20:,.1f} MiB sent"
+        )
     lines += _reasons("kept dense by the planner (calls):", dense)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():

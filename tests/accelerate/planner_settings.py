@@ -41,6 +41,7 @@ SETTINGS: dict[str, Setting] = {
     "draft": Setting({"sparsity": 0.6, "pool": [3, 4]}, loose={"sparsity": 0.0}),
     "radial": Setting({"block": 16, "sinks": 0}, loose={"decay": 64.0, "thinning": False}),
     "rettention": Setting({"window": 0.25, "interval": 3}, loose={"window": 1.0, "increment": 0.0}),
+    "shifted_window": Setting({"window": [2, 4, 4]}, loose={"window": [0, 0, 0]}),
     "sliding_tile": Setting({"sparsity": 0.6, "tile": [2, 3, 3]}, loose={"sparsity": 0.0}),
     "sparge": Setting({"sparsity": 0.6, "block": [32, 16]}, loose={"sparsity": 0.0}),
     "sparse_vdit": Setting({"modes": "dm", "block": 16, "sparsity": 0.6}, loose={"modes": "full"}),

@@ -340,6 +340,15 @@ def test_a_budget_is_checked_before_anything_is_kept() -> None:
         generate(model, inputs, branches=2)
     assert handle.stats()["cache"]["nbytes"] == 3 * one
     handle.remove()
+    guided = SimpleNamespace(transformer=model, do_classifier_free_guidance=True)  # says it before the first forward
+    handle = accelerate(guided, Config(cache=policy("block", max_bytes=6 * one - 1)))
+    with pytest.raises(ValueError, match=rf"needs {6 * one:,} bytes.*2 guidance branches"):
+        tiny.run(model, inputs)
+    assert handle.stats()["cache"]["nbytes"] == 0
+    handle.remove()
+    guided.do_classifier_free_guidance = False
+    with accelerate(guided, Config(cache=policy("block", max_bytes=3 * one))):
+        generate(model, inputs)
     handle = accelerate(model, Config(cache=policy("span", max_bytes=one - 1)))
     with pytest.raises(ValueError, match="no other granularity of blocks fits; 'model' keeps the least"):
         tiny.run(model, inputs)

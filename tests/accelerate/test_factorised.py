@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vdit_fast.accelerate import accelerate
 from vdit_fast.config import Config
-from vdit_fast.models import session
+from vdit_fast.models import heads
 
 FAMILIES = sorted(tiny.WITHOUT_GRID)
 TEMPORAL = "temporal attention: one short sequence per place"
@@ -21,13 +21,13 @@ TEMPORAL = "temporal attention: one short sequence per place"
 def watch(patch: pytest.MonkeyPatch, name: str) -> list[tuple[int, ...]]:
     """Shapes of the queries that reach an attention operator."""
     seen: list[tuple[int, ...]] = []
-    stock = getattr(session, name)
+    stock = getattr(heads, name)
 
     def spy(q: Tensor, *args: Any, **kw: Any) -> Any:
         seen.append(tuple(q.shape))
         return stock(q, *args, **kw)
 
-    patch.setattr(session, name, spy)
+    patch.setattr(heads, name, spy)
     return seen
 
 

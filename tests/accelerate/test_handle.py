@@ -183,13 +183,13 @@ def test_sparse_planner_sees_the_right_place(family: str) -> None:
 
 def test_sparse_attention_equals_the_masked_formula() -> None:
     from vdit_fast import reference
-    from vdit_fast.models import session
+    from vdit_fast.models import heads
 
     model, inputs = tiny.hunyuan()
     accelerate(model, Config(attention=Band(width=4)))
     got = tiny.run(model, inputs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "attention", reference.attention)
+        patch.setattr(heads, "attention", reference.attention)
         assert tiny.relative(got, tiny.run(model, tiny.at(inputs, 501))) > 0
         accelerate(model, Config(attention=Band(width=4))).reset()
         assert tiny.relative(got, tiny.run(model, inputs)) < 1e-5

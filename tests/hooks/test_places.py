@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -246,6 +247,19 @@ def test_what_a_hook_may_not_return(answer: Any, error: Any, match: str) -> None
     accelerate(model).hook("attention_output", Seen(answer))
     with pytest.raises(error, match=match):
         tiny.run(model, inputs)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes at exceptions are new in Python 3.11")
+def test_an_error_inside_a_hook_says_where() -> None:
+    model, inputs = tiny.wan()
+
+    def fails(*_: Any) -> None:
+        raise KeyError("mine")
+
+    accelerate(model).hook("block_output", fails)
+    with pytest.raises(KeyError, match="mine") as caught:
+        tiny.run(model, inputs)
+    assert "in a hook at 'block_output' of blocks.0, step " in caught.value.__notes__[0]
 
 
 def test_removing_twice_and_after_the_handle() -> None:

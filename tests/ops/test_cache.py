@@ -258,6 +258,13 @@ def test_nan_and_inf_stay_where_they_are() -> None:
         assert torch.equal(got.isfinite(), output.isfinite()) and got[1, 3].isnan() and got[2, 39] == torch.inf
 
 
+def test_a_nan_stays_one_whatever_its_payload() -> None:
+    bits = torch.tensor([0x7F800001, 0x7FC00000, -0x7FFFFF], dtype=torch.int32).repeat(11)  # signalling ones too
+    factors = torch.empty(1, 33, dtype=BF16)
+    ops.factor_update(factors, bits.view(F32), 1.0, known=0)
+    assert factors.isnan().all()
+
+
 def test_threads_and_repeats_change_nothing() -> None:
     kwargs = forecast_arguments(5, (2, 700, 72))
     threads = torch.get_num_threads()

@@ -115,6 +115,7 @@ def test_raw_operator_and_compile() -> None:
     ("change", "message"),
     [
         ({"rows": torch.randn(4, 8, 1)}, "rows has shape"),
+        ({"rows": torch.empty(0, 2**29)}, "dim below 536870912"),
         ({"rows": torch.randn(4, 8, dtype=torch.float64)}, "rows is float64"),
         ({"slots": torch.zeros(6, 9, dtype=torch.int32)}, "slots has shape .6, 9."),
         ({"slots": torch.zeros(6, 0, dtype=torch.int32)}, "slots has shape"),

@@ -102,16 +102,17 @@ def test_tile_order_is_a_raster_of_tiles():
     st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum),
     st.none() | st.integers(1, 9),
     st.integers(0, 3),
+    st.integers(0, 2),
     st.sampled_from([2, 128]),
 )
-def test_block_causal(agrees, sizes, window, sinks, q_tile):
-    plan = block_causal(sizes, window=window, sinks=sinks, q_tile=q_tile)
+def test_block_causal(agrees, sizes, window, sinks, full, q_tile):
+    plan = block_causal(sizes, window=window, sinks=sinks, full=full, q_tile=q_tile)
     block = [i for i, n in enumerate(sizes) for _ in range(n)]
     mask = torch.zeros(len(block), len(block), dtype=torch.bool)
     for row, i in enumerate(block):
         for column, j in enumerate(block):
             near = window is None or j >= max(0, i - window + 1)
-            mask[row, column] = j <= i and (near or j < sinks)
+            mask[row, column] = (j <= i and (near or j < sinks)) or min(i, j) < full
     agrees(plan, mask[None, None])
 
 

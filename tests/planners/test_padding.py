@@ -18,6 +18,7 @@ PLANNERS = {
     "draft, compensate": {"pool": [3, 4], "pool_t": 2, "sparsity": 0.7, "compensate": True, "sinks": 1},
     "radial": {"decay": 0.1, "block": 8},
     "rettention": {"window": 0.3, "dense_steps": 0, "interval": 2},
+    "shifted_window": {"window": [2, 3, 4]},
     "sliding_tile": {"tile": [2, 3, 4], "sparsity": 0.7},
     "sparge": {"block": [32, 16], "sparsity": 0.7},
     "sparge, top_p": {"block": [32, 16], "top_p": 0.5, "similarity": 0.035},

@@ -13,15 +13,15 @@ typedef uint16_t vh_u __attribute__((vector_size(VL * 2), aligned(2), may_alias)
 constexpr __mmask16 kEvery = 0xffff;  // zero-masked conversions: GCC 12 warns of its own header otherwise
 #endif
 
-// The upper half of every lane is its bf16, round to nearest even. A NaN stays one if it is quiet, as every NaN is that
-// arithmetic makes or passes on.
+// The upper half of every lane is its bf16, round to nearest even. A NaN gets its quiet bit: the payload of one that
+// has it not may lie wholly in the half that is cut off.
 static inline vu bf16_bits(vf v) {
-  const vu u = (vu)v;
+  const vu u = (vu)v, nan = u | 0x00400000u;
   const vu rounded = u + (0x7fffu + ((u >> 16) & 1u));
 #if VDIT_VL == 8 && defined(__AVX2__)
-  return (vu)_mm256_blendv_ps((__m256)rounded, (__m256)v, _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q));
+  return (vu)_mm256_blendv_ps((__m256)rounded, (__m256)nan, _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q));
 #else
-  return v == v ? rounded : u;
+  return v == v ? rounded : nan;
 #endif
 }
 

@@ -10,6 +10,20 @@ namespace {
 
 constexpr int kSharedBytes = 99 * 1024;  // what the smallest of the supported GPUs allows; the portable kernel fits in
 
+// What an item costs besides its stages, and a part of one: fp32 results that are written and read again. In stages, by
+// bytes and FLOP (docs/kernels/kv_cache.md).
+constexpr int64_t kItemStages = 1, kPartStages = 4;
+
+// Parts for the fewest stages in all rounds of CTAs; 1 unless they save a tenth.
+int64_t fewest_rounds(int64_t items, int64_t stages, int64_t resident, int64_t most) {
+  int64_t best = 1, least = ceil_div(items, resident) * (stages + kItemStages) * 9 / 10;
+  for (int64_t parts = 2; parts <= most; ++parts) {
+    const int64_t cost = ceil_div(items * parts, resident) * (ceil_div(stages, parts) + kPartStages);
+    if (cost < least) best = parts, least = cost;
+  }
+  return best;
+}
+
 // Everything that follows from shapes: the numbers of Work, and where its buffers lie in the workspace.
 struct Layout {
   Variant variant;
@@ -29,18 +43,24 @@ Layout layout(const AttentionParams& p, const ForwardOptions& options) {
   if (p.plan.tiles == nullptr) {
     capacity = ceil_div(p.lq, w.rows) * p.batch * p.heads;
   } else {
-    capacity = p.plan.num_tiles + ceil_div(int64_t(p.plan.batch) * p.plan.heads * p.lq, w.rows);
+    // Tiles of n1, n2, ... rows are at most sum((n - 1) / rows + 1) items.
+    const int64_t rows = int64_t(p.plan.batch) * p.plan.heads * p.lq;
+    const int64_t tiles = p.plan.num_tiles < rows ? p.plan.num_tiles : rows;
+    capacity = tiles + (rows - tiles) / w.rows;
     replicas = int64_t(p.batch / p.plan.batch) * (p.heads / p.plan.heads);
     l.items_at = kHeaderBytes;
     l.bytes = ceil_div(l.items_at + capacity * 8, 16) * 16;
   }
   w.splits = options.splits;
   if (w.splits <= 0) {
-    // Split only when the items alone leave processors idle, into parts of at least 4 stages, for one round of CTAs.
+    // Split only when the items alone leave processors idle, into parts of at least 4 stages. Items of one plan for all
+    // heads are alike: the last round of CTAs may be split as well. Others balance themselves: one round.
     const int64_t resident = int64_t(options.sm_count) * (l.variant == Variant::sm90a ? 1 : 2);
     const int64_t items = capacity * replicas > 0 ? capacity * replicas : 1;
-    const int64_t fit = resident / items, most = key_count(p) / (4 * tile.keys);
-    w.splits = int32_t(fit < most ? fit : most);
+    const int64_t stages = ceil_div(key_count(p), tile.keys), limit = stages / 4 < kMaxSplits ? stages / 4 : kMaxSplits;
+    const bool alike = p.plan.tiles == nullptr || (p.plan.batch == 1 && p.plan.heads == 1);
+    const int64_t fit = resident / items < limit ? resident / items : limit;
+    w.splits = int32_t(alike ? fewest_rounds(items, stages, resident, limit) : fit);
   }
   w.splits = w.splits < 1 ? 1 : w.splits > kMaxSplits ? kMaxSplits : w.splits;
   w.capacity = int32_t(capacity);

@@ -55,7 +55,7 @@ VD_DEV float state_scale(const LinearReadoutParams& p, const float* state, uint3
   arch::syncthreads();
   VD_UNROLL for (int w = 0; w < kWarps; ++w) most = fmaxf(most, arch::as_float(arch::lds32(most_at + w * 4)));
   const int exponent = int(arch::as_uint(most) >> 23) - 127;
-  if (exponent > 73 || exponent < -47) return 1.f;  // 0, or no sum of fp16 values
+  if (exponent > 73 || exponent < -48) return 1.f;  // 0, or no sum of fp16 values
   return arch::as_float(uint32_t(127 + 13 - exponent) << 23);
 }
 

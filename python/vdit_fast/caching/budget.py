@@ -49,8 +49,9 @@ def nbytes(policy: CachePolicy, elements: int, dtype: torch.dtype, granularity: 
     return (policy.degree + 1) * elements * storage_dtype(policy, dtype, granularity).itemsize
 
 
-def check(policy: CachePolicy, sizes: Sizes, dtype: torch.dtype, held: int = 0) -> None:
-    """Raise ValueError where a new stream of features does not fit beside ``held`` bytes of the others.
+def check(policy: CachePolicy, sizes: Sizes, dtype: torch.dtype, held: int = 0, branches: int = 1) -> None:
+    """Raise ValueError where a new stream of features does not fit beside ``held`` bytes of the others, or where so
+    many guidance branches will not.
 
     The message names the bytes that are needed, and the granularities of the policy that would fit.
     """
@@ -59,9 +60,10 @@ def check(policy: CachePolicy, sizes: Sizes, dtype: torch.dtype, held: int = 0) 
     limit, own = size("max_bytes", policy.max_bytes), policy.granularity
     elements = sizes[own]
     new = nbytes(policy, elements, dtype)
-    if held + new <= limit:
+    needs = max(held + new, branches * new)
+    if needs <= limit:
         return
-    streams = 1 + round(held / new) if new else 1
+    streams = max(branches, 1 + round(held / new))
     others = [name for name in GRANULARITIES if name in sizes and name in policy.granularities and name != own]
     needed = {name: streams * nbytes(policy, sizes[name], dtype, name) for name in others}
     fitting = [f"{name!r} ({count:,})" for name, count in needed.items() if count <= limit]
@@ -69,7 +71,7 @@ def check(policy: CachePolicy, sizes: Sizes, dtype: torch.dtype, held: int = 0) 
     if own != "model" and "model" in policy.granularities:
         remedy += "; 'model' keeps the least, the transformer's output"
     raise ValueError(
-        f"the cache {policy.name!r} needs {held + new:,} bytes at granularity {own!r}: {streams} guidance branches of "
+        f"the cache {policy.name!r} needs {needs:,} bytes at granularity {own!r}: {streams} guidance branches of "
         f"{policy.degree + 1} factors · {elements:,} elements · {storage_dtype(policy, dtype).itemsize} bytes, but "
         f"max_bytes is {limit:,}; {remedy}"
     )

@@ -80,7 +80,7 @@ class FeatureCache:
         self.modulated: Callable[[BlockCall], Tensor] | None = None
         """The timestep-modulated input of a block's attention, where a policy looks at it."""
         self._generation: int | None = None
-        self._streams: dict[Hashable, tuple[Hashable, Stream]] = {}
+        self._streams: dict[tuple[str, int, int | None], tuple[Hashable, Stream]] = {}
         self._verdicts: dict[tuple[str, int | None], tuple[int, str | None]] = {}
 
     @property
@@ -92,6 +92,13 @@ class FeatureCache:
         """Release what is held; the counts stay."""
         self._streams.clear()
         self._verdicts.clear()
+
+    def release(self, frame_block: int) -> None:
+        """Release what is held of one frame block."""
+        tables: tuple[dict[Any, Any], ...] = (self._streams, self._verdicts)
+        for held in tables:
+            for key in [key for key in held if key[-1] == frame_block]:
+                del held[key]
 
     def fresh(self) -> FeatureCache:
         """The same settings without records, for a copied model."""
@@ -160,8 +167,11 @@ class FeatureCache:
             self.settle(run)
         return run
 
-    def _look(self, run: Run, forward: Forward, feature: Tensor) -> None:
-        """Ask an adaptive policy about what it looks at."""
+    def _look(
+        self, run: Run, forward: Forward, feature: Tensor, total: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Ask an adaptive policy about what it looks at. ``total`` adds up over ranks that have some rows each: all of
+        them must leave out the same blocks."""
         policy, stream = self.policy, run.stream
         assert isinstance(policy, AdaptivePolicy)
         if run.pending:
@@ -170,8 +180,13 @@ class FeatureCache:
                 run.reason = "nothing to compare with yet"
             else:
                 self.host_reads += 1
-                change = (feature - stream.seen).abs().mean(dtype=torch.float32)
-                run.reason = policy.verdict(stream, float(change / stream.seen.abs().mean(dtype=torch.float32)))
+                if total is None:
+                    change = (feature - stream.seen).abs().mean(dtype=torch.float32)
+                    before = stream.seen.abs().mean(dtype=torch.float32)
+                else:
+                    parts = [(feature - stream.seen).abs(), stream.seen.abs()]
+                    change, before = total(torch.stack([part.sum(dtype=torch.float32) for part in parts]))
+                run.reason = policy.verdict(stream, float(change / before))
             self._verdicts[forward.step.expert, forward.step.frame_block] = run.step, run.reason
             self.settle(run)
         policy.keep(stream, feature, run.reason is not None)
@@ -192,7 +207,7 @@ class FeatureCache:
         looks = self.policy.looks_at if isinstance(self.policy, AdaptivePolicy) and run.leads and first_call else ""
         if looks == "input":
             assert self.modulated is not None
-            self._look(run, forward, self.modulated(call))
+            self._look(run, forward, self.modulated(call), call.session.total)
         inside = run.span[0] <= call.block.index < run.span[1]
         if inside and run.reason is None:
             output = features.forecast(run, call)
@@ -207,7 +222,7 @@ class FeatureCache:
         if looks == "first block":
             after = output if isinstance(output, Tensor) else output[0]
             assert before is not None
-            self._look(run, forward, after - before)
+            self._look(run, forward, after - before, call.session.total)
         return output
 
     # ------------------------------------------------------------------ memory
@@ -233,7 +248,8 @@ class FeatureCache:
         if run.stream.granted:
             return
         assert self.policy is not None
-        budget.check(self.policy, sizes, dtype, held=self.nbytes)
+        branches = 1 if self.forward is None else self.forward.step.branches
+        budget.check(self.policy, sizes, dtype, held=self.nbytes, branches=branches)
         run.stream.granted = True
 
 

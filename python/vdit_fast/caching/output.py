@@ -40,7 +40,7 @@ def run_cached(
         weights = cache.weights(run, factors[0])
         return wrap([part.forecast(weights, dtype) for part, dtype in zip(factors, dtypes, strict=True)])
     output = stock()
-    found = _parts(output)
+    found = output_parts(output)
     if found is None:
         assert cache.policy is not None
         raise RuntimeError(
@@ -65,7 +65,7 @@ def _signature(arguments: dict[str, Any]) -> Any:
     return shapes, arguments.get("return_dict", True)
 
 
-def _parts(output: Output) -> tuple[list[Tensor], Callable[[list[Tensor]], Output]] | None:
+def output_parts(output: Output) -> tuple[list[Tensor], Callable[[list[Tensor]], Output]] | None:
     """The tensors of a transformer's output, and how to put others into the same wrapping. None where it is made of
     other things than tensors."""
     wrap: Callable[[list[Tensor]], Output]

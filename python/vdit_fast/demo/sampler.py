@@ -44,6 +44,7 @@ class DemoPipeline:
     def __init__(self, transformer: torch.nn.Module, scheduler: Any | None = None) -> None:
         self.transformer = transformer
         self.scheduler = make_scheduler() if scheduler is None else scheduler
+        self.do_classifier_free_guidance = False  # of the running call, as diffusers pipelines say it
 
     @property
     def components(self) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class DemoPipeline:
         # the first parameter may be one that stays fp32 in a bf16 model: diffusers knows which dtype the inputs need
         text = embed(prompt)[None].to(weight.device, getattr(self.transformer, "dtype", weight.dtype))
         blank = torch.zeros_like(text)
-        guided = guidance != 1.0 and bool(text.any())
+        guided = self.do_classifier_free_guidance = guidance != 1.0 and bool(text.any())
         noise = torch.randn(1, 3, frames, height, width, generator=torch.Generator().manual_seed(seed))
         x = noise.to(weight.device)
 

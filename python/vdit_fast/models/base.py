@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.block_modules import BlockModules
+from vdit_fast.models.context_parallel import NO_SEQUENCE, follow, unserved
 from vdit_fast.models.fusion import BlockForward
 from vdit_fast.models.geometry import Volume
 from vdit_fast.models.rotary import served_tables
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.session import Geometry, Session
+from vdit_fast.models.stage_layout import StageLayout
 
 __all__ = [
     "CROSS_ATTENTION",
@@ -71,6 +73,8 @@ class ServedProcessor:
         self._layer = layer
         self._root = root  # weak reference to the transformer
         self.handle = torch.tensor([session.id, layer], dtype=torch.int64, device="cpu")
+        if self._parallel_config is not None:
+            self._parallel_config = self._parallel_config
 
     # diffusers' set_attention_backend() and enable_parallelism() skip processors without these two attributes. The
     # stock processor keeps the values, so nothing is lost by remove().
@@ -89,6 +93,13 @@ class ServedProcessor:
     @_parallel_config.setter
     def _parallel_config(self, value: Any) -> None:
         self.stock._parallel_config = value
+        if self.session.active:
+            follow(self.session, value)
+
+    @property
+    def layer(self) -> int:
+        """Number of this module among the served layers."""
+        return self._layer
 
     def root(self) -> Any:
         """The transformer this processor belongs to, None when it is gone."""
@@ -144,12 +155,18 @@ class ServedProcessor:
         return stands
 
     def _stands_aside(self, mask: Tensor | None, reason: str | None, why: str) -> bool:
-        if self._parallel_config is not None:
-            reason = "context parallelism is enabled"
+        parallel, shared = self._parallel_config, "sequence" in self.session.around_heads
+        if parallel is not None and not shared:
+            reason = unserved(self.session, parallel) or NO_SEQUENCE
         elif reason is None and mask is not None:
             reason = why
         if reason is None:
             return False
+        if shared and parallel is None:
+            raise RuntimeError(
+                f"{self.session.layers[self._layer].name}: the stock processor must run here ({reason}), which knows "
+                "nothing of the other ranks' rows; end the sequence parallelism"
+            )
         if not torch.compiler.is_compiling():
             self.session.fall_back(self._layer, reason)
         return True
@@ -233,11 +250,17 @@ class ModelAdapter:
     """Where the family has one row per video token, or why no subset of them can run by itself."""
     references: ClassVar[str | None] = "reference rows stand behind the text of a sequence [text, video] without a mask"
     """Why no rows can be put behind the text of the blocks; None where they can."""
+    stages: ClassVar[StageLayout | str] = "its blocks are not known to run on several ranks"
+    """What lies around the blocks, or why they cannot be split over ranks."""
     block_modules: ClassVar[Mapping[str, BlockModules]] = {}
     """Block class name -> which of its sub-modules a cache keeps, and how their outputs enter the residual streams."""
 
     left_alone: ClassVar[dict[str, str]] = {}
     """Class name of a stock processor that must stay -> why, for the report."""
+
+    calls_per_branch: ClassVar[bool] = False
+    """Whether the family's pipelines call the transformer once for every branch of classifier-free guidance, and say by
+    ``do_classifier_free_guidance`` whether they guide."""
 
     text_inputs: ClassVar[tuple[str, ...]] = ()
     """Arguments of the transformer that, with weights, make the keys and values of its cross-attention; empty where
@@ -297,6 +320,21 @@ class ModelAdapter:
         itself where no forward with a timestep was found.
         """
         return None
+
+    def frame_timesteps(self, module: nn.Module, timesteps: Tensor, latents: Tensor) -> dict[str, Any]:
+        """Arguments of a forward that gives every frame its own timestep.
+
+        Args:
+            timesteps: [B, F], in the model's units.
+            latents: [B, C, F, h, w].
+
+        Raises:
+            RuntimeError: the model takes one timestep for all frames.
+        """
+        raise RuntimeError(
+            f"{type(module).__name__} ({self.family}) takes one timestep for all frames; per-frame schedules run "
+            "WanTransformer3DModel and SkyReelsV2Transformer3DModel"
+        )
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         """Token layout of a forward of the transformer with these arguments by name, None when it cannot be told."""

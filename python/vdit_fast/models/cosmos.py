@@ -63,6 +63,7 @@ class CosmosProcessor(ServedProcessor):
 
 class CosmosAdapter(ModelAdapter):
     family = "cosmos"
+    calls_per_branch = True
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {
         "CosmosAttnProcessor2_0": CosmosProcessor,
         "CosmosAttnProcessor2_5": CosmosProcessor,  # found only where skip_reason says no

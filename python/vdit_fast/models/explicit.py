@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from numbers import Integral, Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,10 +29,12 @@ class ExplicitStep:
         branch: int | None,
         model: str | None,
         num_steps: int | None,
+        frame_block: int | None = None,
     ) -> None:
         _whole("step_id", step_id, 0)
         _whole("branch", branch, 0)
         _whole("num_steps", num_steps, 1)
+        _whole("frame_block", frame_block, 0)
         _number("timestep", timestep)
         _number("sigma", sigma)
         if step_id is not None and num_steps is not None and step_id >= num_steps:
@@ -46,7 +49,11 @@ class ExplicitStep:
         self._branch = branch
         self._model = model
         self._context = StepContext(
-            step=-1 if step_id is None else step_id, num_steps=num_steps, timestep=timestep, sigma=sigma
+            step=-1 if step_id is None else step_id,
+            num_steps=num_steps,
+            timestep=timestep,
+            sigma=sigma,
+            frame_block=frame_block,
         )
         self._forwards: Counter[str] = Counter()
 
@@ -54,9 +61,8 @@ class ExplicitStep:
         """Of the next forward of a transformer."""
         branch = self._forwards[expert] if self._branch is None else self._branch
         self._forwards[expert] += 1
-        known = self._context
-        return StepContext(
-            known.step, known.num_steps, known.timestep, known.sigma, branch, self._model or expert, generation
+        return replace(
+            self._context, branch=branch, branches=branch + 1, expert=self._model or expert, generation=generation
         )
 
     def __enter__(self) -> ExplicitStep:

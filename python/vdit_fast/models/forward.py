@@ -14,6 +14,7 @@ from vdit_fast.models.geometry import Geometry, Volume
 from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
+    from vdit_fast.models.row_shard import RowShard
     from vdit_fast.models.row_subset import RowRun
 
 __all__ = ["Forward"]
@@ -46,6 +47,8 @@ class Forward:
     """How its blocks run on some of the tokens, or keep what later steps need to; None: they do neither."""
     memory: tuple[()] | tuple[Tensor | None] = ()
     """Its memory rows, made once per forward."""
+    shard: RowShard | None = None
+    """Which rows its blocks get on this rank; None: all."""
     fed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Another transformer's keys and values that its layers read, kept only while gradients are recorded."""
     _distinct: Distinct | None = None
@@ -60,9 +63,13 @@ class Forward:
         if not isinstance(timestep, Tensor) or timestep.ndim != 2 or timestep.shape[0] != batch or timestep.is_meta:
             return None
         if self._distinct is None:
-            if timestep.shape[1] == 0 or tokens % timestep.shape[1]:  # neither one per token nor one per frame
+            whole = tokens if self.shard is None else self.shard.total
+            if timestep.shape[1] == 0 or whole % timestep.shape[1]:  # neither one per token nor one per frame
                 return None
-            per_token = timestep.repeat_interleave(tokens // timestep.shape[1], dim=1)
+            per_token = timestep.repeat_interleave(whole // timestep.shape[1], dim=1)
+            per_token = per_token if self.shard is None else self.shard.own(per_token)
+            if per_token.shape[1] != tokens:
+                return None
             # per batch item: other conditions may enter the modulation too
             values, index = torch.unique(per_token, return_inverse=True)
             item = torch.arange(batch, device=index.device).view(-1, 1)

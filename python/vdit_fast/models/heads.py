@@ -16,6 +16,7 @@ from vdit_fast.ops.short_attention import short_attention
 from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
+    from vdit_fast.context import HeadShard
     from vdit_fast.models.session import Session
     from vdit_fast.plan import AttentionPlan
 
@@ -53,7 +54,19 @@ class HeadsCall:
     planned: str = ""
     """Why, for the report."""
     segments: Segments = field(default_factory=list)
-    """Further keys and values [B or 1, S, Hkv, D] that every query reads."""
+    """Further keys and values [B or 1, S, Hkv, D] that every query reads; of all key heads of the model, or of the
+    call's."""
+    heads: HeadShard | None = None
+    """Which of the layer's heads q, k and v have, None when all."""
+
+    def cut_segments(self) -> None:
+        """Leave the call's own key heads in segments that have all of the model's."""
+        shard = self.heads
+        if shard is not None and shard.kv_total != self.k.shape[2]:
+            self.segments = [
+                (shard.own_keys(k), shard.own_keys(v)) if k.shape[2] == shard.kv_total else (k, v)
+                for k, v in self.segments
+            ]
 
     @property
     def recorded(self) -> bool:
@@ -90,7 +103,10 @@ def enter_heads(call: HeadsCall, innermost: Callable[[HeadsCall], Tensor]) -> Te
     around = [present[who] for who in HEADS if who in present]
 
     def enter(depth: int) -> Tensor:
-        return around[depth](call, lambda: enter(depth + 1)) if depth < len(around) else innermost(call)
+        if depth < len(around):
+            return around[depth](call, lambda: enter(depth + 1))
+        call.cut_segments()
+        return innermost(call)
 
     return enter(0)
 

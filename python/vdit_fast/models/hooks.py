@@ -135,7 +135,13 @@ class Hooks:
         """The rows after all hooks of a place; the same object when none changed them."""
         for entry in self.at(place.where, place.index):
             self.calls[place.where] += 1
-            rows = _updated(rows, entry.fn(step, place, rows), place)
+            try:
+                answer = entry.fn(step, place, rows)
+            except Exception as error:
+                if hasattr(error, "add_note"):  # Python 3.11 and later
+                    error.add_note(f"in a hook at {place.where!r} of {place.name}, step {step.step}")
+                raise
+            rows = _updated(rows, answer, place)
         return rows
 
     def heads(

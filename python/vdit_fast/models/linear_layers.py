@@ -14,6 +14,7 @@ from vdit_fast.ops.linear_attention import linear_attention
 
 if TYPE_CHECKING:
     from vdit_fast.config import Config
+    from vdit_fast.context import HeadShard
     from vdit_fast.models.heads import HeadsCall
     from vdit_fast.models.session import Session
 
@@ -30,6 +31,7 @@ class LinearLayer:
         self.where = where
         self.feature_map = feature_map
         self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._shares: dict[int, LinearLayer] = {}
 
     def __call__(self, softmax: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> Tensor:
         maps = self.feature_map
@@ -41,6 +43,18 @@ class LinearLayer:
             )
         q_weight, k_weight = self._on(q.device)
         return linear_attention(q, k, v, q_weight=q_weight, k_weight=k_weight, kv_len=kv_len)
+
+    def for_heads(self, shard: HeadShard) -> LinearLayer:
+        """The layer for a call that has some of the heads."""
+        known = self._shares.get(shard.first)
+        if known is None:
+            maps = self.feature_map
+            if (maps.q.shape[0], maps.k.shape[0]) != (shard.total, shard.kv_total):
+                return self  # of another model, which the call says
+            with torch.inference_mode(False):
+                own = maps.q.narrow(0, shard.first, shard.count), shard.own_keys(maps.k, 0)
+            known = self._shares[shard.first] = LinearLayer(self.where, FeatureMap(maps.name, *own))
+        return known
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._placed:
@@ -61,6 +75,10 @@ def stand_in(
                 f"{ledger.name} cannot run linear attention: it reads every key once, and this call has {what}; "
                 f"take layer {ledger.layer} out of linear.layers"
             )
+    if call.heads is not None:
+        if not isinstance(found, LinearLayer):
+            raise RuntimeError(f"{ledger.name}: what runs in place of its attention knows all heads, ranks have some")
+        found = found.for_heads(call.heads)
     begin = stamp(q.device)
     if call.scale is not None:  # the map is one of the q that would have the default scale
         q = q * (call.scale * q.shape[-1] ** 0.5)

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 __all__ = [
     "BeforeRotation",
     "Heads",
+    "Norms",
     "Rotary",
+    "fused_options",
     "joint_heads",
     "normed",
     "pair_rotary",
     "rotate_pairs",
     "turn",
+    "turn_keys",
     "turned_heads",
 ]
 
@@ -104,7 +107,7 @@ def turned_heads(
 def turn(processor: ServedProcessor, heads: Heads, norms: Norms, rotary: Rotary | None, across: bool = False) -> Heads:
     """q and k after norm and RoPE, v as it is."""
     query, key, value = heads
-    options = _options(processor, query, norms, across)
+    options = fused_options(processor, query, norms, across)
     if options is not None:
         query, new_key, _ = qk_norm_rope(query, key, **options, **(rotary.arguments() if rotary else {}))
         assert new_key is not None
@@ -113,6 +116,18 @@ def turn(processor: ServedProcessor, heads: Heads, norms: Norms, rotary: Rotary 
     if rotary is not None:
         query, key = rotary.stock(query), rotary.stock(key)
     return query, key, value
+
+
+def turn_keys(
+    processor: ServedProcessor, key: Tensor, norm: Any, rotary: Rotary | None, across: bool = False
+) -> Tensor:
+    """Keys [B, N, H, D] alone after norm and RoPE, as ``turn`` makes them."""
+    options = fused_options(processor, key, (norm, norm), across)
+    if options is not None:  # the norm as that of the kernel's first tensor
+        options = {name: value for name, value in options.items() if not name.startswith("k_")}
+        return qk_norm_rope(key, **options, **(rotary.arguments() if rotary else {}))[0]
+    key = normed(key, norm, across)
+    return key if rotary is None else rotary.stock(key)
 
 
 def joint_heads(
@@ -126,8 +141,8 @@ def joint_heads(
     text_first: bool = False,
 ) -> Heads:
     """q, k, v of [video, text] (or [text, video]), every stream with its own norms, the video rotated."""
-    options = _options(processor, video[0], video_norms, False)
-    text_options = _options(processor, text[0], text_norms, False)
+    options = fused_options(processor, video[0], video_norms, False)
+    text_options = fused_options(processor, text[0], text_norms, False)
     if options is not None and text_options is not None:
         n, m = video[0].shape[1], text[0].shape[1]
         joint = tuple(x.new_empty(x.shape[0], n + m, *x.shape[2:]) for x in video)
@@ -148,14 +163,14 @@ def joint_heads(
 
 
 def normed(x: Tensor, norm: Any, across: bool) -> Tensor:
-    """x [B, N, H, D] after its norm module; None leaves it as it is."""
+    """x [B, N, H, D] through the model's own norm module, None where it has none."""
     if norm is None:
         return x
     result: Tensor = norm(x.flatten(2)).view(x.shape) if across else norm(x)
     return result
 
 
-def _options(processor: ServedProcessor, query: Tensor, norms: Norms, across: bool) -> dict[str, Any] | None:
+def fused_options(processor: ServedProcessor, query: Tensor, norms: Norms, across: bool) -> dict[str, Any] | None:
     """Arguments of ``qk_norm_rope`` for these norms, None where the modules must run."""
     present = [norm for norm in norms if norm is not None]
     kind = ("none", False) if not present else _kind(*norms, across)

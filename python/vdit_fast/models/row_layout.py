@@ -29,6 +29,8 @@ class RowLayout:
     """The same for those with one entry per token of video and text."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Argument of a block -> why no subset can run where it is given."""
+    between: Mapping[str, str] = field(default_factory=dict)
+    """Attribute of the transformer that works on the rows between blocks -> why it needs all of them."""
 
 
 def along(dims: Mapping[int, int]) -> Callable[[Any, Take], Any]:

@@ -211,7 +211,7 @@ class RowSubset:
             self._generation = step.generation
             self.forget()
             self._most_branches = 1
-        self._most_branches = max(self._most_branches, step.branch + 1)
+        self._most_branches = max(self._most_branches, step.branches)
         reason = self._obstacle(session, forward, call)
         if reason is not None:
             self._branches.pop((step.expert, step.branch, step.frame_block), None)

@@ -7,7 +7,7 @@ import itertools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -103,9 +103,11 @@ class Session:
         self.before_rotation: BeforeRotation | None = None
         self.hooks = Hooks()
         self.standing: set[tuple[str, str]] = set()  # blocks and attention modules that are entered now
+        self.guided = False  # whether its forward is entered by guidance parallelism
         self.text: TextKV | None = None
         self.positions: PositionFn | None = None
         self.repositioned: Counter[int] = Counter()
+        self.streamed: Counter[str] = Counter()  # of generation chunk by chunk: frames, chunks, forwards
         self.forward: Forward | None = None
         self.forwards = 0
         self.steps: set[tuple[int, int]] = set()
@@ -113,6 +115,11 @@ class Session:
         self._anchors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._told: set[str] = set()
         _sessions[self.id] = self
+
+    @property
+    def total(self) -> Callable[[Tensor], Tensor] | None:
+        """Adds a tensor up over the ranks that share the sequence; None where nobody does."""
+        return getattr(self.around_heads.get("sequence"), "total", None)
 
     @property
     def planned(self) -> int:
@@ -159,10 +166,23 @@ class Session:
         self.forwards += 1
         self.steps.add((step.generation, step.step))
 
+    def memory(self, frame_block: int | None) -> dict[Any, Any]:
+        """What planners remember of a frame block, of the whole clip where there are none."""
+        return self.state if frame_block is None else self.state.setdefault(("frame block", frame_block), {})
+
+    def release(self, frame_block: int) -> None:
+        """A frame block is finished: nothing is remembered of it any longer."""
+        self.state.pop(("frame block", frame_block), None)
+        self.cache.release(frame_block)
+
     def forward_of(self, anchor: Tensor) -> Forward | None:
         """The forward that a call belongs to: the running one, except inside backward. There gradient checkpointing
         runs an earlier one again, whichever has begun since; its anchor, a tensor made once per forward, tells."""
         return self._anchors.get(anchor, self.forward) if _in_backward() else self.forward
+
+    def anchor(self, tensor: Tensor, forward: Forward) -> None:
+        """Note a tensor that is made once per forward."""
+        self._anchors[tensor] = forward
 
     def forward_among(self, tensors: Iterable[Tensor]) -> Forward | None:
         """``forward_of`` a call that gets these tensors, where nobody knows which of them is the anchor."""
@@ -182,6 +202,7 @@ class Session:
         self.forward = None  # of the old configuration, and holds what its cache kept
         self.hooks.calls.clear()
         self.repositioned.clear()
+        self.streamed.clear()
         self._told.clear()
 
     # ------------------------------------------------------------------ one attention call
@@ -364,9 +385,10 @@ class Session:
             text_first=geometry.text_first,
             kv_len=call.kv_len,
             step=forward.step,
-            state=self.state,
+            state=self.memory(forward.step.frame_block),
             family=self.family,
             static=self.static,
+            heads=call.heads,
         )
         return context, ""
 

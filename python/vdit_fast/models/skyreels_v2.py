@@ -19,13 +19,14 @@ from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, Take, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
+from vdit_fast.models.stage_layout import StageLayout, volume_of
 from vdit_fast.models.wan import WanAdapter, wan_rotary
 
-__all__ = ["SkyReelsV2Adapter", "SkyReelsV2Processor"]
+__all__ = ["SkyReelsV2Adapter", "SkyReelsV2Processor", "skyreels_rotary"]
 
 
-def _rotary(table: tuple[Tensor, Tensor] | Tensor) -> Rotary:
-    """cos and sin as in Wan, or one complex table [1, 1, N, D / 2] (diffusers 0.35)."""
+def skyreels_rotary(table: tuple[Tensor, Tensor] | Tensor) -> Rotary:
+    """The rotation by cos and sin as in Wan, or one complex table [1, 1, N, D / 2] (diffusers 0.35)."""
     if not isinstance(table, Tensor):
         return wan_rotary(*table)
     turn = table.transpose(1, 2)
@@ -40,6 +41,13 @@ def _rotary(table: tuple[Tensor, Tensor] | Tensor) -> Rotary:
 def _some_positions(tables: Any, take: Take) -> Any:
     """Rotary tables of some tokens: cos and sin [1, N, 1, D], or one complex table [1, 1, N, D / 2]."""
     return take(tables, 2) if isinstance(tables, Tensor) else along({4: 1})(tables, take)
+
+
+def _later_rotary(root: Any, latents: Tensor, first: int) -> Rotary:
+    table = root.rope(latents)
+    if isinstance(table, Tensor):
+        return skyreels_rotary(table[:, :, first:])
+    return skyreels_rotary((table[0][:, first:], table[1][:, first:]))
 
 
 class SkyReelsV2Processor(ServedProcessor):
@@ -67,7 +75,7 @@ class SkyReelsV2Processor(ServedProcessor):
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         heads = tuple(tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        rotary = _rotary(rotary_emb) if rotary_emb is not None else None
+        rotary = skyreels_rotary(rotary_emb) if rotary_emb is not None else None
         query, key, value = turned_heads(self, heads, (attn.norm_q, attn.norm_k), rotary, across=True)
         out = served_attention(query, key, value, self.handle, anchor=anchor, mask=attention_mask)
         out = out.flatten(2, 3).type_as(query)
@@ -76,6 +84,7 @@ class SkyReelsV2Processor(ServedProcessor):
 
 class SkyReelsV2Adapter(WanAdapter):
     family = "skyreels_v2"
+    calls_per_branch = True
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {
         "SkyReelsV2AttnProcessor": SkyReelsV2Processor,
         "SkyReelsV2AttnProcessor2_0": SkyReelsV2Processor,
@@ -86,7 +95,19 @@ class SkyReelsV2Adapter(WanAdapter):
         arguments={"temb": along({4: 2}), "rotary_emb": _some_positions},
         refused={"attention_mask": "a mask says which keys a token reads"},
     )
+    stages = StageLayout(
+        models=("SkyReelsV2Transformer3DModel",),
+        patch="patch_embedding",
+        embedders=("condition_embedder", "fps_embedding", "fps_projection"),
+        patched=volume_of,
+        later_rotary=_later_rotary,
+    )
     left_alone: ClassVar[dict[str, str]] = {}
+
+    def frame_timesteps(self, module: nn.Module, timesteps: Tensor, latents: Tensor) -> dict[str, Any]:
+        """Diffusion forcing: [B, F]."""
+        self._tokens_of_a_frame(module, latents)
+        return {"timestep": timesteps.contiguous(), "enable_diffusion_forcing": True}
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         geometry = super().geometry(module, arguments)

@@ -85,6 +85,8 @@ class StepTracker:
         self.context = StepContext()
         self.explicit: ExplicitStep | None = None
         """The step that the caller names, None where it is derived."""
+        self.calls_per_branch = False
+        """Whether pipelines of this family call the transformer once for every guidance branch."""
         self._schedule: _Schedule | None = None
         self._forget()
 
@@ -94,6 +96,7 @@ class StepTracker:
         self._index: int | None = None  # of the last forward in its schedule
         self._value = 0.0
         self._distinct = 0  # steps seen since the generation began, for schedules nobody knows
+        self._branches = 1  # most branches seen since the generation began
 
     @property
     def pipe(self) -> Any:
@@ -103,6 +106,7 @@ class StepTracker:
     def __deepcopy__(self, memo: dict[int, Any]) -> StepTracker:
         pipe = self.pipe
         new = StepTracker(memo.get(id(pipe)) if pipe is not None else None)
+        new.calls_per_branch = self.calls_per_branch
         memo[id(self)] = new
         return new
 
@@ -149,6 +153,8 @@ class StepTracker:
         elif self._started:
             self._distinct += 1
         self._started, self._index, self._value = True, index, value
+        guided = self.calls_per_branch and getattr(self.pipe, "do_classifier_free_guidance", False) is True
+        self._branches = max(self._branches, branch + 1, 2 if guided else 1)
         sigma = value / 1000.0
         if schedule is not None and schedule.sigmas is not None and index is not None:
             sigma = schedule.sigmas[index]
@@ -158,6 +164,7 @@ class StepTracker:
             timestep=value,
             sigma=sigma if 0.0 <= sigma <= 1.0 else None,
             branch=branch,
+            branches=self._branches,
             expert=expert,
             generation=self.context.generation,
         )

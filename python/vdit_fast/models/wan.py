@@ -18,6 +18,7 @@ from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
+from vdit_fast.models.stage_layout import StageLayout, volume_of
 from vdit_fast.models.wan_block import WAN_BLOCKS, WAN_MODULES
 
 __all__ = ["WanAdapter", "WanProcessor", "rotate", "wan_rotary"]
@@ -39,6 +40,11 @@ def wan_rotary(cos: Tensor, sin: Tensor) -> Rotary:
         # tables the model reads the first cosine and the second sine.
         pair_cos, pair_sin = cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous()
     return Rotary(pair_cos, pair_sin, lambda x: rotate(x, cos, sin), round_products=cos.dtype.itemsize == 2)
+
+
+def wan_later_rotary(root: Any, latents: Tensor, first: int) -> Rotary:
+    """Of the tokens from ``first`` on of a clip of this shape."""
+    return wan_rotary(*(table[:, first:] for table in root.rope(latents)))
 
 
 class WanProcessor(ServedProcessor):
@@ -72,8 +78,12 @@ class WanProcessor(ServedProcessor):
         return attn.to_out[1](attn.to_out[0](out))
 
 
+_BETWEEN = {"face_adapter": "each frame's tokens read the motion of a face between blocks, which needs whole frames"}
+
+
 class WanAdapter(ModelAdapter):
     family = "wan"
+    calls_per_branch = True
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {
         "WanAttnProcessor": WanProcessor,
         "WanAttnProcessor2_0": WanProcessor,
@@ -81,7 +91,14 @@ class WanAdapter(ModelAdapter):
     blocks = WAN_BLOCKS
     block_modules = WAN_MODULES
     block_lists = ("blocks",)
-    rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})})
+    rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})}, between=_BETWEEN)
+    stages = StageLayout(
+        models=("WanTransformer3DModel",),
+        patch="patch_embedding",
+        embedders=("condition_embedder",),
+        patched=volume_of,
+        later_rotary=wan_later_rotary,
+    )
 
     left_alone: ClassVar[dict[str, str]] = {
         "WanAnimateFaceBlockAttnProcessor": "face cross-attention: each frame reads its own few motion tokens",
@@ -100,6 +117,19 @@ class WanAdapter(ModelAdapter):
         if getattr(module, "add_k_proj", None) is not None:
             return "attention with image keys and values"
         return super().skip_reason(name, module, processor)
+
+    def frame_timesteps(self, module: nn.Module, timesteps: Tensor, latents: Tensor) -> dict[str, Any]:
+        """As Wan 2.2 TI2V does it: [B, N], one per token."""
+        if all(cls.__name__ != "WanTransformer3DModel" for cls in type(module).__mro__):  # VACE, Animate, ...
+            return super().frame_timesteps(module, timesteps, latents)
+        return {"timestep": timesteps.repeat_interleave(self._tokens_of_a_frame(module, latents), dim=1)}
+
+    def _tokens_of_a_frame(self, module: nn.Module, latents: Tensor) -> int:
+        config: Any = module.config
+        patch = tuple(config.patch_size)
+        if patch[0] != 1:
+            raise RuntimeError(f"per-frame timesteps: patches of {patch} join frames; they need one frame per patch")
+        return (latents.shape[3] // patch[1]) * (latents.shape[4] // patch[2])
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")

@@ -11,6 +11,7 @@ from .compile_blocks import compile_blocks
 from .gated_attention import gated_attention
 from .linear_attention import linear_attention, linear_attention_readout, linear_attention_state
 from .merge import merge
+from .pack import pack_slices, packed_sizes, unpack_slices
 from .pooled_attention import pooled_attention
 from .qk_norm_rope import qk_norm_rope
 from .rows import gather_rows, scatter_rows
@@ -38,6 +39,8 @@ __all__ = [
     "linear_attention_readout",
     "linear_attention_state",
     "merge",
+    "pack_slices",
+    "packed_sizes",
     "permute_tokens",
     "pooled_attention",
     "qk_norm_rope",
@@ -48,4 +51,5 @@ __all__ = [
     "short_attention",
     "softmax_mass",
     "taylor_weights",
+    "unpack_slices",
 ]

@@ -94,6 +94,7 @@ def block_causal(
     *,
     window: int | None = None,
     sinks: int = 0,
+    full: int = 0,
     q_tile: int = 128,
     device: torch.device | str | None = None,
 ) -> AttentionPlan:
@@ -107,6 +108,7 @@ def block_causal(
         block_sizes: tokens per block, zero allowed.
         window: blocks a block may read, itself included; at least 1.
         sinks: leading blocks that stay visible.
+        full: leading blocks that read and are read by all: context before the frames (AR-Diffusion, arXiv 2503.07418).
         q_tile: most rows per tile of the plan.
     """
     sizes = list(block_sizes)
@@ -114,14 +116,16 @@ def block_causal(
         raise ValueError(f"block_sizes must be token counts of 0 or more with at least one token in all, got {sizes!r}")
     if window is not None:
         positive("window", window)
-    if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0:
-        raise ValueError(f"sinks must be a number of blocks, 0 or more, got {sinks!r}")
+    for name, value in (("sinks", sinks), ("full", full)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} must be a number of blocks, 0 or more, got {value!r}")
     positive("q_tile", q_tile)
     index = torch.arange(len(sizes))
     behind = index[:, None] - index[None, :]
     keep = behind >= 0
     if window is not None:
         keep &= (behind < window) | (index < sinks)[None, :]
+    keep |= (index < full)[:, None] | (index < full)[None, :]
     lengths = torch.tensor(sizes)[None]
     plan = compile_map(keep[None, None], lengths, lengths, sum(sizes), sum(sizes), q_tile=q_tile)
     return plan if device is None else plan.to(device)

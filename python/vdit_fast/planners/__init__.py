@@ -5,6 +5,7 @@ from .base import REGISTRY, Decision, Planner, from_dict
 from .draft import Draft
 from .radial import Radial
 from .rettention import Rettention
+from .shifted_window import ShiftedWindow
 from .sliding_tile import SlidingTile
 from .sparge import Sparge
 from .sparse_vdit import SparseVDiT
@@ -25,6 +26,7 @@ __all__ = [
     "Planner",
     "Radial",
     "Rettention",
+    "ShiftedWindow",
     "SlidingTile",
     "Sparge",
     "SparseVDiT",

@@ -207,7 +207,12 @@ class AdaSpa(Planner):
             return keep
         blocks = self._blocks(ctx, mass.device)
         read = mass.masked_fill(~(keep | blocks.sink[blocks.video]), 0.0)
-        return ops.select_top_k(mass, budgets(read.sum((-2, -1)) / mass.sum((-2, -1)), kept)[..., None])
+        recall = read.sum((-2, -1)) / mass.sum((-2, -1))
+        if ctx.heads is None:
+            wanted = budgets(recall, kept)
+        else:  # heads are compared with all others of the layer
+            wanted = budgets(ctx.heads.gather(recall), kept).narrow(1, ctx.heads.first, ctx.heads.count)
+        return ops.select_top_k(mass, wanted[..., None])
 
 
 def kept_blocks(sparsity: float, blocks: int) -> int:

@@ -84,7 +84,8 @@ class SlidingTile(Planner):
         from ..plan import AttentionPlan
 
         self.check_inputs(q, k, ctx)
-        windows = self.windows(ctx, q.shape[2])
+        windows = self.windows(ctx, ctx.all_heads(q.shape[2]))
+        windows = tuple(ctx.own_heads(windows)) if len(windows) > 1 else windows
         key = ("sliding_tile plan", self, windows, tuple(ctx.grid), ctx.text, ctx.text_first, q.device)
         if key not in ctx.static:
             with torch.inference_mode(False):

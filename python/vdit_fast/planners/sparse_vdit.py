@@ -129,7 +129,7 @@ class SparseVDiT(Planner):
                 raise ValueError(f"stripes name {name} {last}, but the {where} has {number} {name}s (from 0 on)")
 
     def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
-        self._check_heads(q.shape[2])  # also where the call stays dense
+        self._check_heads(ctx.all_heads(q.shape[2]))  # also where the call stays dense
         return super().decision(q, k, v, ctx)
 
     def decide(self, ctx: LayerContext) -> str | None:
@@ -177,7 +177,8 @@ class SparseVDiT(Planner):
         self._check_setting(ctx)
         self.check_inputs(q, k, ctx)
         row, heads = self._row(ctx), q.shape[2]
-        self._check_heads(heads)
+        self._check_heads(ctx.all_heads(heads))
+        row = str(ctx.own_heads(row)) if len(row) > 1 else row
         known = self._shared(row, heads, ctx, q.device)
         return self.in_order(known, row, ctx)
 
@@ -214,7 +215,7 @@ class SparseVDiT(Planner):
             known[letter] = self._reads(letter, ctx, place)
         heads_read = [
             place.reads(self._columns(head, ctx, place), place.q_whole) if letter == "v" else known[letter]
-            for head, letter in enumerate(letters)
+            for head, letter in enumerate(letters, 0 if ctx.heads is None else ctx.heads.first)
         ]
         plan = join(heads_read, ctx.num_tokens)
         lists: dict[str, Any] = {name: _sent(getattr(plan, name), device) for name in ("tiles", "run_ptr", "runs")}

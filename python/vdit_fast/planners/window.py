@@ -115,9 +115,12 @@ class Window(Planner):
         if self.heads == "auto":
             return self._build(self._chosen(q, k, ctx), ctx, q.device)
         words = self.heads if isinstance(self.heads, tuple) else (self.heads,)
-        if isinstance(self.heads, tuple) and len(words) != q.shape[2]:
-            raise ValueError(f"heads lists {len(words)} heads but q has {q.shape[2]}; give one word per head")
-        key = ("window plan", self, tuple(ctx.grid), ctx.text, ctx.text_first, q.device)
+        if isinstance(self.heads, tuple):
+            count = ctx.all_heads(q.shape[2])
+            if len(words) != count:
+                raise ValueError(f"heads lists {len(words)} heads but q has {count}; give one word per head")
+            words = tuple(ctx.own_heads(words))
+        key = ("window plan", self, words, tuple(ctx.grid), ctx.text, ctx.text_first, q.device)
         if key not in ctx.static:
             with torch.inference_mode(False):
                 temporal = torch.tensor([[word == "temporal" for word in words]], device=q.device)

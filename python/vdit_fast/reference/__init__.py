@@ -9,6 +9,7 @@ from .clusters import counting_sort, kmeans_assign, permute_tokens
 from .combine_rows import combine_rows
 from .linear_attention import linear_attention, linear_attention_readout, linear_attention_state
 from .merge import merge
+from .pack import pack_slices, unpack_slices
 from .qk_norm_rope import qk_norm_rope
 from .rows import gather_rows, scatter_rows
 from .select import select_top_k, select_top_p
@@ -32,6 +33,7 @@ __all__ = [
     "linear_attention_readout",
     "linear_attention_state",
     "merge",
+    "pack_slices",
     "permute_tokens",
     "qk_norm_rope",
     "scatter_rows",
@@ -40,4 +42,5 @@ __all__ = [
     "select_top_p",
     "short_attention",
     "softmax_mass",
+    "unpack_slices",
 ]

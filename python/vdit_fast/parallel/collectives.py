@@ -1,0 +1,121 @@
+"""The two exchanges of sequence parallelism, with gradients, and who takes part in them.
+
+A gradient here is a rank's *share*: the gradient of a parameter is the sum over the ranks of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["all_gather", "all_to_all", "process_group"]
+
+
+def process_group(group: Any, what: str) -> dist.ProcessGroup:
+    """The process group that a caller means.
+
+    Args:
+        group: a ``ProcessGroup``, a ``DeviceMesh`` of one dimension, or None for all ranks.
+        what: the argument's name for messages.
+
+    Raises:
+        RuntimeError: torch.distributed is not available or not initialised, or this rank is not in the group.
+        TypeError, ValueError: something else, or a mesh of several dimensions.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            f"{what}: torch.distributed is not initialised; start with torchrun and call "
+            "torch.distributed.init_process_group() first"
+        )
+    if group is None:
+        group = dist.group.WORLD
+    elif hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
+        if group.ndim != 1:
+            raise ValueError(
+                f"{what} is a mesh of {group.ndim} dimensions {group.mesh_dim_names}; pass one of them, "
+                'for example mesh["sequence"]'
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{what} must be a ProcessGroup, a DeviceMesh of one dimension or None, got {type(group).__name__}"
+        )
+    if dist.get_rank(group) < 0:
+        raise RuntimeError(f"{what}: rank {dist.get_rank()} is not in this group; call it on the group's ranks only")
+    return group
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _exchange(buffer, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grads[0].contiguous(), ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def _exchange(buffer: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    found = buffer.new_empty(sum(receive))
+    dist.all_to_all_single(found, buffer, receive, send, group=group)
+    return found
+
+
+def all_to_all(buffer: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Every rank's part of the buffer to that rank. Differentiable: gradients go the way back.
+
+    Args:
+        buffer: contiguous, one dimension: ``send[r]`` elements for rank r of the group, one rank after the other.
+        receive: elements that come from every rank.
+
+    Returns:
+        [sum(receive)], the parts of all ranks in their order.
+    """
+    if torch.is_grad_enabled() and buffer.requires_grad:
+        found: Tensor = _AllToAll.apply(buffer, list(send), list(receive), group)
+        return found
+    return _exchange(buffer, list(send), list(receive), group)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], dim: int, group: dist.ProcessGroup) -> Tensor:
+        rank = dist.get_rank(group)
+        ctx.dim, ctx.start, ctx.size = dim, sum(sizes[:rank]), sizes[rank]
+        return _gathered(x, sizes, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0].narrow(ctx.dim, ctx.start, ctx.size), None, None, None
+
+
+def _gathered(x: Tensor, sizes: list[int], dim: int, group: dist.ProcessGroup) -> Tensor:
+    most, missing = max(sizes), max(sizes) - x.shape[dim]
+    if missing:
+        shape = list(x.shape)
+        shape[dim] = missing
+        x = torch.cat([x, x.new_zeros(shape)], dim)
+    found = x.new_empty(len(sizes), *x.shape)
+    dist.all_gather(list(found.unbind(0)), x.contiguous(), group=group)
+    if dim == 0 and min(sizes) == most:
+        return found.flatten(0, 1)
+    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(found, sizes, strict=True)], dim)
+
+
+def all_gather(x: Tensor, sizes: Sequence[int], dim: int, group: dist.ProcessGroup) -> Tensor:
+    """The parts of all ranks side by side. Differentiable: a rank's gradient is that of its own part, which is its
+    share where all ranks go on with the same tensor and the same loss.
+
+    Args:
+        x: this rank's part.
+        sizes: of every rank's part along ``dim``; up to the largest is sent.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        found: Tensor = _AllGather.apply(x, list(sizes), dim, group)
+        return found
+    return _gathered(x, list(sizes), dim, group)
