@@ -1,4 +1,4 @@
-"""What tokens beside the video cost attention on a CPU: memory rows, dense and beside a sparse plan, and shared segments.
+"""What tokens beside the video cost attention on a CPU: memory rows, dense or sparse, and segments that are shared.
 
     python benchmarks/segments.py --rounds 5 --out benchmarks/results/cpu
 
