@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "accelerate")]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "parallel"), str(TESTS / "accelerate"), str(TESTS / "support")]
 
 pytest.importorskip("diffusers")
 warnings.filterwarnings("ignore", category=FutureWarning)

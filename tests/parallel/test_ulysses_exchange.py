@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from vdit_fast.models.heads import HeadsCall, enter_heads
 from vdit_fast.models.row_shard import RowShard, equal_rows
-from vdit_fast.parallel.ulysses import HeadSplit, Ulysses, pack, unpack
+from vdit_fast.parallel.ulysses import HeadSplit, Ulysses
 
 SHAPES = [  # heads, key heads, ranks
-    (8, 8, 2), (6, 6, 4), (5, 5, 3), (3, 3, 4), (1, 1, 3), (8, 2, 4), (6, 2, 4), (6, 3, 2), (9, 3, 4), (4, 1, 3), (2, 1, 5),
+    (8, 8, 2), (6, 6, 4), (5, 5, 3), (3, 3, 4), (1, 1, 3), (8, 2, 4), (6, 2, 4), (6, 3, 2), (9, 3, 4), (4, 1, 3),
+    (2, 1, 5),
 ]  # fmt: skip
 
 
@@ -35,23 +35,6 @@ def test_every_head_is_computed_by_one_rank_that_has_its_keys(heads: int, kv_hea
             assert shard.keys[place // group] == (shard.first + place) // (heads // kv_heads)
         sent = split.kv[rank]
         assert set(shard.keys) == set(sent) and list(sent) == sorted(set(sent)), "no key head is sent twice to a rank"
-
-
-def test_pack_and_unpack_are_inverse() -> None:
-    for _ in range(30):
-        count, dim = random.randint(1, 3), random.choice((1, 2))
-        sizes = [[random.randint(0, 4) for _ in range(3)] for _ in range(count)]
-        tensors = []
-        for each in sizes:
-            shape = [2, 5, 3, 4]
-            shape[dim] = sum(each)
-            tensors.append(torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2))
-        buffer = pack(tensors, sizes, dim)
-        assert buffer.is_contiguous() and buffer.numel() == sum(x.numel() for x in tensors)
-        again = unpack(buffer, [x.shape for x in tensors], sizes, dim)
-        assert all(torch.equal(a, b) for a, b in zip(again, tensors, strict=True))
-        first = torch.cat([x.narrow(dim, 0, each[0]).flatten() for x, each in zip(tensors, sizes, strict=True)])
-        assert torch.equal(buffer[: first.numel()], first)
 
 
 class Segments:

@@ -17,7 +17,7 @@ from vdit_fast.caching import TaylorSeer
 from vdit_fast.config import Config
 from vdit_fast.models.base import ServedProcessor
 from vdit_fast.planners import Window
-from vdit_fast.streaming import SelfForcing
+from vdit_fast.streaming import KVCache, SelfForcing
 from vdit_fast.subset import RAS
 
 SETTINGS = SelfForcing(cache_frames=6, timesteps=(1000, 500))
@@ -48,7 +48,8 @@ def test_chunks_as_they_are_ready() -> None:
         # the pass that writes keys and values is left to the next chunk: what is shown first is ready first
         assert streamed["denoise"] == 2 * len(counts) and streamed["write"] == len(counts) - 1
     assert counts == [(0, 0, 3, "chunk 1"), (1, 3, 3, "chunk 2"), (2, 6, 2, "chunk 3")]
-    assert handle.stats()["streaming"] == {"frames": 8, "chunks": 3, "denoise": 6, "write": 2}
+    held = KVCache.bytes(layers=2, capacity=6, page=16, batch=1, heads=2, head_dim=16, dtype=torch.float32)
+    assert handle.stats()["streaming"] == {"frames": 8, "chunks": 3, "denoise": 6, "write": 2, "nbytes": held}
     assert "streaming: 8 frames in 3 chunks, 6 forwards" in handle.report()
 
 
@@ -143,6 +144,42 @@ def test_compiled_blocks(store: str) -> None:
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     clip_of(handle, settings, rest, 12)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted  # no graph per rollout
+
+
+class Whole:
+    """Stands where sequence parallelism does, and hands whole sequences on."""
+
+    def __call__(self, call: Any, proceed: Any) -> Any:
+        call.q, call.k, call.v = call.q.clone(), call.k.clone(), call.v.clone()
+        return proceed()
+
+    def fresh(self) -> Whole:
+        return self
+
+
+def test_inside_of_sequence_parallelism() -> None:
+    """Keys come to the cache as attention would get them, and not by the fused pass."""
+    model, rest = model_of("wan_t2v")
+    handle = accelerate(model)
+    want = clip_of(handle, SETTINGS, rest, 12)
+    handle.roots[0].session.around_heads["sequence"] = Whole()
+    torch.testing.assert_close(clip_of(handle, SETTINGS, rest, 12), want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="turns whole sequences"):
+        next(chunks_of(handle, replace(SETTINGS, store="pre_rope"), rest, 3))
+
+
+@pytest.mark.parametrize("store", ["post_rope", "pre_rope"])
+def test_some_chunks_in_inference_mode(store: str) -> None:
+    """What outlives a forward is no inference tensor."""
+    model, rest = model_of("wan_t2v")
+    handle = accelerate(model, Config(text_kv=True))
+    settings = replace(SETTINGS, store=store)
+    want = clip_of(handle, settings, rest, 15)
+    chunks, got = chunks_of(handle, settings, rest, 15), []
+    for number in range(5):
+        with torch.inference_mode(number % 2 == 0):
+            got.append(next(chunks).latents.clone())
+    torch.testing.assert_close(torch.cat(got, 2), want, atol=1e-5, rtol=1e-5)
 
 
 def test_a_removed_handle() -> None:

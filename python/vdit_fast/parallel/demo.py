@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _draw(options: argparse.Namespace, device: torch.device) -> int:
-    model = load_demo_model().to(device)
+    model: Any = load_demo_model()
+    model = model.to(device)
     pipeline = StagePipeline(accelerate(model, options.config), release=True, patience=PATIENCE)
     _hear_of_failures(pipeline)
     checkpoint = Checkpoint(options.checkpoint, options.every) if options.checkpoint else None

@@ -17,31 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vdit_fast.context import HeadShard
+from vdit_fast.ops.pack import pack_slices, unpack_slices
 from vdit_fast.parallel.collectives import all_gather, all_to_all
 
 if TYPE_CHECKING:
     from vdit_fast.models.heads import HeadsCall
     from vdit_fast.models.row_shard import RowShard
 
-__all__ = ["HeadSplit", "Ulysses", "pack", "unpack"]
-
-
-def pack(tensors: Sequence[Tensor], sizes: Sequence[Sequence[int]], dim: int) -> Tensor:
-    """One buffer of the first slice of every tensor, the second of every tensor, and so on; ``sizes`` per tensor."""
-    parts = zip(*(x.split(list(each), dim) for x, each in zip(tensors, sizes, strict=True)), strict=True)
-    return torch.cat([part.reshape(-1) for part in itertools.chain.from_iterable(parts)])
-
-
-def unpack(buffer: Tensor, shapes: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]], dim: int) -> list[Tensor]:
-    """The tensors of these shapes that ``pack`` with the same sizes packed."""
-    found: list[list[Tensor]] = [[] for _ in shapes]
-    at = 0
-    for each in zip(*sizes, strict=True):
-        for parts, shape, size in zip(found, shapes, each, strict=True):
-            here = torch.Size([*shape[:dim], size, *shape[dim + 1 :]])
-            parts.append(buffer[at : at + here.numel()].view(here))
-            at += here.numel()
-    return [torch.cat(parts, dim) for parts in found]
+__all__ = ["HeadSplit", "Ulysses"]
 
 
 @dataclass(frozen=True)
@@ -156,9 +139,9 @@ class Ulysses:
         batch, width = call.q.shape[0], call.q.shape[3]
         send = [batch * shard.rows * width * sum(each) for each in zip(*counts, strict=True)]
         receive = [batch * size * width * sum(each[rank] for each in counts) for size in shard.sizes]
-        buffer = self._exchange(pack(video, counts, 2), send, receive)
+        buffer = self._exchange(pack_slices(video, counts, 2), send, receive)
         shapes = [[batch, shard.total, each[rank], width] for each in counts]
-        whole = unpack(buffer, shapes, [shard.sizes] * 3, 1)
+        whole = unpack_slices(buffer, shapes, shard.sizes, 1)
         if text:
             own = (range(split.first[rank], split.first[rank] + split.counts[rank]), split.kv[rank], split.kv[rank])
             rest = [_spread(part[1], list(heads)) for part, heads in zip(parts, own, strict=True)]
@@ -183,8 +166,8 @@ class Ulysses:
         each = batch * width
         send = [each * kept * (size + text) for size in shard.sizes]
         receive = [each * count * (shard.rows + text) for count in split.kept]
-        buffer = self._exchange(pack(whole, sizes, 1), send, receive)
-        found = unpack(buffer, shapes, [split.kept] * len(shapes), 2)
+        buffer = self._exchange(pack_slices(whole, sizes, 1), send, receive)
+        found = unpack_slices(buffer, shapes, split.kept, 2)
         return found[0] if not text else shard.join(*found)
 
     def _exchange(self, buffer: Tensor, send: list[int], receive: list[int]) -> Tensor:
