@@ -35,7 +35,7 @@ PER_HEAD = {  # something of its own for every one of five heads: tables, and bu
     "window": {
         "sparsity": 0.6, "tile": [2, 3, 3], "heads": ["spatial", "temporal", "temporal", "spatial", "temporal"],
     },
-    "adaspa": {"sparsity": 0.4, "block": 16, "search": [1, 3], "dense_steps": 1},
+    "adaspa": {"sparsity": 0.4, "block": 8, "search": [1, 3], "dense_steps": 1},
     "sliding_tile": {"tile": [2, 3, 3], "window": [[1, 1, 1], [3, 1, 1], [1, 3, 1], [1, 1, 3], [3, 3, 3]]},
 }  # fmt: skip
 
