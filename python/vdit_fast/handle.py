@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vdit_fast.config import Config
 from vdit_fast.hooks.registration import HookRemover, Layers, add_hook
 from vdit_fast.models.explicit import ExplicitStep
+from vdit_fast.models.extra_keys import Captured, FeedMode
 from vdit_fast.models.hooks import HookFn
 from vdit_fast.models.linear_layers import convert, linear_maps
 from vdit_fast.models.memory import MemoryRows
 from vdit_fast.models.rotary import PositionFn
 from vdit_fast.models.tracker import StepTracker
+from vdit_fast.regions.attach import set_regions
+from vdit_fast.regions.regions import Regions
 from vdit_fast.root import NO_STEPS, Root
-from vdit_fast.segments.attaching import set_memory
+from vdit_fast.segments.attaching import capture, set_feed, set_memory, set_references
 from vdit_fast.summary import collect_stats, report_text
 
 __all__ = ["Handle", "Skipped"]
@@ -145,6 +148,8 @@ class Handle:
             _check_arguments(fn)
         if fn is not None and not self.active:
             raise RuntimeError("positions: this handle was removed; call vdit_fast.accelerate on the model again")
+        if any(root.session.regions is not None for root in self.roots):
+            raise RuntimeError("positions: regions set them; take those off by handle.regions(None)")
         for root in self.roots if fn is not None else ():
             processors = root.processors().values()
             if root.module() is not None and not any(processor.takes_positions for processor in processors):
@@ -152,6 +157,23 @@ class Handle:
         for root in self.roots:
             root.session.positions = fn
             root.session.repositioned.clear()
+        return self
+
+    def regions(self, regions: Regions | None) -> Handle:
+        """Let an object follow a box through the frames, from the next forward on; None ends it.
+
+        Sets positions, too. In steps with a mask of self-attention planners are not asked. ``stats()["regions"]``
+        counts forwards.
+
+        Returns:
+            this handle.
+
+        Raises:
+            RuntimeError: the handle was removed, positions are set or a subset of the tokens is configured, or the
+                family has no rotary tables or no cross-attention of text; at a call, where the step is unknown or other
+                rules say already what is read.
+        """
+        set_regions(self, regions)
         return self
 
     def memory(self, rows: MemoryRows | None) -> Handle:
@@ -175,6 +197,51 @@ class Handle:
                 read every key once, would not read it; this handle was removed.
         """
         set_memory(self, rows)
+        return self
+
+    def references(self, rows: Tensor | None) -> Handle:
+        """Put reference rows behind the text of a joint sequence [text, references, video] (GSFixer), for models of the
+        CogVideoX class: they enter at the first block, run like text rows, and leave after the last.
+
+        Planners, caches and hooks see them as further text, which is never sparsified. Rows that go through the
+        model's own text projection may instead be appended to ``encoder_hidden_states``.
+
+        Args:
+            rows: floating ``[R, C]`` or ``[B, R, C]``, C the width of the blocks, copied here; None: no more.
+
+        Raises:
+            TypeError, ValueError: ``rows`` are of a wrong kind or shape; a wrong width at the next forward.
+            RuntimeError: the family has no such sequence; this handle was removed.
+        """
+        set_references(self, rows)
+        return self
+
+    def capture(self) -> Captured:
+        """Keep the keys and values (after norm and RoPE) that the attention layers make of their video tokens, from the
+        next forward on, as another transformer's ``feed``. Every forward replaces those of the one before.
+
+        Returns:
+            what holds them: ``stop()`` ends it, ``nbytes`` says how much is held.
+
+        Raises:
+            RuntimeError: the handle has several transformers, or was removed; at a forward on some of the tokens.
+        """
+        return capture(self)
+
+    def feed(self, captured: Captured | None, mode: FeedMode = "concat", gate: float | Tensor = 1.0) -> Handle:
+        """Let every query of layer i read the keys and values that another transformer's layer i made last
+        (VITON-DiT's garment branch).
+
+        Args:
+            captured: what ``capture()`` of the other handle returned; None: no more.
+            mode: "concat", one softmax over both; "sum", the attention over the other keys is added to the own one.
+            gate: factor of what is added, a number or a tensor ``[]`` or ``[heads]``; 0 leaves every bit as it was.
+
+        Raises:
+            TypeError, ValueError: a bad argument, or more layers than the other has; other heads at the next forward.
+            RuntimeError: the handle has several transformers, or was removed; nothing was captured at a forward.
+        """
+        set_feed(self, captured, mode, gate)
         return self
 
     def hook(self, where: str, fn: HookFn, layers: Layers = None) -> HookRemover:
@@ -226,7 +293,8 @@ class Handle:
             model: name of the weights that compute this step (strong or weak, an adapter on or off). What one
                 remembers never serves another. None: the transformer's name in its pipeline.
             num_steps: length of the schedule; None: unknown, and rules that are fractions of it go by sigma.
-            frame_block: which chunk of a longer video the forwards are about, where it is made chunk by chunk.
+            frame_block: which part of a longer video the forwards are about, where it is made of several with schedules
+                of their own; what one of them remembers never serves another.
 
         Raises:
             TypeError, ValueError: a bad argument.
@@ -245,25 +313,34 @@ class Handle:
     def stats(self) -> dict[str, Any]:
         """The same as numbers; JSON-ready.
 
-        Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
-        ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``granularity``, ``hooked``: what it
-        stands around -> number, ``full``: reason -> forwards, ``forecast``: step -> forwards, ``blocks_run``
-        and ``blocks_left_out`` where it stands around blocks, ``nbytes`` held, ``host_reads`` of changes),
-        ``subset`` (None, or ``partial``: step -> forwards on some tokens, ``whole``: reason -> forwards that
-        computed all, the rows ``computed`` and ``left`` out, and ``nbytes`` of keys and values held), ``fused``
-        (``blocks``: class -> number with a fused forward, ``left``: reason -> blocks without one, ``unfused``:
-        reason -> times it did not run), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``:
-        reason -> calls, ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were
-        exchanged), ``streaming`` (None, or ``frames`` and ``chunks`` made, and forwards that ``denoise`` and that
-        ``write`` keys and values), ``memory`` (None, or rows ``tokens``, layers' keys and values ``computed`` and
-        ``shared`` with another guidance branch, ``nbytes`` held), ``hooks`` (place -> calls), ``linear`` (None, or
-        transformer -> indices of the layers that run linear attention), ``parallel`` (None, or of "sequence" and
-        "guidance" the ``rank``, ``ranks``, the ``calls`` or ``exchanges`` and the ``bytes`` that this rank has sent),
-        ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict of ``expert``, ``layer``,
-        ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
-        None where the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per
-        head, one number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and
-        ``fallbacks`` (both reason -> calls).
+        Of the run: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
+        ``forwards``, ``host_reads``. Of what may be in use, None where it is not:
+
+        * ``cache``: the policy's ``granularity``, ``hooked``: what it stands around -> number, ``full``: reason ->
+          forwards, ``forecast``: step -> forwards, ``blocks_run`` and ``blocks_left_out`` where it stands around
+          blocks, ``nbytes`` held, ``host_reads`` of changes
+        * ``subset``: ``partial``: step -> forwards on some tokens, ``whole``: reason -> forwards that computed all, the
+          rows ``computed`` and ``left`` out, ``nbytes`` of keys and values held
+        * ``fused``: ``blocks``: class -> number with a fused forward, ``left``: reason -> blocks without one,
+          ``unfused``: reason -> times it did not run
+        * ``text_kv``: calls ``computed``, ``reused`` and ``refused``: reason -> calls, ``nbytes`` held
+        * ``positions``: step -> forwards whose rotary tables were exchanged
+        * ``regions``: step -> forwards ``masked`` in self-attention and ``prompted`` by two prompts
+        * ``streaming``: ``frames`` and ``chunks`` made, forwards that ``denoise`` and that ``write`` keys and values,
+          the most ``nbytes`` of those that one stream held
+        * ``memory``: rows ``tokens``, layers' keys and values ``computed`` and ``shared`` with another guidance branch,
+          ``nbytes`` held
+        * ``beside``: ``references``: rows behind the text, ``feed``: None or its mode, ``captured_nbytes`` held for
+          another model
+        * ``linear``: transformer -> indices of the layers that run linear attention
+        * ``parallel``: of "sequence" and "guidance" the ``rank``, ``ranks``, the ``calls`` or ``exchanges`` and the
+          ``bytes`` that this rank has sent
+
+        And ``hooks`` (place -> calls), ``skipped`` (reason -> module paths), ``layers``: each served layer is a dict of
+        ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None where
+        the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per head, one number where
+        they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason ->
+        calls).
         """
         return collect_stats(self)
 

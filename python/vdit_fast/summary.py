@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from vdit_fast.models.extra_keys import ExtraKeys
 from vdit_fast.models.memory import Memory
+from vdit_fast.models.references import References
 from vdit_fast.models.row_subset import RowSubset
 from vdit_fast.parallel.ulysses import Ulysses
 
@@ -59,8 +61,10 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "fused": _fused(handle),
         "text_kv": _text_kv(handle),
         "positions": _positions(handle),
+        "regions": _regions(handle),
         "streaming": _streaming(handle),
         "memory": _memory(handle),
+        "beside": _beside(handle),
         "hooks": _hooks(handle),
         "linear": _linear(handle),
         "parallel": _parallel(handle),
@@ -141,11 +145,23 @@ def _positions(handle: Handle) -> dict[int, int] | None:
     return dict(sorted(forwards.items()))
 
 
+def _regions(handle: Handle) -> dict[str, dict[int, int]] | None:
+    runs = [root.session.regions for root in handle.roots if root.session.regions is not None]
+    if not runs:
+        return None
+    masked: Counter[int] = Counter()
+    prompted: Counter[int] = Counter()
+    for run in runs:
+        masked.update(run.masked)
+        prompted.update(run.prompted)
+    return {"masked": dict(sorted(masked.items())), "prompted": dict(sorted(prompted.items()))}
+
+
 def _streaming(handle: Handle) -> dict[str, int] | None:
     streamed: Counter[str] = Counter()
     for root in handle.roots:
         streamed.update(root.session.streamed)
-    return {name: streamed[name] for name in ("frames", "chunks", "denoise", "write")} if streamed else None
+    return {name: streamed[name] for name in ("frames", "chunks", "denoise", "write", "nbytes")} if streamed else None
 
 
 def _memory(handle: Handle) -> dict[str, Any] | None:
@@ -156,6 +172,18 @@ def _memory(handle: Handle) -> dict[str, Any] | None:
     return {"tokens": tokens} | {
         name: sum(getattr(memory, name) for memory in found) for name in ("computed", "shared", "nbytes")
     }
+
+
+def _beside(handle: Handle) -> dict[str, Any]:
+    references, feed, captured = 0, None, 0
+    for root in handle.roots:
+        found = root.session.around.get("references")
+        references = found.rows.shape[1] if isinstance(found, References) else references
+        keys = root.session.around_heads.get("segments")
+        if isinstance(keys, ExtraKeys):
+            feed = keys.feed.mode if keys.feed is not None else feed
+            captured += keys.captured.nbytes if keys.captured is not None else 0
+    return {"references": references, "feed": feed, "captured_nbytes": captured}
 
 
 def _hooks(handle: Handle) -> dict[str, int]:
@@ -282,11 +310,14 @@ def report_text(handle: Handle) -> str:
         lines += _reasons("text keys and values computed and not kept:", Counter(text["refused"]))
     if stats["positions"] is not None:
         lines.append(f"positions: rotary tables exchanged in {sum(stats['positions'].values()):,} forwards")
+    if stats["regions"] is not None:
+        masked, prompted = (sum(stats["regions"][what].values()) for what in ("masked", "prompted"))
+        lines.append(f"regions: self-attention masked in {masked:,} forwards, two prompts in {prompted:,}")
     if stats["streaming"] is not None:
         made = stats["streaming"]
         lines.append(
             f"streaming: {made['frames']:,} frames in {made['chunks']:,} chunks, {made['denoise']:,} forwards that "
-            f"denoised and {made['write']:,} that wrote keys and values"
+            f"denoised and {made['write']:,} that wrote keys and values, {made['nbytes'] / 2**20:,.1f} MiB of them"
         )
     if stats["memory"] is not None:
         memory = stats["memory"]
@@ -295,6 +326,13 @@ def report_text(handle: Handle) -> str:
             f"memory: {rows} in every block, {memory['shared']:,} of {memory['shared'] + memory['computed']:,} layers' "
             f"keys shared with another guidance branch, {memory['nbytes'] / 2**20:,.1f} MiB held"
         )
+    beside = stats["beside"]
+    if beside["references"]:
+        lines.append(f"references: {beside['references']:,} rows behind the text")
+    if beside["feed"]:
+        lines.append(f"feed: keys and values of another transformer, mode {beside['feed']}")
+    if beside["captured_nbytes"]:
+        lines.append(f"capture: {beside['captured_nbytes'] / 2**20:,.1f} MiB of keys and values held for another model")
     if stats["hooks"]:
         calls = ", ".join(f"{count:,} at {where}" for where, count in stats["hooks"].items())
         lines.append(f"hooks: called {calls}")

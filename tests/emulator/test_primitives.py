@@ -77,6 +77,24 @@ def test_numbers() -> None:
         torch.testing.assert_close(back[:, 2 * i : 2 * i + 2], pairs.float(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_e4m3() -> None:
+    """Against torch's conversions: every code, halfway cases, magnitudes up to 448, NaN."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    numbers = codes.view(torch.float8_e4m3fn).float()
+    finite = numbers[:127]
+    halfway = (finite[1:] + finite[:-1]) / 2
+    x = torch.cat([finite, halfway, halfway.nextafter(torch.zeros(126)), halfway.nextafter(torch.full((126,), 448.0))])
+    x = torch.cat([x, random(800).exp2(), torch.tensor([torch.nan, 1e-40, 2.0**-10, 448.0, 447.99])])
+    x = torch.cat([x.clamp_max(448), -x.clamp_max(448)])
+    again = codes.repeat(-(-len(x) // 256))[: len(x)].contiguous()
+    out, back = torch.zeros(len(x), dtype=torch.uint8), torch.zeros(len(x))
+    run_case("e4m3", [x, again], [out, back], [len(x)])
+    wanted = x.to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(out, wanted.where(~x.isnan(), 0x7F))
+    torch.testing.assert_close(back, again.view(torch.float8_e4m3fn).float(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.signbit(back)[:128], torch.signbit(numbers)[:128])
+
+
 def test_bits() -> None:
     data = torch.cat(
         [torch.tensor([0, 1, -1, -(2**31)], dtype=torch.int32), words(60) >> (torch.arange(60) % 31).int()]

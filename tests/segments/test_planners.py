@@ -99,5 +99,3 @@ def test_what_rettention_makes_up_for_is_the_sequences_own(kind: str) -> None:
             got = tiny.run(model, inputs)
         assert tiny.relative(got, want) < 1e-5
     assert handle.stats()["layers"][0]["sparse_calls"] == 1
-
-

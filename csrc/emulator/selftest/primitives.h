@@ -20,6 +20,17 @@ VD_KERNEL(128, 1) numbers(const VD_GRID_CONST Io io) {
   }
 }
 
+// in: floats x, bytes. out: the codes of the floats, two and two; the numbers that the bytes stand for.
+VD_KERNEL(128, 1) e4m3(const VD_GRID_CONST Io io) {
+  const int n = int(io.number[0]);
+  for (int i = 2 * int(threadIdx.x); i < n; i += 2 * int(blockDim.x)) {
+    const float* x = input<float>(io, 0) + i;
+    const uint8_t* code = input<uint8_t>(io, 1) + i;
+    output<uint16_t>(io, 0)[i / 2] = uint16_t(arch::pack_e4m3(x[0], x[1]));
+    arch::unpack_e4m3(uint32_t(code[0]) | uint32_t(code[1]) << 8, output<float>(io, 1)[i], output<float>(io, 1)[i + 1]);
+  }
+}
+
 // in: words. out: their popc and highest_bit.
 VD_KERNEL(128, 1) bits(const VD_GRID_CONST Io io) {
   const int n = int(io.number[0]);

@@ -63,12 +63,12 @@ VD_DEV void encode_e4m3(const PackParams& p, const PackTensor& t, const PackSlic
   const int32_t exponent = scale_exponent(top);
   const float inverse = arch::as_float(uint32_t(254 - exponent) << 23);
   uint32_t word[2] = {};
+  VD_UNROLL for (int e = 0; e < pieces::kPiece; ++e) {
+    const bool finite = (arch::as_uint(v[e]) & 0x7fffffff) < 0x7f800000;
+    v[e] = finite ? v[e] * inverse : arch::as_float(0x7fffffff);
+  }
   VD_UNROLL for (int e = 0; e < pieces::kPiece; e += 2) {
-    uint32_t pair = arch::pack_e4m3(v[e] * inverse, v[e + 1] * inverse);
-    VD_UNROLL for (int i = 0; i < 2; ++i) {
-      if ((arch::as_uint(v[e + i]) & 0x7fffffff) >= 0x7f800000) pair = (pair & (0xff00u >> 8 * i)) | 0x7fu << 8 * i;
-    }
-    word[e / 4] |= pair << (e % 4 * 8);
+    word[e / 4] |= arch::pack_e4m3(v[e], v[e + 1]) << (e % 4 * 8);
   }
   const int32_t first = at.piece * pieces::kPiece;
   char* const to = s.packed + int64_t(at.vector) * t.dim + first;

@@ -6,7 +6,8 @@
 namespace vdit {
 namespace gpu::pack {
 
-// Bytes that divide the address of every head of every tensor and of every slice of the buffer.
+// Bytes that divide the address of every head of every tensor, and of the buffer; offsets there are sums of whole heads
+// or multiples of kPackAlign.
 uint64_t alignment(const PackParams& p) {
   uint64_t all = reinterpret_cast<uintptr_t>(p.buffer);
   for (int32_t i = 0; i < p.tensors; ++i) {
@@ -15,7 +16,6 @@ uint64_t alignment(const PackParams& p) {
     if (p.batch > 1) all |= uint64_t(t.batch);
     if (t.rows > 1) all |= uint64_t(t.row);
     if (t.heads > 1) all |= uint64_t(t.head);
-    for (int32_t s = 0; s < p.slices; ++s) all |= uint64_t(t.offset[s]);
   }
   return all;
 }

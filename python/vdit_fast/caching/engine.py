@@ -80,7 +80,7 @@ class FeatureCache:
         self.modulated: Callable[[BlockCall], Tensor] | None = None
         """The timestep-modulated input of a block's attention, where a policy looks at it."""
         self._generation: int | None = None
-        self._streams: dict[Hashable, tuple[Hashable, Stream]] = {}
+        self._streams: dict[tuple[str, int, int | None], tuple[Hashable, Stream]] = {}
         self._verdicts: dict[tuple[str, int | None], tuple[int, str | None]] = {}
 
     @property
@@ -92,6 +92,13 @@ class FeatureCache:
         """Release what is held; the counts stay."""
         self._streams.clear()
         self._verdicts.clear()
+
+    def release(self, frame_block: int) -> None:
+        """Release what is held of one frame block."""
+        tables: tuple[dict[Any, Any], ...] = (self._streams, self._verdicts)
+        for held in tables:
+            for key in [key for key in held if key[-1] == frame_block]:
+                del held[key]
 
     def fresh(self) -> FeatureCache:
         """The same settings without records, for a copied model."""

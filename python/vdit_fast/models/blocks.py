@@ -35,10 +35,10 @@ __all__ = [
     "with_streams",
 ]
 
-LAYERS = ("sequence", "hooks", "cache", "memory", "subset")
-"""Who may stand around a block, outermost first: sequence parallelism leaves a rank's rows, hooks see what a cache
-forecasts, a cache sees all rows, memory sees the modulation of all rows and is not asked where a cache leaves the block
-out."""
+LAYERS = ("stage", "references", "sequence", "hooks", "cache", "memory", "subset")
+"""Who may stand around a block, outermost first: a pipeline stage leaves out what other ranks compute, references
+lengthen everybody's text, sequence parallelism leaves a rank's rows, hooks see what a cache forecasts, a cache sees all
+rows, memory sees the modulation of all rows and is not asked where a cache leaves the block out."""
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,11 @@ class Forward:
     subset: RowRun | None = None
     """How its blocks run on some of the tokens, or keep what later steps need to; None: they do neither."""
     memory: tuple[()] | tuple[Tensor | None] = ()
-    """Its memory rows, where a function makes them: once per forward."""
+    """Its memory rows, made once per forward."""
     shard: RowShard | None = None
     """Which rows its blocks get on this rank; None: all."""
+    fed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Another transformer's keys and values that its layers read, kept only while gradients are recorded."""
     _distinct: Distinct | None = None
 
     def distinct(self, batch: int, tokens: int) -> Distinct | None:

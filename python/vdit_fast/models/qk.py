@@ -26,6 +26,7 @@ __all__ = [
     "pair_rotary",
     "rotate_pairs",
     "turn",
+    "turn_keys",
     "turned_heads",
 ]
 
@@ -115,6 +116,18 @@ def turn(processor: ServedProcessor, heads: Heads, norms: Norms, rotary: Rotary 
     if rotary is not None:
         query, key = rotary.stock(query), rotary.stock(key)
     return query, key, value
+
+
+def turn_keys(
+    processor: ServedProcessor, key: Tensor, norm: Any, rotary: Rotary | None, across: bool = False
+) -> Tensor:
+    """Keys [B, N, H, D] alone after norm and RoPE, as ``turn`` makes them."""
+    options = fused_options(processor, key, (norm, norm), across)
+    if options is not None:  # the norm as that of the kernel's first tensor
+        options = {name: value for name, value in options.items() if not name.startswith("k_")}
+        return qk_norm_rope(key, **options, **(rotary.arguments() if rotary else {}))[0]
+    key = normed(key, norm, across)
+    return key if rotary is None else rotary.stock(key)
 
 
 def joint_heads(

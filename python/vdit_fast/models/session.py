@@ -9,7 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vdit_fast.models.qk import BeforeRotation
     from vdit_fast.models.rotary import PositionFn
     from vdit_fast.models.text_kv import TextKV
+    from vdit_fast.regions.regions import RegionRun
 
 __all__ = ["Geometry", "Session", "session_by_id"]
 
@@ -106,6 +107,7 @@ class Session:
         self.guided = False  # whether its forward is entered by guidance parallelism
         self.text: TextKV | None = None
         self.positions: PositionFn | None = None
+        self.regions: RegionRun | None = None  # also in around_heads
         self.repositioned: Counter[int] = Counter()
         self.streamed: Counter[str] = Counter()  # of generation chunk by chunk: frames, chunks, forwards
         self.forward: Forward | None = None
@@ -145,6 +147,7 @@ class Session:
         new.around = {name: new.cache if item is self.cache else item.fresh() for name, item in self.around.items()}
         new.around_attention = {layer: item.fresh() for layer, item in self.around_attention.items()}
         new.around_heads = {who: item.fresh() for who, item in self.around_heads.items()}
+        new.regions = cast("RegionRun | None", new.around_heads.get("regions"))
         new.hooks = self.hooks.fresh()
         if self.text is not None:
             new.text = type(self.text)(self.text.inputs, self.text.embedders)
@@ -165,6 +168,15 @@ class Session:
         self.forward = self.cache.forward = Forward(geometry, step, timestep)
         self.forwards += 1
         self.steps.add((step.generation, step.step))
+
+    def memory(self, frame_block: int | None) -> dict[Any, Any]:
+        """What planners remember of a frame block, of the whole clip where there are none."""
+        return self.state if frame_block is None else self.state.setdefault(("frame block", frame_block), {})
+
+    def release(self, frame_block: int) -> None:
+        """A frame block is finished: nothing is remembered of it any longer."""
+        self.state.pop(("frame block", frame_block), None)
+        self.cache.release(frame_block)
 
     def forward_of(self, anchor: Tensor) -> Forward | None:
         """The forward that a call belongs to: the running one, except inside backward. There gradient checkpointing
@@ -198,6 +210,8 @@ class Session:
         self.forward = None  # of the old configuration, and holds what its cache kept
         self.hooks.calls.clear()
         self.repositioned.clear()
+        if self.regions is not None:
+            self.regions.clear()
         self.streamed.clear()
         self._told.clear()
 
@@ -381,7 +395,7 @@ class Session:
             text_first=geometry.text_first,
             kv_len=call.kv_len,
             step=forward.step,
-            state=self.state,
+            state=self.memory(forward.step.frame_block),
             family=self.family,
             static=self.static,
             heads=call.heads,

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ServedProcessor
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, Take, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
+from vdit_fast.models.stage_layout import StageLayout, volume_of
 from vdit_fast.models.wan import WanAdapter, wan_rotary
 
 __all__ = ["SkyReelsV2Adapter", "SkyReelsV2Processor", "skyreels_rotary"]
@@ -41,6 +41,13 @@ def skyreels_rotary(table: tuple[Tensor, Tensor] | Tensor) -> Rotary:
 def _some_positions(tables: Any, take: Take) -> Any:
     """Rotary tables of some tokens: cos and sin [1, N, 1, D], or one complex table [1, 1, N, D / 2]."""
     return take(tables, 2) if isinstance(tables, Tensor) else along({4: 1})(tables, take)
+
+
+def _later_rotary(root: Any, latents: Tensor, first: int) -> Rotary:
+    table = root.rope(latents)
+    if isinstance(table, Tensor):
+        return skyreels_rotary(table[:, :, first:])
+    return skyreels_rotary((table[0][:, first:], table[1][:, first:]))
 
 
 class SkyReelsV2Processor(ServedProcessor):
@@ -88,7 +95,13 @@ class SkyReelsV2Adapter(WanAdapter):
         arguments={"temb": along({4: 2}), "rotary_emb": _some_positions},
         refused={"attention_mask": "a mask says which keys a token reads"},
     )
-    memory = MemoryLayout("attn1", across=True, tokens_dim={4: 2})
+    stages = StageLayout(
+        models=("SkyReelsV2Transformer3DModel",),
+        patch="patch_embedding",
+        embedders=("condition_embedder", "fps_embedding", "fps_projection"),
+        patched=volume_of,
+        later_rotary=_later_rotary,
+    )
     left_alone: ClassVar[dict[str, str]] = {}
 
     def frame_timesteps(self, module: nn.Module, timesteps: Tensor, latents: Tensor) -> dict[str, Any]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, patch_grid
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, along
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
+from vdit_fast.models.stage_layout import StageLayout, volume_of
 from vdit_fast.models.wan_block import WAN_BLOCKS, WAN_MODULES
 
 __all__ = ["WanAdapter", "WanProcessor", "rotate", "wan_rotary"]
@@ -40,6 +40,11 @@ def wan_rotary(cos: Tensor, sin: Tensor) -> Rotary:
         # tables the model reads the first cosine and the second sine.
         pair_cos, pair_sin = cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous()
     return Rotary(pair_cos, pair_sin, lambda x: rotate(x, cos, sin), round_products=cos.dtype.itemsize == 2)
+
+
+def wan_later_rotary(root: Any, latents: Tensor, first: int) -> Rotary:
+    """Of the tokens from ``first`` on of a clip of this shape."""
+    return wan_rotary(*(table[:, first:] for table in root.rope(latents)))
 
 
 class WanProcessor(ServedProcessor):
@@ -87,7 +92,13 @@ class WanAdapter(ModelAdapter):
     block_modules = WAN_MODULES
     block_lists = ("blocks",)
     rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})}, between=_BETWEEN)
-    memory = MemoryLayout("attn1", across=True, tokens_dim={4: 1})
+    stages = StageLayout(
+        models=("WanTransformer3DModel",),
+        patch="patch_embedding",
+        embedders=("condition_embedder",),
+        patched=volume_of,
+        later_rotary=wan_later_rotary,
+    )
 
     left_alone: ClassVar[dict[str, str]] = {
         "WanAnimateFaceBlockAttnProcessor": "face cross-attention: each frame reads its own few motion tokens",

@@ -26,14 +26,12 @@ _ROTARY: dict[str, Callable[[Tables], Rotary]] = {
 _JOINT = "text and video attend to each other, so the text's keys change with every chunk and cannot be kept"
 _FACTORISED = "its layers see frames or places one at a time; keep keys of earlier frames in its temporal layers"
 _REASONS = {
-    "animatediff": _FACTORISED,
     "cogvideox": _JOINT,
     "easyanimate": _JOINT,
+    "factorised": _FACTORISED,
     "hunyuan_video": _JOINT,
     "hunyuan_video15": _JOINT,
-    "latte": _FACTORISED,
     "mochi": _JOINT,
-    "svd": _FACTORISED,
     "wan": "its control, pose or reference frames must be cut into chunks too, which is not known here",
 }
 """Family -> why its models, or those of another class than ``CLASSES``, are refused."""

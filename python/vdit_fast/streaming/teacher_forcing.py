@@ -31,16 +31,18 @@ __all__ = ["per_frame", "teacher_forcing", "teacher_forcing_plan"]
 PLANNED = "teacher forcing: a mask says which frames are read"
 
 
-def per_frame(module: nn.Module, timesteps: Tensor, tokens: int) -> dict[str, Any]:
-    """Arguments of a Wan or SkyReels-V2 transformer that give every frame its own timestep.
+def per_frame(handle: Handle, timesteps: Tensor, latents: Tensor) -> dict[str, Any]:
+    """Arguments of the handle's one transformer that give every frame its own timestep.
 
     Args:
-        timesteps: [B, F].
-        tokens: of one frame.
+        timesteps: [B, F], in the model's units.
+        latents: [B, C, F, H, W], the ``hidden_states`` they are for.
+
+    Raises:
+        RuntimeError: the model takes one timestep for all frames.
     """
-    if type(module).__name__ == "SkyReelsV2Transformer3DModel":
-        return {"timestep": timesteps, "enable_diffusion_forcing": True}
-    return {"timestep": timesteps.repeat_interleave(tokens, dim=1)}
+    module = handle.modules[0]
+    return handle.roots[0].adapter.frame_timesteps(module, timesteps, latents)
 
 
 def teacher_forcing_plan(
@@ -120,7 +122,8 @@ def teacher_forcing(
     """Forwards inside take [clean copy, noisy copy] of a clip along the frames and see what a rollout would see.
 
     The noisy half of the output is what the rollout's denoise step computes from these noisy chunks behind these clean
-    frames. Gradients flow. Give both copies their timesteps by ``per_frame``.
+    frames. Gradients flow; with gradient checkpointing call ``backward`` inside too. Give all frames of both copies
+    their timesteps by ``per_frame``.
 
     Args:
         handle: of one accelerated Wan or SkyReels-V2 transformer.

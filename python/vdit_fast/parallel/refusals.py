@@ -1,0 +1,77 @@
+"""Which accelerated transformers can be split over ranks, and why others cannot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vdit_fast.caching.adaptive import AdaptivePolicy
+from vdit_fast.models.blocks import transformer_blocks
+from vdit_fast.models.stage_layout import StageLayout
+
+if TYPE_CHECKING:
+    from vdit_fast.handle import Handle
+    from vdit_fast.root import Root
+
+__all__ = ["staged_root"]
+
+
+def staged_root(handle: Handle) -> tuple[Root, StageLayout]:
+    """The transformer of a handle and what lies around its blocks.
+
+    Raises:
+        RuntimeError: it cannot be split as it is; the message says why and what would help.
+    """
+    if not handle.active:
+        raise RuntimeError("stages: this handle was removed; call vdit_fast.accelerate on the model again")
+    if len(handle.roots) != 1:
+        raise RuntimeError(
+            f"stages: {len(handle.roots)} transformers are accelerated together; accelerate the one to be split"
+        )
+    root = handle.roots[0]
+    reason = _model_reason(root) or _settings_reason(root)
+    if reason is not None:
+        raise RuntimeError(f"stages: {root.adapter.family}: {reason}")
+    assert isinstance(root.adapter.stages, StageLayout)
+    return root, root.adapter.stages
+
+
+def _model_reason(root: Root) -> str | None:
+    module, layout = root.module(), root.adapter.stages
+    if module is None:
+        return "the transformer is gone"
+    if not root.hooked:
+        return "a part of a transformer was accelerated; accelerate the whole"
+    if isinstance(layout, str):
+        return layout
+    names = {kind.__name__ for kind in type(module).__mro__}
+    if not names & set(layout.models):
+        return f"{type(module).__name__} runs more than its main blocks; known are {', '.join(layout.models)}"
+    if not transformer_blocks(module, root.adapter):
+        return "it has no list of blocks"
+    frames = getattr(getattr(module, "config", None), "num_frame_per_block", None) or 1
+    if frames > 1:
+        return f"num_frame_per_block is {frames}: its causal mask knows no frames of neighbours"
+    return None
+
+
+def _settings_reason(root: Root) -> str | None:
+    session = root.session
+    cache, config = session.config.cache, session.config
+    if "stage" in session.around:
+        return "it is a stage of another pipeline; close that first"
+    if config.subset is not None:
+        return f"subset {config.subset.name!r} chooses tokens by the output, which one rank has; set subset to null"
+    if cache is not None and isinstance(cache, AdaptivePolicy):
+        return f"cache {cache.name!r} decides by features that one rank has; take a policy that goes by the step"
+    if cache is not None and cache.granularity not in ("block", "module"):
+        return (
+            f"cache {cache.name!r} keeps what a {cache.granularity} computes, which several ranks do; set its "
+            "granularity to 'block' or 'module'"
+        )
+    if session.positions is not None:
+        return "handle.positions exchanges the rotary tables; switch them off by handle.positions(None)"
+    if session.before_rotation is not None or "streaming" in session.around_heads:
+        return "a K/V cache stands around its attention; take it off first"
+    if "sequence" in session.around_heads:
+        return "its sequence is split over ranks already"
+    return None

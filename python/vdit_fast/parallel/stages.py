@@ -1,0 +1,406 @@
+"""A transformer split over ranks, through which the frame blocks of a long video pass (DualParal, arXiv 2505.21070)."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vdit_fast.models.blocks import transformer_blocks
+from vdit_fast.parallel.block_queue import BlockQueue, FrameBlock, Snapshot
+from vdit_fast.parallel.checkpoint import Checkpoint
+from vdit_fast.parallel.noise import NoisePool
+from vdit_fast.parallel.packing import Packing, Plain
+from vdit_fast.parallel.refusals import staged_root
+from vdit_fast.parallel.sampler import BlockSampler
+from vdit_fast.parallel.schedule import Item, Schedule, split_layers
+from vdit_fast.parallel.stage import Conditions, Stage
+from vdit_fast.parallel.trace import Trace
+from vdit_fast.parallel.transport import Alone, Ring, Transport
+
+if TYPE_CHECKING:
+    from vdit_fast.handle import Handle
+
+__all__ = ["StagePipeline"]
+
+
+@dataclass
+class _Run:
+    """What all ranks must know of a run; the first one tells the others."""
+
+    schedule: Schedule
+    shape: tuple[int, ...]
+    """[B, C, F, H, W] of the latents in a pass."""
+    guidance: float
+    first: int
+    """Iteration that the run begins with."""
+    timesteps: list[float]
+    arguments: dict[str, Any]
+    conditions: Conditions
+    stream: tuple[tuple[int, ...], torch.dtype]
+    """Shape and dtype of what one stage hands to the next."""
+
+    @property
+    def branches(self) -> int:
+        return self.shape[0]
+
+
+class StagePipeline:
+    """Splits an accelerated transformer's blocks over ranks and draws long videos with it.
+
+    Every rank makes one of its own transformer, with the same weights in the blocks that the rank has, and calls
+    ``generate``; the finished frame blocks come out on the first rank.
+
+    Args:
+        handle: what ``accelerate`` returned for the transformer. Its planner and cache are in force in every block.
+        group: the ranks, NCCL or gloo; None: all of them, or this process alone where torch.distributed is not
+            initialised.
+        layers_per_stage: numbers of blocks; None: equal up to one.
+        packing: how the stream between stages is sent.
+        release: give up the weights that this rank does not need. The transformer works in this pipeline only then.
+        patience: seconds without a sign of life after which a rank counts as dead, and all others end.
+        timeout: most seconds to wait for one message of a living rank.
+        transport: something else than torch.distributed that connects the ranks.
+
+    Raises:
+        RuntimeError: the transformer cannot be split, or not with this configuration.
+        ValueError: there are more ranks than blocks, or ``layers_per_stage`` does not fit.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        group: dist.ProcessGroup | None = None,
+        *,
+        layers_per_stage: Sequence[int] | None = None,
+        packing: Packing | None = None,
+        release: bool = False,
+        patience: float = 10.0,
+        timeout: float = 600.0,
+        transport: Transport | None = None,
+    ) -> None:
+        root, _ = staged_root(handle)
+        module = root.module()
+        assert module is not None
+        blocks = transformer_blocks(module, root.adapter)
+        if transport is None:
+            ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+            device = next(blocks[0][1].parameters()).device
+            transport = Ring(group, device, patience, timeout) if ranks > 1 else Alone()
+        self.transport = transport
+        try:
+            self.layers = split_layers(len(blocks), transport.ranks, layers_per_stage)
+            self.stage = Stage(handle, self.layers[transport.rank])
+        except BaseException as error:
+            transport.fail(error)
+            raise
+        if release:
+            self.stage.release()
+        self.packing: Packing = Plain() if packing is None else packing
+        self.trace = Trace()
+        self.queue: BlockQueue | None = None
+        self._run: _Run | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of this process in the pipeline."""
+        return self.transport.rank
+
+    def close(self) -> None:
+        """Take everything off the transformer; weights that were released stay so."""
+        self.stage.close()
+
+    # ------------------------------------------------------------------ what there is to tell
+    def facts(self) -> dict[str, Any]:
+        """Numbers of the last run besides its times, as ``parallel.trace`` lists them; JSON-ready."""
+        run, transport = self._run, self.transport
+        if run is None:
+            raise RuntimeError("facts: nothing was drawn yet")
+        schedule = asdict(run.schedule) | {"branches": run.branches, "first": run.first}
+        wire = self.packing.empty(*run.stream, "meta")
+        latents = math.prod((run.shape[1], *run.shape[3:]))
+        return {
+            "rank": transport.rank,
+            "ranks": transport.ranks,
+            "layers": len(self.stage.layers),
+            "schedule": schedule,
+            "hop_bytes": wire.numel() * wire.element_size(),
+            "result_bytes": [4 * run.schedule.result_values(block, latents) for block in (0, 1)],
+            "sent": [transport.sent.messages, transport.sent.bytes],
+            "received": [transport.received.messages, transport.received.bytes],
+        }
+
+    def expected(self) -> dict[str, list[int]]:
+        """[messages, bytes] that this rank sends and receives in a whole run by the closed formula: a message per item;
+        ``branches · (num_cat + num_per_block) · tokens per frame · channels · itemsize`` bytes to the next stage (up
+        to the packing), and a block's own frames in fp32 back to the first rank."""
+        run, facts = self._run, self.facts()
+        assert run is not None
+        count = run.schedule.count(run.first)
+        if count is None:
+            raise RuntimeError("expected: a video without end has no number of messages")
+        last, ranks = self.transport.ranks - 1, self.transport.ranks
+        (batch, tokens, channels), dtype = run.stream
+        frames = run.schedule.frames
+        hop = run.schedule.hop_values(batch, tokens // frames, channels) * dtype.itemsize
+        if type(self.packing) is not Plain:
+            hop = facts["hop_bytes"]
+        result = 4 * run.schedule.result_total(math.prod((run.shape[1], *run.shape[3:])), run.first)
+        if ranks == 1:
+            return {"sent": [0, 0], "received": [0, 0]}
+        return {
+            "sent": [count, result if self.rank == last else count * hop],
+            "received": [count, result if self.rank == 0 else count * hop],
+        }
+
+    # ------------------------------------------------------------------ generation
+    def generate(
+        self,
+        sampler: BlockSampler,
+        shape: tuple[int, int, int],
+        arguments: dict[str, Any],
+        *,
+        blocks: int | None,
+        num_per_block: int = 8,
+        num_cat: int = 8,
+        guidance: float = 1.0,
+        seed: int = 0,
+        checkpoint: Checkpoint | None = None,
+        resume: bool = False,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Draw a long video; every rank calls it, and what the first rank is given counts.
+
+        Memory does not depend on the video's length. Where the iterator is dropped early, all ranks stop.
+
+        Args:
+            sampler: the schedule of every block.
+            shape: (channels, height, width) of a latent frame.
+            arguments: further arguments of the transformer's forward by name, the same in all calls. With guidance
+                tensors have two rows, the conditional one first.
+            blocks: number of frame blocks, None: without end.
+            num_per_block: latent frames of a block.
+            num_cat: latent frames that a block sees of its neighbours; the first block is longer by them.
+            guidance: classifier-free guidance scale; 1 switches it off.
+            seed: of the noise.
+            checkpoint: where states and finished blocks are kept.
+            resume: go on from the checkpoint's newest state, if it has one. Blocks that it has finished come out no
+                more: ``checkpoint.block`` has them.
+
+        Yields:
+            on the first rank (index, latents fp32 [1, C, F, H, W] on the model's device) of every finished block, in
+            order; nothing on the others.
+
+        Raises:
+            ValueError: a bad argument, or the checkpoint of another run.
+            RankFailed: another rank has failed.
+        """
+        try:
+            self.trace = Trace()
+            yield from self._generate(
+                sampler, shape, arguments, blocks, num_per_block, num_cat, guidance, seed, checkpoint, resume
+            )
+            self.transport.finish()
+        except GeneratorExit:
+            self.transport.finish()
+            raise
+        except BaseException as error:
+            self.transport.fail(error)
+            raise
+        finally:
+            self.trace.finish()
+
+    def _generate(
+        self,
+        sampler: BlockSampler,
+        shape: tuple[int, int, int],
+        arguments: dict[str, Any],
+        blocks: int | None,
+        num_per_block: int,
+        num_cat: int,
+        guidance: float,
+        seed: int,
+        checkpoint: Checkpoint | None,
+        resume: bool,
+    ) -> Iterator[tuple[int, Tensor]]:
+        run: _Run | None = None
+        state: dict[str, Any] | None = None
+        settings: dict[str, Any] = {}
+        if self.rank == 0:
+            schedule = Schedule(len(sampler.timesteps), blocks, num_per_block, num_cat)
+            branches = 1 if guidance == 1 else 2
+            whole = (branches, shape[0], schedule.frames, *shape[1:])
+            settings = {**asdict(schedule), "shape": list(whole), "guidance": float(guidance), "seed": seed}
+            settings |= {"timesteps": sampler.timesteps, "layers": self.layers[-1].stop}
+            self._check(num_cat, checkpoint)
+            if checkpoint is not None and resume:
+                state = checkpoint.load(settings)
+            first = state["iteration"] if state is not None else 0
+            conditions, stream = self.stage.record(sampler.timesteps, arguments, whole)
+            told = (tuple(stream.shape), stream.dtype)
+            run = _Run(schedule, whole, guidance, first, sampler.timesteps, _on_cpu(arguments), conditions, told)
+        run = self.transport.share(run, "the first rank to begin")
+        assert run is not None
+        self._run = run
+        self.stage.load(run.conditions, run.timesteps, run.arguments, run.shape, run.schedule.num_cat)
+        self.transport.open(self._buffers(run))
+        if self.rank != 0:
+            self._serve(run)
+            return
+        noise = NoisePool(shape, num_per_block, num_cat, seed)
+        self.queue = queue = BlockQueue(run.schedule, sampler, noise, self.stage.device)
+        if state is not None:
+            queue.load(state)
+        yield from self._lead(run, queue, checkpoint, settings)
+
+    def _check(self, num_cat: int, checkpoint: Checkpoint | None) -> None:
+        cache = self.stage.session.config.cache
+        if cache is not None and num_cat:
+            raise ValueError(
+                f"num_cat: {num_cat}; with cache {cache.name!r} the attention that a neighbour would read is not "
+                "computed in every step; set num_cat to 0, or cache to null in the configuration"
+            )
+        if cache is not None and checkpoint is not None:
+            raise ValueError(
+                f"checkpoint: cache {cache.name!r} remembers earlier steps, which a checkpoint has not; run without "
+                "checkpoints, or set cache to null in the configuration"
+            )
+
+    def _lead(
+        self, run: _Run, queue: BlockQueue, checkpoint: Checkpoint | None, settings: dict[str, Any]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The first rank's loop: the queue, and the first stage."""
+        schedule, under_way, sent = run.schedule, deque[Item](), 0
+
+        def save(snapshot: Snapshot) -> None:
+            assert checkpoint is not None
+            with self.trace.during("save", Item(snapshot.iteration, 0, 0)):
+                self._refuse_memory()
+                checkpoint.save(snapshot.state_dict(), settings)
+
+        try:
+            while schedule.iterations is None or queue.iteration < schedule.iterations:
+                if checkpoint is not None and queue.iteration > run.first and checkpoint.due(queue.iteration):
+                    queue.snapshot(save)
+                for item in queue.begin():
+                    while not queue.ready(item.block) or (under_way and self.transport.there()):
+                        yield from self._finished(self._take(run, queue, under_way.popleft()), checkpoint)
+                    out = self._compute(run, queue.inputs(item.block), item)
+                    if self.stage.last:
+                        yield from self._finished(self._apply(queue, out, item), checkpoint)
+                    else:
+                        self._send(self.packing.pack, out, item)
+                        under_way.append(item)
+                        sent += 1
+            while under_way:
+                yield from self._finished(self._take(run, queue, under_way.popleft()), checkpoint)
+        except GeneratorExit:
+            if sent != schedule.count(run.first):
+                self.transport.stop(sent, self._wire(run))
+                while self.transport.receive() is not None:
+                    pass
+            raise
+
+    def _serve(self, run: _Run) -> None:
+        """Any other rank's loop."""
+        items = run.schedule.items(run.first)
+        for count, item in enumerate(items):
+            with self.trace.during("receive", item):
+                buffer = self.transport.receive()
+            if buffer is None:  # the first rank stops early
+                last = self._result(run, item) if self.stage.last else self._wire(run)
+                self.transport.stop(count, last)
+                return
+            with self.trace.during("unpack", item):
+                x = self.packing.unpack(buffer, *run.stream)
+            out = self._compute(run, x, item)
+            self._send(_flat if self.stage.last else self.packing.pack, out, item)
+
+    def _compute(self, run: _Run, x: Tensor, item: Item) -> Tensor:
+        """This rank's part of an item; on the last rank the prediction for the block's own frames, after guidance."""
+        self.transport.check()
+        start = run.schedule.num_cat if item.block else 0
+        newest = item.block == run.schedule.queued(item.iteration)[-1]
+        with self.trace.during("compute", item):
+            out = self.stage.run(x, item, newest, start)
+            if self.stage.last:
+                out = out.float()
+                if run.branches == 2:
+                    given, free = out.chunk(2)
+                    out = free + run.guidance * (given - free)
+                out = out[:, :, start:]
+            elif (tuple(out.shape), out.dtype) != run.stream:
+                raise RuntimeError(
+                    f"the last block of rank {self.rank} returned {out.dtype} {list(out.shape)}, but the first "
+                    f"of all gets {run.stream[1]} {list(run.stream[0])}; these must be the same"
+                )
+        return out
+
+    def _send(self, pack: Callable[[Tensor], Tensor], out: Tensor, item: Item) -> None:
+        with self.trace.during("pack", item):
+            buffer = pack(out)
+        with self.trace.during("send", item):
+            self.transport.room()
+        self.transport.send(buffer)
+
+    def _take(self, run: _Run, queue: BlockQueue, item: Item) -> FrameBlock | None:
+        with self.trace.during("result", item):
+            buffer = self.transport.receive()
+        assert buffer is not None
+        return self._apply(queue, buffer.view(self._prediction(run, item)), item)
+
+    def _apply(self, queue: BlockQueue, prediction: Tensor, item: Item) -> FrameBlock | None:
+        with self.trace.during("step", item):
+            return queue.apply(item.block, prediction)
+
+    def _finished(self, block: FrameBlock | None, checkpoint: Checkpoint | None) -> Iterator[tuple[int, Tensor]]:
+        if block is not None:
+            if checkpoint is not None:
+                checkpoint.keep(block.index, block.latents)
+            yield block.index, block.latents
+
+    def _refuse_memory(self) -> None:
+        """Raise where something besides the queue is remembered between steps, which no checkpoint has."""
+        session = self.stage.session
+        planner = session.config.attention
+        if any(session.memory(block) for block in (self.queue.blocks if self.queue is not None else ())):
+            raise ValueError(
+                f"checkpoint: planner {planner.name if planner else '?'!r} remembers earlier steps, which a checkpoint "
+                "has not; take a planner that does not, or run without checkpoints"
+            )
+
+    # ------------------------------------------------------------------ buffers
+    def _prediction(self, run: _Run, item: Item) -> tuple[int, ...]:
+        _, channels, _, height, width = run.shape
+        return (1, channels, run.schedule.frames_of(item.block), height, width)
+
+    def _result(self, run: _Run, item: Item) -> Tensor:
+        return torch.empty(math.prod(self._prediction(run, item)), device=self.stage.device)
+
+    def _wire(self, run: _Run) -> Tensor:
+        return self.packing.empty(*run.stream, self.stage.device)
+
+    def _buffers(self, run: _Run) -> Callable[[int], Tensor | None]:
+        """Makes the buffer of every message that comes, in order."""
+        items = run.schedule.items(run.first)
+
+        def empty(index: int) -> Tensor | None:
+            item = next(items, None)
+            if item is None:
+                return None
+            return self._result(run, item) if self.rank == 0 else self._wire(run)
+
+        return empty
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1)
+
+
+def _on_cpu(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in arguments.items()}

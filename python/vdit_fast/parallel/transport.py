@@ -1,0 +1,208 @@
+"""How the ranks of a pipeline reach each other: a ring of hops over torch.distributed."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vdit_fast.parallel.hops import Counts, Incoming, Outgoing
+from vdit_fast.parallel.watch import Watch
+
+__all__ = ["Alone", "Ring", "Transport"]
+
+_number = itertools.count()
+ENDED = "ended"
+
+
+class Transport(Protocol):
+    """Rank r sends to rank r + 1 and the last one to the first."""
+
+    rank: int
+    ranks: int
+    sent: Counts
+    received: Counts
+
+    def share(self, value: Any, what: str) -> Any:
+        """The first rank's value, on every rank; tensors in it on the CPU. A run begins with it."""
+        ...
+
+    def open(self, empty: Callable[[int], Tensor | None]) -> None:
+        """Begin to receive; ``empty`` makes the buffer of message number k, None: there are no more."""
+        ...
+
+    def room(self) -> None:
+        """Wait until a message may be sent."""
+        ...
+
+    def send(self, buffer: Tensor) -> None:
+        """Send a message, after ``room``; the buffer must not be written to any more."""
+        ...
+
+    def there(self) -> bool:
+        """Whether a message has come."""
+        ...
+
+    def receive(self) -> Tensor | None:
+        """The next message; None: there are no more."""
+        ...
+
+    def stop(self, sent: int, last: Tensor | None) -> None:
+        """No messages after number ``sent``: on the first rank by its own decision, on others because ``receive`` said
+        so. ``last`` is any buffer that the next rank would receive."""
+        ...
+
+    def check(self) -> None:
+        """Raise where another rank has failed."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """This rank has failed; all others get to know."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until all messages have left and all ranks are done."""
+        ...
+
+
+class Alone:
+    """One rank, which sends nothing."""
+
+    rank, ranks = 0, 1
+
+    def __init__(self) -> None:
+        self.sent, self.received = Counts(), Counts()
+
+    def share(self, value: Any, what: str) -> Any:
+        return value
+
+    def check(self) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+    def finish(self) -> None: ...
+    def stop(self, sent: int, last: Tensor | None) -> None: ...
+    def open(self, empty: Callable[[int], Tensor | None]) -> None: ...
+
+    def there(self) -> bool:
+        return False
+
+    def room(self) -> None:
+        raise AssertionError("a single rank sends nothing")
+
+    def send(self, buffer: Tensor) -> None:
+        raise AssertionError("a single rank sends nothing")
+
+    def receive(self) -> Tensor | None:
+        return None
+
+
+class Ring:
+    """The hops between the ranks of a process group (NCCL, gloo).
+
+    Every rank of the group must make one, in the same order where there are several.
+
+    Args:
+        group: None: all ranks.
+        device: of the model.
+        patience: seconds without a sign of life after which a rank counts as dead.
+        timeout: most seconds to wait for one message.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+        patience: float = 10.0,
+        timeout: float = 600.0,
+    ) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("torch.distributed is not initialised; start with torchrun and call init_process_group")
+        everybody = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+        self.rank, self.ranks = dist.get_rank(group), len(everybody)
+        if self.ranks < 2:
+            raise ValueError("group: it has one rank; a ring needs two")
+        self.sent, self.received = Counts(), Counts()
+        self._device = torch.device(device)
+        name = f"vdit_fast/{everybody}/{next(_number)}"
+        self._runs = itertools.count()
+        self._new_watch = lambda: Watch(
+            dist.PrefixStore(f"{name}/{next(self._runs)}", dist.distributed_c10d._get_default_store()),
+            self.rank,
+            self.ranks,
+            patience,
+            timeout,
+        )
+        self.watch = self._new_watch()
+        self._host = dist.get_backend(group) != "nccl"
+        self._groups: list[dist.ProcessGroup] = []
+        self._all = self.watch.run(lambda: self._connect(everybody, timeout), "the other ranks to connect")
+        self._out: Outgoing | None = None
+        self._in: Incoming | None = None
+
+    def _connect(self, everybody: list[int], timeout: float) -> dist.ProcessGroup:
+        limit = datetime.timedelta(seconds=timeout + 60)  # the watch ends waits before that
+        # All ranks are in every group: torch names the groups of a part by how many groups a rank has had.
+        for _ in range(self.ranks):
+            self._groups.append(dist.new_group(everybody, timeout=limit, use_local_synchronization=True))
+        return dist.new_group(everybody, timeout=limit, use_local_synchronization=True)
+
+    def share(self, value: Any, what: str) -> Any:
+        if self.watch.left:  # an earlier run has ended
+            self.watch.check()
+            self.watch = self._new_watch()
+        box = [value if self.rank == 0 else None]
+        device = None if self._host else self._device
+        self.watch.run(lambda: dist.broadcast_object_list(box, group_src=0, group=self._all, device=device), what)
+        return box[0]
+
+    def open(self, empty: Callable[[int], Tensor | None]) -> None:
+        before, after = (self.rank - 1) % self.ranks, (self.rank + 1) % self.ranks
+        self._out = Outgoing(self._groups[self.rank], after, self.watch, self._device, self._host)
+        self._in = Incoming(
+            self._groups[before], before, self.watch, self._device, self._host, empty, self._ended, self.rank != 0
+        )
+        self.sent, self.received = self._out.counts, self._in.counts
+
+    def _ended(self, index: int) -> bool:
+        count = self.watch.get(ENDED)
+        return count is not None and int(count) == index
+
+    def room(self) -> None:
+        assert self._out is not None
+        self._out.room()
+
+    def send(self, buffer: Tensor) -> None:
+        assert self._out is not None
+        self._out.put(buffer)
+
+    def there(self) -> bool:
+        assert self._in is not None
+        return self._in.there()
+
+    def receive(self) -> Tensor | None:
+        assert self._in is not None
+        return self._in.get()
+
+    def stop(self, sent: int, last: Tensor | None) -> None:
+        if self.rank == 0:
+            self.watch.set(ENDED, str(sent))
+        if last is not None:
+            assert self._out is not None
+            self._out.room()
+            self._out.put(last, counted=False)
+
+    def check(self) -> None:
+        self.watch.check()
+
+    def fail(self, error: BaseException) -> None:
+        self.watch.fail(error)
+        self.watch.abandon()
+
+    def finish(self) -> None:
+        if self._out is not None:
+            self._out.finish()
+        self.watch.leave()

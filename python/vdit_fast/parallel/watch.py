@@ -1,0 +1,236 @@
+"""Ends every rank when one fails: heartbeats and an abort flag in the store, looked at by a thread of each rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["RankFailed", "Watch"]
+
+INTERVAL = 0.25
+"""Seconds between looks at the store."""
+CAUSE = 3.0
+"""Seconds for which a broken connection waits for the one at its other end to say what happened."""
+GRACE = 8.0
+"""Seconds after which a rank that knows of a failure, but sits in a call that does not return, is ended."""
+
+Result = TypeVar("Result")
+
+
+class RankFailed(RuntimeError):
+    """A rank of the pipeline has failed; all others end with this error.
+
+    Attributes:
+        rank: which one.
+        reason: its own error with the traceback where there is one, else how it was noticed.
+    """
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank} of the pipeline failed: {reason}")
+        self.rank = rank
+        self.reason = reason
+
+
+class Watch:
+    """One rank's eye on the others.
+
+    Args:
+        store: a torch.distributed store of the ranks, of which this object gets a connection of its own.
+        patience: seconds without a sign of life after which a rank counts as dead.
+        timeout: most seconds to wait for anything a living rank should do.
+        end_process: end the process where a failure is known and the main thread does not come back to hear of it.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        ranks: int,
+        patience: float = 10.0,
+        timeout: float = 600.0,
+        end_process: bool = True,
+    ) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.patience, self.timeout, self.end_process = patience, timeout, end_process
+        self.failure: RankFailed | None = None
+        self._store = store.clone()
+        self._broken: tuple[float, RankFailed] | None = None
+        self._heard = False  # the main thread knows
+        self._left = threading.Event()
+        self._seen = {other: ("", time.monotonic()) for other in range(ranks) if other != rank}
+        self._thread = threading.Thread(target=self._look, name="vdit_fast watch", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ what the main thread calls
+    def check(self) -> None:
+        """Raise where a rank has failed."""
+        failure = self.failure
+        if failure is None and self._broken is not None and time.monotonic() - self._broken[0] > CAUSE:
+            failure = self._publish(self._broken[1])
+        if failure is not None:
+            self._heard = True
+            raise failure
+
+    def wait(self, done: Callable[[float], Result | None], for_rank: int, what: str) -> Result:
+        """What ``done(seconds)`` returns once that is not None; it is called again and again.
+
+        Raises:
+            RankFailed: a rank has failed, or nothing has come within the timeout.
+        """
+        until = time.monotonic() + self.timeout
+        while True:
+            result = done(INTERVAL)
+            if result is not None:
+                return result
+            self.check()
+            if time.monotonic() > until:
+                raise self._publish(
+                    RankFailed(for_rank, f"rank {self.rank} waited {self.timeout:g} s for {what} in vain")
+                )
+
+    def run(self, call: Callable[[], Result], what: str) -> Result:
+        """Run something that waits for other ranks, in a thread of its own."""
+        answer: list[tuple[Result | None, BaseException | None]] = []
+        ended = threading.Event()
+
+        def target() -> None:
+            try:
+                answer.append((call(), None))
+            except BaseException as error:
+                answer.append((None, error))
+            ended.set()
+
+        threading.Thread(target=target, name=f"vdit_fast {what}", daemon=True).start()
+        self.wait(lambda seconds: ended.wait(seconds) or None, (self.rank + 1) % self.ranks, what)
+        result, error = answer[0]
+        if error is not None:
+            self.broken((self.rank + 1) % self.ranks, error)
+            self.wait(lambda seconds: time.sleep(seconds), self.rank, what)
+        return result  # type: ignore[return-value]
+
+    def fail(self, error: BaseException) -> None:
+        """This rank has failed: tell the others."""
+        if isinstance(error, RankFailed):
+            return
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).strip()
+        self._publish(RankFailed(self.rank, text))
+        self._heard = True
+
+    def broken(self, peer: int, error: BaseException) -> None:
+        """A connection broke, which is not yet known to be the peer's fault."""
+        if self._broken is None:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            self._broken = time.monotonic(), RankFailed(peer, f"its connection to rank {self.rank} broke: {lines[0]}")
+
+    def leave(self) -> None:
+        """All is done: wait for the others, so that nobody mistakes a rank that has ended for one that has died."""
+        try:
+            self._store.set(f"done/{self.rank}", "1")
+            keys = [f"done/{other}" for other in range(self.ranks)]
+            self.wait(lambda seconds: self._all_there(keys, seconds), (self.rank + 1) % self.ranks, "the end")
+        finally:
+            self._left.set()
+        try:
+            self._store.set(f"left/{self.rank}", "1")
+            if self.rank == 0:  # it may keep the store that the others look into
+                keys = [f"left/{other}" for other in range(self.ranks)]
+                until = time.monotonic() + 2 * CAUSE
+                while not self._store.check(keys) and time.monotonic() < until:
+                    time.sleep(INTERVAL / 10)
+        except Exception:  # the store went with a rank that was done
+            pass
+
+    def abandon(self) -> None:
+        """Look no longer, after a failure. The first rank, whose process may keep the store, waits a little for the
+        others to hear of it."""
+        self._left.set()
+        try:
+            self._store.set(f"heard/{self.rank}", "1")
+            gone = self.failure.rank if self.failure is not None else self.rank
+            keys = [f"heard/{other}" for other in range(self.ranks) if other != gone]
+            until = time.monotonic() + 2 * CAUSE
+            while self.rank == 0 and not self._store.check(keys) and time.monotonic() < until:
+                time.sleep(INTERVAL / 10)
+        except Exception:  # the store is gone
+            pass
+
+    @property
+    def left(self) -> bool:
+        """Whether this rank looks no longer."""
+        return self._left.is_set()
+
+    # ------------------------------------------------------------------ stop early
+    def set(self, key: str, value: str) -> None:
+        """Tell all ranks something."""
+        self._store.set(key, value)
+
+    def get(self, key: str) -> str | None:
+        """What a rank has told, None when nothing yet."""
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    # ------------------------------------------------------------------ the thread
+    def _all_there(self, keys: list[str], seconds: float) -> bool | None:
+        try:
+            if self._store.check(keys):
+                return True
+        except Exception:  # whoever kept the store was done before this rank looked
+            return True
+        time.sleep(min(seconds, INTERVAL / 10))
+        return None
+
+    def _publish(self, failure: RankFailed) -> RankFailed:
+        """Tell all ranks, unless one has told something before; returns what stands in the store then."""
+        try:
+            told = json.dumps([failure.rank, failure.reason])
+            rank, reason = json.loads(self._store.compare_set("failed", "", told).decode() or told)
+            failure = RankFailed(rank, reason)
+        except Exception:  # the store is gone: what this rank knows has to do
+            pass
+        self.failure = self.failure or failure
+        return self.failure
+
+    def _look(self) -> None:
+        beat, known_since = 0, 0.0
+        while not self._left.wait(INTERVAL):
+            beat += 1
+            if self.failure is None:
+                try:
+                    self._beat(beat)
+                except Exception as error:
+                    if self._left.is_set():
+                        return
+                    self._lost(error)
+                known_since = time.monotonic()
+            elif self._heard or not self.end_process:
+                return
+            elif time.monotonic() - known_since > GRACE:
+                print(f"[rank {self.rank}] {self.failure}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def _beat(self, beat: int) -> None:
+        self._store.set(f"beat/{self.rank}", str(beat))
+        if self._store.check(["failed"]):
+            told = self._store.get("failed").decode()
+            if told:
+                self.failure = RankFailed(*json.loads(told))
+                return
+        now = time.monotonic()
+        for other, (last, since) in self._seen.items():
+            if self._store.check([f"done/{other}"]):
+                self._seen[other] = last, now
+                continue
+            new = self._store.get(f"beat/{other}").decode() if self._store.check([f"beat/{other}"]) else ""
+            if new != last:
+                self._seen[other] = new, now
+            elif now - since > self.patience:
+                self._publish(RankFailed(other, f"no sign of life for {self.patience:g} s (was it killed?)"))
+
+    def _lost(self, error: Exception) -> None:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self.failure = RankFailed(0, f"the store that its process may keep is gone: {line}")
