@@ -282,6 +282,24 @@ def test_the_model_is_whole_again(model):
     assert torch.equal(run(), before)
 
 
+@pytest.mark.parametrize("fullgraph", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_compiled_transformers(fullgraph):
+    built, inputs = latte(frames=MAX, batch=1, layers=1)
+    inputs = {"encoder_hidden_states": inputs["encoder_hidden_states"], "return_dict": False}
+    noise = torch.randn(1, 4, 2 * CHUNK, 8, 8)
+    with vdit_fast.accelerate(built, "exact") as handle:
+        video = CausalVideo(handle, chunk=CHUNK)
+        torch._dynamo.reset()
+        compiled = torch.compile(built, backend="eager", fullgraph=fullgraph)
+        if fullgraph:
+            with pytest.raises(Exception, match=r"without fullgraph|Observed exception"):
+                video.roll_out(*sampler(compiled, inputs), noise)
+            return
+        want = video.roll_out(*sampler(built, inputs), noise)
+        video.reset()
+        assert torch.equal(video.roll_out(*sampler(compiled, inputs), noise), want)
+
+
 def test_what_cannot_be_served(model):
     built, inputs = model
     handle = vdit_fast.accelerate(built, {"cache": {"method": "taylorseer", "granularity": "model"}})
