@@ -105,8 +105,8 @@ def test_context_that_reads_the_video_cannot_be_kept() -> None:
 
 @pytest.mark.parametrize("block", [1, 3])
 def test_s1_finished_frames_live_in_a_cache(block: int) -> None:
-    """In a real model without context in its sequence: keys and values of finished frames are kept, and the clip is that
-    of the mask over the whole clip at every iteration. Where text is in the sequence, it is refused."""
+    """In a real model without context in its sequence: keys and values of finished frames are kept, and the clip is
+    that of the mask over the whole clip at every iteration. Where text is in the sequence, it is refused."""
     model, inputs = tiny.wan()
     handle = accelerate(model)
     frame_model = FrameModel(handle, {"encoder_hidden_states": inputs["encoder_hidden_states"]})
