@@ -313,27 +313,34 @@ class Handle:
     def stats(self) -> dict[str, Any]:
         """The same as numbers; JSON-ready.
 
-        Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
-        ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``granularity``, ``hooked``: what it
-        stands around -> number, ``full``: reason -> forwards, ``forecast``: step -> forwards, ``blocks_run``
-        and ``blocks_left_out`` where it stands around blocks, ``nbytes`` held, ``host_reads`` of changes),
-        ``subset`` (None, or ``partial``: step -> forwards on some tokens, ``whole``: reason -> forwards that
-        computed all, the rows ``computed`` and ``left`` out, and ``nbytes`` of keys and values held), ``fused``
-        (``blocks``: class -> number with a fused forward, ``left``: reason -> blocks without one, ``unfused``:
-        reason -> times it did not run), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``:
-        reason -> calls, ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were
-        exchanged), ``regions`` (None, or step -> forwards ``masked`` in self-attention and ``prompted`` by two
-        prompts), ``streaming`` (None, or ``frames`` and ``chunks`` made, and forwards that ``denoise`` and that
-        ``write`` keys and values), ``memory`` (None, or rows ``tokens``, layers' keys and values ``computed`` and
-        ``shared`` with another guidance branch, ``nbytes`` held), ``beside`` (``references``: rows behind the text,
-        ``feed``: None or its mode, ``captured_nbytes`` held for another model), ``hooks`` (place -> calls), ``linear``
-        (None, or transformer -> indices of the layers that run linear attention), ``parallel`` (None, or of "sequence"
-        and "guidance" the ``rank``, ``ranks``, the ``calls`` or ``exchanges`` and the ``bytes`` that this rank has
-        sent), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict of ``expert``,
-        ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
-        None where the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per
-        head, one number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and
-        ``fallbacks`` (both reason -> calls).
+        Of the run: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
+        ``forwards``, ``host_reads``. Of what may be in use, None where it is not:
+
+        * ``cache``: the policy's ``granularity``, ``hooked``: what it stands around -> number, ``full``: reason ->
+          forwards, ``forecast``: step -> forwards, ``blocks_run`` and ``blocks_left_out`` where it stands around
+          blocks, ``nbytes`` held, ``host_reads`` of changes
+        * ``subset``: ``partial``: step -> forwards on some tokens, ``whole``: reason -> forwards that computed all, the
+          rows ``computed`` and ``left`` out, ``nbytes`` of keys and values held
+        * ``fused``: ``blocks``: class -> number with a fused forward, ``left``: reason -> blocks without one,
+          ``unfused``: reason -> times it did not run
+        * ``text_kv``: calls ``computed``, ``reused`` and ``refused``: reason -> calls, ``nbytes`` held
+        * ``positions``: step -> forwards whose rotary tables were exchanged
+        * ``regions``: step -> forwards ``masked`` in self-attention and ``prompted`` by two prompts
+        * ``streaming``: ``frames`` and ``chunks`` made, forwards that ``denoise`` and that ``write`` keys and values,
+          the most ``nbytes`` of those that one stream held
+        * ``memory``: rows ``tokens``, layers' keys and values ``computed`` and ``shared`` with another guidance branch,
+          ``nbytes`` held
+        * ``beside``: ``references``: rows behind the text, ``feed``: None or its mode, ``captured_nbytes`` held for
+          another model
+        * ``linear``: transformer -> indices of the layers that run linear attention
+        * ``parallel``: of "sequence" and "guidance" the ``rank``, ``ranks``, the ``calls`` or ``exchanges`` and the
+          ``bytes`` that this rank has sent
+
+        And ``hooks`` (place -> calls), ``skipped`` (reason -> module paths), ``layers``: each served layer is a dict of
+        ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None where
+        the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per head, one number where
+        they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason ->
+        calls).
         """
         return collect_stats(self)
 

@@ -280,9 +280,14 @@ class Root:
             set_processor(module.get_submodule(name), processor.stock)
         self.unwrap(module)
         self.session.hooks.entries.clear()
-        for name in ("memory", "references"):
+        for child in module.modules():  # what stands before the blocks of a pipeline stage
+            wrapper = child.__dict__.get("forward")
+            if isinstance(wrapper, ForwardStandIn) and wrapper.of(self.session):
+                wrapper.detach()
+        for name in ("memory", "references", "stage"):
             self.session.around.pop(name, None)
         self.session.around_heads.clear()
+        self.session.before_rotation = None
         self.session.regions = None
         detach(module, self.session)
         self.session.cache.forget()

@@ -161,7 +161,7 @@ def _streaming(handle: Handle) -> dict[str, int] | None:
     streamed: Counter[str] = Counter()
     for root in handle.roots:
         streamed.update(root.session.streamed)
-    return {name: streamed[name] for name in ("frames", "chunks", "denoise", "write")} if streamed else None
+    return {name: streamed[name] for name in ("frames", "chunks", "denoise", "write", "nbytes")} if streamed else None
 
 
 def _memory(handle: Handle) -> dict[str, Any] | None:
@@ -317,7 +317,7 @@ def report_text(handle: Handle) -> str:
         made = stats["streaming"]
         lines.append(
             f"streaming: {made['frames']:,} frames in {made['chunks']:,} chunks, {made['denoise']:,} forwards that "
-            f"denoised and {made['write']:,} that wrote keys and values"
+            f"denoised and {made['write']:,} that wrote keys and values, {made['nbytes'] / 2**20:,.1f} MiB of them"
         )
     if stats["memory"] is not None:
         memory = stats["memory"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
+from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 
 __all__ = ["ALLEGRO_BLOCKS", "ALLEGRO_MODULES"]
@@ -60,6 +61,7 @@ ALLEGRO_BLOCKS: dict[str, BlockForward] = {"AllegroTransformerBlock": _block()}
 class _Modules:
     """Self-attention and feed-forward under gates, cross-attention, where there is any, without one."""
 
+    memory = MemoryLayout("attn1")
     hooked = ("attn1", "attn2", "ff")
 
     def parts(self, block: Any) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,6 @@ from vdit_fast.models.block_modules import BlockModules
 from vdit_fast.models.context_parallel import NO_SEQUENCE, follow, unserved
 from vdit_fast.models.fusion import BlockForward
 from vdit_fast.models.geometry import Volume
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.rotary import served_tables
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.session import Geometry, Session
@@ -251,8 +250,6 @@ class ModelAdapter:
     """Where the family has one row per video token, or why no subset of them can run by itself."""
     references: ClassVar[str | None] = "reference rows stand behind the text of a sequence [text, video] without a mask"
     """Why no rows can be put behind the text of the blocks; None where they can."""
-    memory: ClassVar[MemoryLayout | str] = "nobody has said how its blocks make keys of rows outside of the sequence"
-    """How blocks make keys and values of memory rows, or why they cannot."""
     stages: ClassVar[StageLayout | str] = "its blocks are not known to run on several ranks"
     """What lies around the blocks, or why they cannot be split over ranks."""
     block_modules: ClassVar[Mapping[str, BlockModules]] = {}

@@ -14,6 +14,7 @@ from vdit_fast.reference.adaln import Rounding, Table
 if TYPE_CHECKING:
     from vdit_fast.caching.stream import Factors
     from vdit_fast.models.forward import Forward
+    from vdit_fast.models.memory import MemoryLayout
 
 __all__ = ["BlockModules", "Forecast", "Outputs"]
 
@@ -55,6 +56,11 @@ class Forecast:
 
 class BlockModules(Protocol):
     """One class of blocks."""
+
+    @property
+    def memory(self) -> MemoryLayout | str:
+        """How keys and values of memory rows are made, or why they cannot be."""
+        ...
 
     @property
     def hooked(self) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ from vdit_fast.models.base import (
 )
 from vdit_fast.models.cogvideox_block import COGVIDEOX_BLOCKS, COGVIDEOX_MODULES
 from vdit_fast.models.joint import join
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import pair_rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, along
@@ -62,7 +61,6 @@ class CogVideoXAdapter(ModelAdapter):
     block_modules = COGVIDEOX_MODULES
     block_lists = ("transformer_blocks",)
     rows = RowLayout("first", arguments={"image_rotary_emb": along({2: 0})})
-    memory = MemoryLayout("attn1")
     references = None
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:

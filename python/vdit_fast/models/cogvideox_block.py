@@ -15,6 +15,7 @@ from torch import Tensor
 from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.models.joint import join
+from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 from vdit_fast.reference.adaln import Rounding
 
@@ -95,6 +96,7 @@ COGVIDEOX_BLOCKS: dict[str, BlockForward] = {"CogVideoXBlock": _cogvideox(), "Co
 class _Modules:
     """Attention and feed-forward over [text, video], with gates of their own for text and video."""
 
+    memory = MemoryLayout("attn1")
     hooked = ("attn1", "ff")
 
     def parts(self, block: Any) -> dict[str, tuple[int, ...]]:

@@ -68,6 +68,7 @@ COSMOS_BLOCKS: dict[str, BlockForward] = {"CosmosTransformerBlock": _block()}
 class _Modules:
     """Attention, cross-attention and feed-forward under gates."""
 
+    memory = "blocks add positions to their rows before the norm, and memory rows have none"
     hooked = ("attn1", "attn2", "ff")
 
     def parts(self, block: Any) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
+from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 
 __all__ = ["EASYANIMATE_BLOCKS", "EASYANIMATE_MODULES"]
@@ -74,6 +75,7 @@ EASYANIMATE_BLOCKS: dict[str, BlockForward] = {"EasyAnimateTransformerBlock": _b
 class _Modules:
     """Joint attention and feed-forward under gates; where a norm follows the feed-forward, its result is kept."""
 
+    memory = MemoryLayout("attn1")
     hooked = ("attn1", "ff", "txt_ff")
 
     def parts(self, block: Any) -> dict[str, tuple[int, ...]]:

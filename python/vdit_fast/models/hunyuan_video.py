@@ -24,7 +24,6 @@ from vdit_fast.models.base import (
 )
 from vdit_fast.models.hunyuan_video_block import HUNYUAN_BLOCKS, HUNYUAN_MODULES
 from vdit_fast.models.joint import join
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import joint_heads, pair_rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, along
@@ -108,7 +107,6 @@ class HunyuanVideoAdapter(ModelAdapter):
         joint={"attention_mask": along({4: 3})},
         refused={"token_replace_emb": "the tokens of the first frame have a modulation of their own"},
     )
-    memory = MemoryLayout("attn", timestep_only=False, exchanged={"token_replace_emb": None})
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")

@@ -14,6 +14,7 @@ from torch import Tensor
 from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.models.joint import join
+from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 from vdit_fast.reference.adaln import Rounding
 
@@ -182,6 +183,7 @@ def _modulated(norm: Any, x: Tensor, arguments: Mapping[str, Any]) -> Tensor:
 class _DualModules:
     """Joint attention and two feed-forwards, all under gates."""
 
+    memory = MemoryLayout("attn", timestep_only=False, exchanged={"token_replace_emb": None})
     hooked = ("attn", "ff", "ff_context")
 
     def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
@@ -210,6 +212,7 @@ class _DualModules:
 class _SingleModules:
     """Attention and feed-forward side by side, under one projection and one gate, over both streams at once."""
 
+    memory = MemoryLayout("attn", timestep_only=False, exchanged={"token_replace_emb": None})
     hooked = ("proj_out",)
 
     def parts(self, block: Any) -> dict[str, tuple[int, ...]]:

@@ -22,6 +22,7 @@ def _gate(table: Tensor, temb: Tensor, row: int) -> Gate:
 class _Modules:
     """Self-attention, cross-attention with the text and with the other stream, and feed-forward of either stream."""
 
+    memory = "attention of the audio stream is served too, and nobody says what memory that reads"
     hooked = (
         "attn1", "attn2", "audio_to_video_attn", "ff", "audio_attn1", "audio_attn2", "video_to_audio_attn", "audio_ff",
     )  # fmt: skip

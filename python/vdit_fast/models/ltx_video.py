@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, split_heads
 from vdit_fast.models.ltx_video_block import LTX_BLOCKS, LTX_MODULES
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import Rotary, rotate_pairs, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, along
@@ -60,7 +59,6 @@ class LTXVideoAdapter(ModelAdapter):
     block_modules = LTX_MODULES
     block_lists = ("transformer_blocks",)
     rows = RowLayout("last", arguments={"temb": along({3: 1}), "image_rotary_emb": along({3: 1})})
-    memory = MemoryLayout("attn1", across=True, tokens_dim={3: 1})
 
     def skip_reason(self, name: str, module: nn.Module, processor: Any) -> str | None:
         if name.rpartition(".")[2] == "attn2":

@@ -16,6 +16,7 @@ __all__ = ["LUMINA_NEXT_MODULES"]
 class _Modules:
     """Attention and feed-forward, whose normed results are kept: tanh gates multiply them."""
 
+    memory = "text is read beside the video under a gate of its own, and nobody says where memory belongs"
     hooked = ("norm2", "ffn_norm2")
 
     def parts(self, block: Any) -> dict[str, tuple[int, ...]]:

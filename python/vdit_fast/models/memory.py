@@ -33,7 +33,7 @@ MemoryRows = Tensor | MemoryFn
 
 @dataclass(frozen=True)
 class MemoryLayout:
-    """How the blocks of a family make keys and values of rows that are not in the sequence."""
+    """How blocks of a class make keys and values of rows that are not in the sequence."""
 
     attention: str
     """The block's self-attention."""
@@ -99,14 +99,11 @@ class Memory:
 
     Args:
         source: rows [1 or B, M, C], or what makes them, once per forward.
-        layout: the family's.
-        adapter: the family.
-        layers: block path -> number of its attention among the served layers.
+        layers: block path -> number of its attention among the served layers, and its recipe.
     """
 
-    def __init__(self, source: MemoryRows, layout: MemoryLayout, adapter: ModelAdapter, layers: dict[str, int]) -> None:
-        self.source = source
-        self.layout, self.adapter, self.layers = layout, adapter, layers
+    def __init__(self, source: MemoryRows, layers: dict[str, tuple[int, BlockModules]]) -> None:
+        self.source, self.layers = source, layers
         self.computed = 0
         """Layers' keys and values that were computed, and below those of another guidance branch that served again."""
         self.shared = 0
@@ -114,7 +111,7 @@ class Memory:
         self._placed: tuple[Any, Tensor] | None = None
 
     def fresh(self) -> Memory:
-        return Memory(self.source, self.layout, self.adapter, self.layers)
+        return Memory(self.source, self.layers)
 
     @property
     def tokens(self) -> int | None:
@@ -134,8 +131,8 @@ class Memory:
         rows = self._rows(forward, session.expert)
         if rows is None:
             return proceed()
-        layer, present = self.layers[call.block.name], extra_keys(session)
-        present.memory[layer] = self._keys(call, layer, rows, forward)
+        (layer, modules), present = self.layers[call.block.name], extra_keys(session)
+        present.memory[layer] = self._keys(call, layer, modules, rows, forward)
         present.read.discard(layer)
         try:
             output = proceed()
@@ -160,15 +157,18 @@ class Memory:
             forward.memory = (rows,)
         return rows
 
-    def _keys(self, call: BlockCall, layer: int, rows: Tensor, forward: Forward | None) -> tuple[Tensor, Tensor]:
-        stream = call.block.streams[0]
+    def _keys(
+        self, call: BlockCall, layer: int, modules: BlockModules, rows: Tensor, forward: Forward | None
+    ) -> tuple[Tensor, Tensor]:
+        stream, layout = call.block.streams[0], modules.memory
+        assert isinstance(layout, MemoryLayout)
         x = call.arguments[stream]
         if rows.shape[-1] != x.shape[-1] or rows.shape[0] not in (1, x.shape[0]):
             raise ValueError(
                 f"memory: rows are {list(rows.shape)}, the tokens of {call.block.name} {list(x.shape)}; pass "
                 f"[M, {x.shape[-1]}] or [{x.shape[0]}, M, {x.shape[-1]}]"
             )
-        one = _one_timestep(forward) and self.layout.timestep_only
+        one = _one_timestep(forward) and layout.timestep_only
         place = x.dtype, x.device
         key = self._key(forward, place) if one and not torch.is_grad_enabled() else None
         known = self._kept.get(layer)
@@ -179,9 +179,8 @@ class Memory:
         placed = self._on(rows, *place)
         if not one:
             placed = placed.expand(x.shape[0], -1, -1)
-        arguments = self.layout.arguments(call.arguments, stream, placed, forward)
-        modules = self.adapter.block_modules[type(call.module).__name__]
-        pair = self.layout.keys(modules, call.module, arguments, placed)
+        arguments = layout.arguments(call.arguments, stream, placed, forward)
+        pair = layout.keys(modules, call.module, arguments, placed)
         self.computed += 1
         if key is not None:
             self._kept[layer] = key, rows, pair
@@ -230,29 +229,28 @@ def checked_rows(what: str, rows: Any) -> Tensor | None:
 
 
 def memory_layers(
-    root: nn.Module, adapter: ModelAdapter, blocks: list[tuple[str, nn.Module]], served: list[str]
-) -> dict[str, int]:
-    """Block path -> number of its attention among the served layers.
+    adapter: ModelAdapter, blocks: list[tuple[str, nn.Module]], served: list[str]
+) -> dict[str, tuple[int, BlockModules]]:
+    """Block path -> number of its attention among the served layers, and its recipe.
 
     Raises:
-        RuntimeError: the family's recipe is not known, or a layer would go without memory.
+        RuntimeError: a recipe is not known, or a layer would go without memory.
     """
-    layout = adapter.memory
-    if isinstance(layout, str):
-        raise RuntimeError(f"memory: family {adapter.family!r}: {layout}")
     numbers = {name: number for number, name in enumerate(served)}
     found = {}
     for name, block in blocks:
+        modules = adapter.block_modules.get(type(block).__name__)
+        layout = modules.memory if modules is not None else f"nobody knows the keys of a {type(block).__name__}"
+        if modules is None or isinstance(layout, str):
+            raise RuntimeError(f"memory: family {adapter.family!r}: {layout}")
         attention = f"{name}.{layout.attention}"
-        if attention not in numbers or type(block).__name__ not in adapter.block_modules:
-            raise RuntimeError(
-                f"memory: {attention} is not served, so that block would go without memory; see skipped in stats()"
-            )
-        found[name] = numbers.pop(attention)
+        if attention not in numbers:
+            raise RuntimeError(f"memory: {attention} is not served and would go without; see skipped in stats()")
+        found[name] = numbers.pop(attention), modules
     if numbers or not found:
         raise RuntimeError(
-            f"memory: {next(iter(numbers), 'a part without a list of blocks')} lies outside of the blocks that follow "
-            "one another, and would go without memory; it works on whole transformers of this family without them"
+            f"memory: family {adapter.family!r}: {next(iter(numbers), 'attention')} lies outside of blocks that follow "
+            "one another, and would go without"
         )
     return found
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_added_heads, split_heads
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.mochi_block import MOCHI_BLOCKS, MOCHI_MODULES
 from vdit_fast.models.qk import Rotary, joint_heads
 from vdit_fast.models.registry import register
@@ -86,7 +85,6 @@ class MochiAdapter(ModelAdapter):
     block_modules = MOCHI_MODULES
     block_lists = ("transformer_blocks",)
     rows = RowLayout("last", arguments={"image_rotary_emb": along({3: 0})})
-    memory = MemoryLayout("attn1", timestep_only=False)
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         latents = arguments.get("hidden_states")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
+from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 
 __all__ = ["MOCHI_BLOCKS", "MOCHI_MODULES"]
@@ -102,6 +103,7 @@ class _Modules:
     """Joint attention and feed-forward, whose normed results are kept: tanh gates multiply them. The last block leaves
     the text as it is."""
 
+    memory = MemoryLayout("attn1", timestep_only=False)
     hooked = ("attn1", "ff", "ff_context")
 
     def parts(self, block: Any) -> dict[str, tuple[int, ...]]:

@@ -192,14 +192,19 @@ class Session:
         known = (self._anchors.get(tensor) for tensor in tensors) if _in_backward() else ()
         return next((forward for forward in known if forward is not None), self.forward)
 
-    def reconfigure(self, config: Config) -> None:
-        """Use another configuration from the next call on; the records begin anew, as they would mix the two."""
-        self.config = config
+    def begin_records(self) -> None:
+        """Records and what planners and caches remember begin anew, as what follows would not fit to them."""
         self.layers = [old.fresh() for old in self.layers]
         self.steps.clear()
         self.forwards = 0
         self.unfused.clear()
         self.state.clear()
+        self.cache.forget()
+
+    def reconfigure(self, config: Config) -> None:
+        """Use another configuration from the next call on; the records begin anew, as they would mix the two."""
+        self.config = config
+        self.begin_records()
         self.static.clear()
         self.cache = FeatureCache(config.cache, config.attention, config.subset)
         self.forward = None  # of the old configuration, and holds what its cache kept

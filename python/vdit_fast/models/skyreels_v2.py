@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ServedProcessor
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, Take, along
@@ -103,7 +102,6 @@ class SkyReelsV2Adapter(WanAdapter):
         patched=volume_of,
         later_rotary=_later_rotary,
     )
-    memory = MemoryLayout("attn1", across=True, tokens_dim={4: 2})
     left_alone: ClassVar[dict[str, str]] = {}
 
     def frame_timesteps(self, module: nn.Module, timesteps: Tensor, latents: Tensor) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, patch_grid
-from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.row_layout import RowLayout, along
@@ -93,7 +92,6 @@ class WanAdapter(ModelAdapter):
     block_modules = WAN_MODULES
     block_lists = ("blocks",)
     rows = RowLayout("last", arguments={"temb": along({4: 1}), "rotary_emb": along({4: 1})}, between=_BETWEEN)
-    memory = MemoryLayout("attn1", across=True, tokens_dim={4: 1})
     stages = StageLayout(
         models=("WanTransformer3DModel",),
         patch="patch_embedding",

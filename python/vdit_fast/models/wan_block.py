@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, distinct_rows, fused_rounding, stock_forward
+from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 
 __all__ = ["WAN_BLOCKS", "WAN_MODULES"]
@@ -118,6 +119,7 @@ class _Modules:
 
     def __init__(self, rows_dim: int) -> None:
         self._rows_dim = rows_dim  # along which the six rows of the timestep lie
+        self.memory = MemoryLayout("attn1", across=True, tokens_dim={4: 1 if rows_dim == -2 else 2})
 
     def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(self.hooked, (0,))

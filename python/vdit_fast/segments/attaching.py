@@ -60,13 +60,12 @@ def set_memory(handle: Handle, rows: Any) -> None:
         source = found.clone()
     made = []
     for root in roots:
-        module, layout = root.module(), root.adapter.memory
+        module = root.module()
         assert module is not None
         _refuse_linear(root, "memory")
         served = [layer.name for layer in root.session.layers]
-        layers = memory_layers(module, root.adapter, transformer_blocks(module, root.adapter), served)
-        assert not isinstance(layout, str)
-        made.append((root, Memory(source, layout, root.adapter, layers)))
+        layers = memory_layers(root.adapter, transformer_blocks(module, root.adapter), served)
+        made.append((root, Memory(source, layers)))
     _place(handle, "memory", made)
 
 
