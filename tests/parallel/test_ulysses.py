@@ -31,6 +31,7 @@ OTHERS: list[Case] = [
     ("hooks", "hooks", ()),
     ("linear", "linear", ()),
     ("precision", "precision", ()),
+    ("streaming", "streaming", ()),
     *((f"positions {family}", "positions", (family,)) for family in ("wan", "hunyuan_video", "cogvideox")),
     ("refusals", "refusals", ()),
     ("families", "families", (SHARED,)),
@@ -135,6 +136,11 @@ def test_gradients_add_up_over_four(four: list[dict[str, Any]]) -> None:
 def test_positions_are_those_of_all_rows(two: list[dict[str, Any]], family: str) -> None:
     for rank in results(two, f"positions {family}"):
         assert rank["far"] <= TOLERANCE and rank["whole"] and rank["changes"] > 1e-4, rank
+
+
+def test_rollouts_keep_keys_of_the_own_heads(two: list[dict[str, Any]]) -> None:
+    for rank in results(two, "streaming"):
+        assert rank["far"] <= TOLERANCE and 'use "post_rope" over several ranks' in rank["message"], rank
 
 
 def test_sixteen_bits(two: list[dict[str, Any]]) -> None:
