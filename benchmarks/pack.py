@@ -92,7 +92,9 @@ def problems(dtype: torch.dtype) -> dict[str, tuple[Contenders, int]]:
     rows = [ROWS] * RANKS
     found = {
         "q, k, v to ranks": (with_compiled(lambda: ops.pack_slices(qkv, CUT, 2), torch_pack, *qkv), 2 * moved),
-        "q, k, v of ranks": (with_compiled(lambda: ops.unpack_slices(buffer, shapes, rows), torch_unpack, buffer), 2 * moved),
+        "q, k, v of ranks": (
+            with_compiled(lambda: ops.unpack_slices(buffer, shapes, rows), torch_unpack, buffer), 2 * moved
+        ),
         "e4m3": (
             with_compiled(lambda: ops.pack_slices(x, compression="e4m3"), torch_to_e4m3, x),
             x.numel() * size + coded.numel(),
@@ -167,10 +169,8 @@ def main() -> None:
     for how in (("bf16", 128), ("e4m3", 128), ("e4m3", 32)):
         some = [e for e in lost if (e["compression"], e["block"]) == how]
         worst = max(e["error"] for e in some), max(e["largest"] for e in some)
-        size = some[0]["bytes per number"]
-        print(
-            f"{how[0]} of {how[1]}: {size:.4f} bytes per number, error {worst[0]:.5f} of the norm, {worst[1]:.5f} of the largest"
-        )
+        size = f"{some[0]['bytes per number']:.4f} bytes per number"
+        print(f"{how[0]} of {how[1]}: {size}, error {worst[0]:.5f} of the norm, {worst[1]:.5f} of the largest")
     document = {
         "kind": "vdit_fast.pack_bench",
         "version": 1,

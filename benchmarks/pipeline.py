@@ -6,8 +6,8 @@ Every round draws the same clip of the demo model with 1, 2 and 4 processes (tor
 one process give the seconds of a layer, of what lies before and behind the layers and of a scheduler step, with as many
 of them at once as there are processors, since busy processors slow each other down; messages of the real size between
 two idle processes give the link. From these and the number of processors, and nothing else, the simulator predicts the
-other runs. Times begin with the first forward of rank 0 and end with its last result. "Replayed" is the
-simulator fed with the seconds that every forward really took: whether order and waiting are right. Run it on an otherwise idle
+other runs. "Replayed" is the simulator fed with the seconds that every forward really took: whether order and waiting
+are right. Times begin with the first forward of rank 0 and end with its last result. Run it on an otherwise idle
 machine.
 """
 
@@ -228,14 +228,11 @@ def main() -> None:
         assert all(r[ranks][what][0] == r[ranks][what][1] for r in rounds for what in ("messages", "bytes"))
         results[ranks] = {"ratio": statistics.median(ratio), "ratio_min": min(ratio), "ratio_max": max(ratio)}
         middle = report.format_seconds(statistics.median(took)), report.format_seconds(statistics.median(said))
-        rows.append((ranks, *middle, f"{statistics.median(ratio):.3f} ({min(ratio):.3f}-{max(ratio):.3f})",
-                     f"{statistics.median(again):.3f}", report.format_ratio(statistics.median(alone), min(alone), max(alone))))  # fmt: skip
-    print(
-        report.table(
-            rows,
-            ("processes", "measured", "predicted", "predicted / measured", "replayed / measured", "over one process"),
-        )
-    )
+        said_of_took = f"{statistics.median(ratio):.3f} ({min(ratio):.3f}-{max(ratio):.3f})"
+        over_one = report.format_ratio(statistics.median(alone), min(alone), max(alone))
+        rows.append((ranks, *middle, said_of_took, f"{statistics.median(again):.3f}", over_one))
+    heads = ("processes", "measured", "predicted", "predicted / measured", "replayed / measured", "over one process")
+    print(report.table(rows, heads))
     document = {
         "kind": "vdit_fast.pipeline_bench",
         "version": 1,
