@@ -12,6 +12,7 @@ from vdit_fast.accelerate import accelerate, existing_handles
 from vdit_fast.config import Config
 from vdit_fast.handle import Handle
 from vdit_fast.models.base import CROSS_ATTENTION
+from vdit_fast.models.extra_keys import ExtraKeys
 from vdit_fast.root import NO_STEPS, Root
 from vdit_fast.streaming.attach import CachedAttention
 from vdit_fast.streaming.families import check_family
@@ -168,6 +169,9 @@ def _root_of(handle: Handle) -> Root:
     ):
         if value is not None:
             raise RuntimeError(f"stream: {name} is set in the configuration: {why}; reconfigure with {name} null")
+    extra = root.session.around_heads.get("segments")
+    if isinstance(extra, ExtraKeys) and extra.captured is not None:
+        raise RuntimeError("stream: keys of whole clips are captured for another model; stop() that first")
     return root
 
 

@@ -218,6 +218,26 @@ def test_configurations_that_exclude_it(config: Config, match: str) -> None:
         next(chunks_of(accelerate(model, config), SETTINGS, rest, 3))
 
 
+@pytest.mark.parametrize("store", ["post_rope", "pre_rope"])
+def test_memory_rows_are_read_beside_the_frames_held(store: str) -> None:
+    """Every query reads them once: the first chunk is a clip of its own, as the model draws it with memory."""
+    model, rest = model_of("wan_t2v")
+    handle = accelerate(model).memory(torch.randn(5, 32))
+    settings = replace(SETTINGS, store=store, timesteps=(1000,))
+    clip = clip_of(handle, settings, rest, 6)
+    x = torch.randn(1, 4, 3, *SIZE, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        velocity = model(hidden_states=x, timestep=torch.tensor([1000.0]), **rest, return_dict=False)[0]
+    torch.testing.assert_close(clip[:, :, :3], x - velocity, atol=1e-5, rtol=1e-5)
+    handle.memory(None)
+    assert not torch.allclose(clip_of(handle, settings, rest, 6), clip, atol=0.05)
+    captured = handle.capture()
+    with pytest.raises(RuntimeError, match="captured for another model"):
+        next(chunks_of(handle, settings, rest, 3))
+    captured.stop()
+    next(chunks_of(handle, settings, rest, 3))
+
+
 def test_positions_of_the_user() -> None:
     model, rest = model_of("wan_t2v")
     handle = accelerate(model).positions(lambda step, geometry, tables: None)
