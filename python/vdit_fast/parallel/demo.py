@@ -29,7 +29,7 @@ from vdit_fast.parallel.checkpoint import Checkpoint
 from vdit_fast.parallel.sampler import SchedulerSampler
 from vdit_fast.parallel.stages import StagePipeline
 from vdit_fast.parallel.transport import Alone
-from vdit_fast.parallel.watch import RankFailed
+from vdit_fast.parallel.watch import CAUSE, RankFailed
 
 __all__ = ["main", "x0_sampler"]
 
@@ -154,7 +154,7 @@ def _hear_of_failures(pipeline: StagePipeline) -> None:
     """A launcher that sees one rank die ends the others: say first which one it was."""
 
     def ended(number: int, frame: Any) -> None:
-        until = time.monotonic() + 3
+        until = time.monotonic() + CAUSE + 2
         try:
             while time.monotonic() < until:
                 pipeline.transport.check()
