@@ -21,6 +21,7 @@ import vdit_fast
 from vdit_fast.accelerate import accelerate
 from vdit_fast.caching import FirstBlock, TaylorSeer, TeaCache
 from vdit_fast.config import Config
+from vdit_fast.context import HeadShard
 from vdit_fast.plan import AttentionPlan
 from vdit_fast.planners import SVG2
 from vdit_fast.segments import MemoryEncoder
@@ -65,11 +66,12 @@ def authors(model: nn.Module, rows: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_same_as_the_authors_blocks(dtype: torch.dtype, batch: int) -> None:
+@pytest.mark.parametrize(("batch", "clips"), [(1, 1), (2, 1), (2, 2)])
+def test_same_as_the_authors_blocks(dtype: torch.dtype, batch: int, clips: int) -> None:
+    """Also where batch items have timesteps, and rows, of their own."""
     model, inputs = tiny.wan(batch=batch)
     inputs["timestep"] = torch.tensor([500.0, 300.0])[:batch]
-    rows = torch.randn(batch, M, 32)
+    rows = torch.randn(clips, M, 32)
     truth = tiny.run(authors(tiny.double(model), rows.double()), tiny.cast(inputs, torch.float64))
     model, inputs, rows = model.to(dtype), tiny.cast(inputs, dtype), rows.to(dtype)
     eager = tiny.run(authors(model, rows), inputs)
@@ -149,25 +151,36 @@ def test_m1e_memory_of_every_rank_would_gain_log_p() -> None:
     assert tiny.relative(often, vdit_fast.attention(q, k, v, segments=[(mk, mv)])) > 1e-2
 
 
-class Halves:
-    """Stands where sequence parallelism does: two ranks with half of the queries each, and all keys."""
+class Ranks:
+    """Stands where sequence parallelism does. "queries": every rank has some of the queries and all keys; "heads": some
+    of the heads and the whole sequence, as after the exchange of Ulysses."""
+
+    def __init__(self, cut: str) -> None:
+        self.cut = cut
 
     def __call__(self, call: Any, proceed: Callable[[], Tensor]) -> Tensor:
+        q, k, v = call.q, call.k, call.v
         outs = []
-        for part in call.q.chunk(2, dim=1):
-            call.q = part
+        for rank in range(2):
+            if self.cut == "queries":
+                call.q = q.chunk(2, dim=1)[rank]
+            else:
+                call.q, call.k, call.v = (x[:, :, rank : rank + 1] for x in (q, k, v))
+                call.heads = HeadShard(rank, 1, 2, (rank,), 2, lambda x: x)
             outs.append(proceed())
-        return torch.cat(outs, dim=1)
+        return torch.cat(outs, dim=1 if self.cut == "queries" else 2)
 
-    def fresh(self) -> Halves:
+    def fresh(self) -> Ranks:
         return self
 
 
-def test_m1e_once_per_global_sequence() -> None:
+@pytest.mark.parametrize("cut", ["queries", "heads"])
+def test_m1e_once_per_global_sequence(cut: str) -> None:
+    """However the sequence is cut: keys are made of the rows, not of a rank's tokens, and join innermost."""
     model, inputs = tiny.wan()
     handle = accelerate(model).memory(torch.randn(M, 32))
     want = tiny.run(model, inputs)
-    handle.roots[0].session.around_heads["sequence"] = Halves()
+    handle.roots[0].session.around_heads["sequence"] = Ranks(cut)
     assert tiny.relative(tiny.run(model, inputs), want) < 1e-6
 
 
@@ -267,7 +280,7 @@ def test_memory_gets_the_modulation_of_the_noisiest_token() -> None:
     handle.memory(None)
     keys = {}
 
-    class Put(Halves):
+    class Put(Ranks):
         def __call__(self, call: Any, proceed: Callable[[], Tensor]) -> Tensor:
             call.segments.append(keys[call.layer])
             return proceed()
@@ -280,7 +293,7 @@ def test_memory_gets_the_modulation_of_the_noisiest_token() -> None:
             h = block.norm1(rows[None]) * (1 + scale) + shift
             k, v = block.attn1.norm_k(block.attn1.to_k(h)), block.attn1.to_v(h)
             keys[layer] = k.unflatten(2, (2, -1)), v.unflatten(2, (2, -1))
-    session.around_heads["regions"] = Put()
+    session.around_heads["regions"] = Put("")
     assert tiny.relative(got, tiny.run(model, inputs)) < 1e-5
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import vdit_fast
 from vdit_fast.accelerate import accelerate
 from vdit_fast.config import Config
+from vdit_fast.context import HeadShard
 from vdit_fast.models.base import set_processor
 from vdit_fast.planners import SVG2
 
@@ -177,6 +178,37 @@ def test_an_identity_control_net_of_fewer_layers_takes_the_first_ones() -> None:
     deeper, _ = tiny.wan(layers=3)
     with pytest.raises(ValueError, match="at most as many layers"):
         accelerate(deeper).feed(captured)
+
+
+class Heads:
+    """Stands where sequence parallelism does: two ranks with a head each and the whole sequence."""
+
+    def __call__(self, call: Any, proceed: Callable[[], Tensor]) -> Tensor:
+        q, k, v = call.q, call.k, call.v
+        outs = []
+        for rank in range(2):
+            call.q, call.k, call.v = (x[:, :, rank : rank + 1] for x in (q, k, v))
+            call.heads = HeadShard(rank, 1, 2, (rank,), 2, lambda x: x)
+            outs.append(proceed())
+        return torch.cat(outs, dim=2)
+
+    def fresh(self) -> Heads:
+        return self
+
+
+@pytest.mark.parametrize(("mode", "gate"), [("concat", 1.0), ("sum", HEADS)])
+def test_ranks_of_some_heads_read_those_of_the_garment(mode: Any, gate: Any) -> None:
+    model, inputs, garment, picture = models()
+    captured = accelerate(garment).capture()
+    tiny.run(garment, picture)
+    handle = accelerate(model).feed(captured, mode, gate)
+    want = tiny.run(model, inputs)
+    handle.roots[0].session.around_heads["sequence"] = Heads()
+    assert tiny.relative(tiny.run(model, inputs), want) < 1e-6
+    if mode == "sum":
+        handle.feed(captured, mode, torch.ones(3))
+        with pytest.raises(ValueError, match="gate has 3 entries"):
+            tiny.run(model, inputs)
 
 
 def test_text_rows_of_a_joint_garment_branch_stay_out() -> None:

@@ -84,10 +84,20 @@ class Feed:
         out = proceed()
         k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
         other = over_plan(q, k, v, None, scale, None)
-        gate = self.gate
-        if isinstance(gate, Tensor):
-            gate = gate.to(out).view(-1, 1) if gate.ndim else gate.to(out)
-        return out + gate * other
+        return out + self._factor(call, out) * other
+
+    def _factor(self, call: HeadsCall, out: Tensor) -> float | Tensor:
+        """The gate as it multiplies [B, N, H, D] of the call's heads."""
+        if not isinstance(self.gate, Tensor):
+            return self.gate
+        gate, heads = self.gate.to(out), out.shape[2]
+        if gate.ndim == 0:
+            return gate
+        if call.heads is not None and gate.shape[0] == call.heads.total:
+            gate = gate.narrow(0, call.heads.first, call.heads.count)
+        if gate.shape[0] != heads:
+            raise ValueError(f"feed: gate has {gate.shape[0]} entries, the layer has {heads} heads")
+        return gate.view(-1, 1)
 
     def _keys(self, call: HeadsCall) -> Pair:
         """Of the same layer in the other transformer; a forward that is run again for gradients gets the same ones."""
@@ -99,7 +109,9 @@ class Feed:
             raise RuntimeError(
                 f"feed: nothing was captured yet for {name}; run the other transformer first, or feed(None)"
             )
-        (k, v), here = pair, call.k
+        (k, v), here, shard = pair, call.k, call.heads
+        if shard is not None and k.shape[2] == shard.kv_total:
+            k, v = shard.own_keys(k), shard.own_keys(v)
         if k.shape[0] not in (1, here.shape[0]) or k.shape[2:] != here.shape[2:] or k.device != here.device:
             raise ValueError(
                 f"feed: the other transformer's keys are {list(k.shape)} on {k.device}, those of {name} "
