@@ -89,6 +89,8 @@ class Handle:
         notes: Counter[str] = Counter()
         for root in self.roots:
             processors = [processor for processor in root.processors().values() if processor.attends]
+            if elsewhere := getattr(root.session.around.get("stage"), "elsewhere", 0):
+                notes["they run on other ranks of a stage pipeline"] += elsewhere
             for processor in processors:
                 if processor._parallel_config is not None and "sequence" not in root.session.around_heads:
                     notes["context parallelism is enabled, the stock processor runs"] += 1

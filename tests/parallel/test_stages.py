@@ -15,6 +15,8 @@ import vdit_fast
 from vdit_fast.caching import TaylorSeer, TeaCache
 from vdit_fast.parallel import NoisePool, SchedulerSampler, StagePipeline
 from vdit_fast.parallel.checkpoint import Checkpoint
+from vdit_fast.parallel.packing import Compressed
+from vdit_fast.parallel.transport import Alone
 from vdit_fast.subset import RAS
 
 SETTINGS = {"blocks": 3, "num_per_block": 4, "num_cat": 2, "guidance": 3.0, "seed": 5}
@@ -104,12 +106,57 @@ def _check_split(model, ranks, config, one, other):
     for _, pipeline in parts:
         facts = pipeline.facts()
         assert {way: facts[way] for way in ("sent", "received")} == pipeline.expected()
+        missing = (4 - len(pipeline.stage.layers)) * (ranks > 1)
+        assert f"note: {missing} layers: they run on other ranks" in pipeline.stage.handle.report()
     if config is PLANNED:
         calls = [layer["sparse_calls"] for _, p in parts for layer in p.stage.handle.stats()["layers"]]
         assert sum(calls) == 4 * 15
     if config is CACHED:
         held = [p.stage.handle.stats()["cache"] for _, p in parts]
         assert all(cache["forecast"] and cache["nbytes"] == 0 for cache in held)  # finished blocks are forgotten
+
+
+@pytest.mark.parametrize(("compression", "worst"), [("bf16", 0.05), ("e4m3", 0.5)])
+def test_messages_can_be_compressed(model, compression, worst):
+    """A first rank and a last one that round what they send: a clip near the exact one, in fewer bytes."""
+    one = alone(model)
+    parts = split(model, 2, options={"packing": Compressed(compression)})
+    assert 0 < max(float((parts[0][0][index] - one[index]).abs().max()) for index in one) < worst
+    sent = parts[0][1].facts()["sent"]
+    assert sent == parts[0][1].expected()["sent"] and sent[1] < 0.6 * 12 * 2 * 6 * 16 * 32 * 4
+
+
+def test_16_bits(model):
+    half, arguments = model.to(torch.bfloat16), {name: x.bfloat16() for name, x in prompt().items()}
+    videos = []
+    for ranks in (1, 3):
+        models = [copy.deepcopy(half) for _ in range(ranks)]
+
+        def work(ring, models=models):
+            pipeline = StagePipeline(vdit_fast.accelerate(models[ring.rank], "exact"), transport=ring)
+            assert pipeline.stage.dtype == torch.bfloat16
+            return dict(pipeline.generate(SchedulerSampler(unipc(3)), SHAPE, arguments, **SETTINGS))
+
+        videos.append(run_ranks(work, ranks)[0] if ranks > 1 else work(Alone()))
+    assert_equal(*videos)
+    assert all(block.dtype == torch.float32 for block in videos[0].values())
+
+
+def test_skyreels(model):
+    """Another family by the same mechanism; timesteps of a whole pass."""
+    from tiny import build
+
+    base, _ = build("skyreels_df", layers=3)
+    arguments = {"encoder_hidden_states": torch.randn(2, 512, 16)}
+    models = [base, *(copy.deepcopy(base) for _ in range(2))]
+
+    def work(ring):
+        pipeline = StagePipeline(vdit_fast.accelerate(own := models.pop(), "exact"), transport=ring)
+        assert own is pipeline.stage.module
+        return dict(pipeline.generate(SchedulerSampler(unipc(3)), SHAPE, arguments, **SETTINGS))
+
+    parts = run_ranks(work, 2)
+    assert_equal(parts[0], work(Alone()))
 
 
 def test_layers_can_be_given(model):

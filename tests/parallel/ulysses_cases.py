@@ -247,6 +247,39 @@ def positions(family: str) -> dict[str, Any]:
     return {"far": far([got, back], [want, stock]), "whole": seen == {True}, "changes": tiny.relative(want, stock)}
 
 
+def compiled(family: str) -> dict[str, Any]:
+    """Compiled blocks; compiled under several ranks and before."""
+    model, inputs = built(family, heads=3)
+    handle = planner_settings.plugged(model, planner_settings.config("draft"))
+    want = generate(model, inputs)
+    blocks = [block for name in ("blocks", "transformer_blocks") for block in getattr(model, name, [])]
+    for block in blocks:
+        block.compile(backend="aot_eager")
+    with sequence_parallel(handle):
+        handle.reset()
+        got = generate(model, inputs)
+    handle.reset()
+    return {"far": far(got + generate(model, inputs), want * 2)}
+
+
+def streaming() -> dict[str, Any]:
+    """A rollout of chunks: every rank keeps the past keys of its own heads."""
+    from rollouts import clip_of, model_of
+
+    from vdit_fast.streaming import SelfForcing
+
+    model, rest = model_of("wan")
+    handle = accelerate(model)
+    settings = SelfForcing(chunk_frames=3, cache_frames=7, sinks=1, timesteps=(1000.0, 500.0), guidance=2.0)
+    text = {"negative_prompt_embeds": -rest["encoder_hidden_states"]}
+    want = clip_of(handle, settings, rest, frames=11, **text)
+    with sequence_parallel(handle):
+        got = clip_of(handle, settings, rest, frames=11, **text)
+        old = SelfForcing(chunk_frames=3, cache_frames=6, timesteps=(1000.0,), store="pre_rope")
+        message = refused(lambda: clip_of(handle, old, rest, frames=6))
+    return {"far": far([got], [want]), "message": message}
+
+
 def refusals() -> dict[str, str]:
     """What cannot be shared says so on all ranks, before anything is exchanged."""
     found = {}
