@@ -35,7 +35,8 @@ class RegionTextProcessor(ServedProcessor):
         rotary_emb: Any = None,
     ) -> Tensor:
         run, forward = self.session.regions, self.session.forward
-        if run is None or not self.session.active or encoder_hidden_states is None or not run.splits(forward):
+        text = encoder_hidden_states if self.session.active else None
+        if run is None or forward is None or text is None or not run.splits(forward):
             out: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return out
         if attention_mask is not None:
@@ -44,10 +45,7 @@ class RegionTextProcessor(ServedProcessor):
             raise RuntimeError("regions: two prompts are for inference; use torch.no_grad(), or give none")
         # Not through the memory of keys: it knows one text per forward. Two prompts are 2 S rows beside N.
         stock = self.stock.stock if isinstance(self.stock, TextKVProcessor) else self.stock
-        geometry = forward.geometry if forward is not None else None
-        return run.cross(
-            lambda rows, text: stock(attn, rows, text, None, rotary_emb), hidden_states, encoder_hidden_states, geometry
-        )
+        return run.cross(lambda rows, words: stock(attn, rows, words, None, rotary_emb), hidden_states, text, forward)
 
 
 def _cross_modules(module: nn.Module, adapter: ModelAdapter) -> list[nn.Module]:

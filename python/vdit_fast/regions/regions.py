@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vdit_fast.models.forward import Forward
-from vdit_fast.models.geometry import Geometry
 from vdit_fast.models.heads import AroundHeads, HeadsCall
 from vdit_fast.plan import AttentionPlan
 from vdit_fast.positions.boxes import Box, box_rows, check_steps, early
@@ -164,23 +163,26 @@ class RegionRun(AroundHeads):
             )
         return text.to(prompt.device, prompt.dtype).expand(prompt.shape[0], -1, -1)
 
-    def splits(self, forward: Forward | None) -> bool:
-        """Whether the running forward reads two prompts."""
-        return forward is not None and self._forward is forward
+    def splits(self, forward: Forward) -> bool:
+        """Whether a forward reads two prompts."""
+        return self._forward is forward
 
-    def cross(self, attend: Callable[[Tensor, Tensor], Tensor], rows: Tensor, text: Tensor, geometry: Any) -> Tensor:
+    def cross(self, attend: Callable[[Tensor, Tensor], Tensor], rows: Tensor, text: Tensor, forward: Forward) -> Tensor:
         """Cross-attention in which the box reads the foreground prompt and all else the background prompt.
 
         A row of cross-attention knows nothing of other rows: the two kinds are two calls, each with its own keys.
 
         Args:
             attend: the module, ``attend(rows, text)``.
-            rows: [B, N, C].
+            rows: [B, N, C], or the own rows of a rank that shares the sequence.
             text: [B, image + 2 S, C], background then foreground last.
         """
         assert self.regions.foreground is not None
         words = self.regions.foreground.shape[1]
-        if not isinstance(geometry, Geometry) or rows.shape[1] != geometry.n_video:
+        geometry, shard = forward.geometry, forward.shard
+        first = 0 if shard is None else shard.start
+        whole = rows.shape[1] if shard is None or shard.rows != rows.shape[1] else shard.total
+        if geometry is None or whole != geometry.n_video:
             raise RuntimeError(
                 f"regions: cross-attention has {rows.shape[1]} rows, which are not the tokens of the video; run whole "
                 "videos, without a subset of tokens"
@@ -188,7 +190,8 @@ class RegionRun(AroundHeads):
         image = text[:, : text.shape[1] - 2 * words]
         out: Tensor | None = None
         prompts = text[:, image.shape[1] :].split(words, dim=1)
-        for chosen, own in zip(self._places(geometry.grid, rows.device), prompts, strict=True):
+        places = self._places(geometry.grid, first, rows.shape[1], rows.device)
+        for chosen, own in zip(places, prompts, strict=True):
             if not len(chosen):
                 continue
             part = attend(rows[:, chosen], torch.cat((image, own), dim=1) if image.shape[1] else own)
@@ -198,11 +201,13 @@ class RegionRun(AroundHeads):
         assert out is not None
         return out
 
-    def _places(self, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Tokens outside and inside of the box."""
-        key = grid, device
+    def _places(
+        self, grid: tuple[int, int, int], first: int, count: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Of so many tokens from the first on, those outside and inside of the box."""
+        key = grid, first, count, device
         if key not in self._rows:
-            inside = box_rows(grid, self.regions.boxes)
+            inside = box_rows(grid, self.regions.boxes)[first : first + count]
             outer, inner = ((inside == kind).nonzero().flatten().to(device) for kind in (False, True))
             self._rows[key] = outer, inner
         return self._rows[key]
