@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from benchmarks.cache import counted
 from torch import Tensor
 
 from vdit_fast import report
@@ -77,9 +78,9 @@ def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, weight: Tensor, c
     values[:, -v.shape[1] :] = v
 
 
-def shift_left(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> None:
+def shift_left(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, sinks: int) -> None:
     """Behind the sinks everything moves towards the front, then the chunk goes to the end."""
-    new, sinks = k.shape[1], SINKS * PAGE
+    new = k.shape[1]
     for buffer, chunk in ((keys, k), (values, v)):
         buffer[:, sinks:-new] = buffer[:, sinks + new :].clone()
         buffer[:, -new:] = chunk
@@ -137,7 +138,7 @@ def contenders(case: Case, dtype: torch.dtype, device: str = "cpu", page: int = 
 
         frames = [x[:, -tokens:].split(page, 1) for x in (own_keys, own_values)]
         written = [frame for parts in frames for frame in parts]
-        calls: dict[str, Call] = torches(shift_left, own_keys, own_values, k, v)
+        calls: dict[str, Call] = torches(shift_left, own_keys, own_values, k, v, SINKS * page)
         moved = 4 * tokens * row
         if case.kind == "append":
             calls = torches(append, own_keys, own_values, k, v, weight, cos[:, None], sin[:, None])
@@ -169,6 +170,7 @@ def _copy(moved: int, device: str) -> dict[str, Call]:
 def measure(case: Case, dtype: torch.dtype, threads: int, rounds: int, page: int = PAGE) -> dict[str, Any]:
     torch.set_num_threads(threads)
     moved, calls = contenders(case, dtype, page=page)
+    nbytes = {"least": moved} | (counted(calls) if COPY in calls else {})
     clock = time.thread_time if threads == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds + 2):  # the first two warm up
@@ -180,7 +182,7 @@ def measure(case: Case, dtype: torch.dtype, threads: int, rounds: int, page: int
     own = times[OWN]
     flops = 4 * (case.queries or page) * case.capacity * page * case.heads * DIM if case.kind == "decode" else 0
     row: dict[str, Any] = {
-        "case": case.name, "dtype": str(dtype).removeprefix("torch."), "threads": threads, "bytes": moved,
+        "case": case.name, "dtype": str(dtype).removeprefix("torch."), "threads": threads, "bytes": nbytes,
         "flop": flops, "seconds": {name: statistics.median(t) for name, t in times.items()},
         "gb_per_second": moved / statistics.median(own) / 1e9, "gflop_per_second": flops / statistics.median(own) / 1e9,
     }  # fmt: skip

@@ -6,7 +6,8 @@ Every round draws the same clip of the demo model with 1, 2 and 4 processes (tor
 one process give the seconds of a layer, of what lies before and behind the layers and of a scheduler step, with as many
 of them at once as there are processors, since busy processors slow each other down; messages of the real size between
 two idle processes give the link. From these and the number of processors, and nothing else, the simulator predicts the
-other runs. Times begin with the first forward of rank 0 and end with its last result. Run it on an otherwise idle
+other runs. "Replayed" is the simulator fed with the seconds that every forward really took: whether order and waiting
+are right. Times begin with the first forward of rank 0 and end with its last result. Run it on an otherwise idle
 machine.
 """
 
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from vdit_fast.demo.model import load_demo_model
 from vdit_fast.demo.prompts import embed
 from vdit_fast.parallel import StagePipeline, split_layers
 from vdit_fast.parallel.demo import x0_sampler
-from vdit_fast.parallel.simulator import Link, Pipeline, Prediction, simulate
+from vdit_fast.parallel.simulator import Link, Pipeline, simulate
 from vdit_fast.parallel.trace import read_traces
 
 PROMPT = "red circle right, blue square up"
@@ -148,8 +150,8 @@ def makespan(traces: list[dict[str, Any]]) -> float:
     return max(e[4] for e in events) - min(e[3] for e in events if e[0] == "compute")
 
 
-def predict(ranks: int, layers: int, one: dict[str, float], link: Link, options: argparse.Namespace) -> Prediction:
-    pipeline = Pipeline(
+def pipeline_of(ranks: int, layers: int, one: dict[str, float], link: Link, options: argparse.Namespace) -> Pipeline:
+    return Pipeline(
         steps=options.steps,
         blocks=options.blocks,
         stage=[len(own) * one["layers"] / layers for own in split_layers(layers, ranks)],
@@ -163,7 +165,6 @@ def predict(ranks: int, layers: int, one: dict[str, float], link: Link, options:
         newest=one["newest"],
         cores=options.cores,
     )
-    return simulate(pipeline)
 
 
 def one_round(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -185,11 +186,13 @@ def one_round(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for ranks in options.ranks:
         launch(ranks, options, folder / str(ranks), "draw")
         traces = read_traces(folder / str(ranks))
-        run, took = predict(ranks, layers, together, link, options), makespan(traces)
-        busy = [sum(end - begin for *_, begin, end in seconds(t, "compute")) for t in traces]
+        model, took = pipeline_of(ranks, layers, together, link, options), makespan(traces)
+        work = [[end - begin for *_, begin, end in seconds(t, "compute")] for t in traces]
+        run = simulate(model)
+        replayed = simulate(replace(model, cores=None), list(zip(*work, strict=True))).latency
         found[str(ranks)] = {
-            "measured": took, "predicted": run.latency, "ratio": run.latency / took,
-            "computing": busy, "messages": [sum(t["sent"][0] for t in traces), run.messages],
+            "measured": took, "predicted": run.latency, "ratio": run.latency / took, "replayed": replayed / took,
+            "computing": [sum(w) for w in work], "messages": [sum(t["sent"][0] for t in traces), run.messages],
             "bytes": [sum(t["sent"][1] for t in traces), run.bytes],
         }  # fmt: skip
     return found
@@ -218,14 +221,18 @@ def main() -> None:
             rounds.append(one_round(options, Path(folder)))
     rows, results = [], {}
     for ranks in map(str, options.ranks):
-        took, said, ratio = ([r[ranks][key] for r in rounds] for key in ("measured", "predicted", "ratio"))
+        took, said, ratio, again = (
+            [r[ranks][key] for r in rounds] for key in ("measured", "predicted", "ratio", "replayed")
+        )
         alone = [r["alone"]["measured"] / r[ranks]["measured"] for r in rounds]
         assert all(r[ranks][what][0] == r[ranks][what][1] for r in rounds for what in ("messages", "bytes"))
         results[ranks] = {"ratio": statistics.median(ratio), "ratio_min": min(ratio), "ratio_max": max(ratio)}
         middle = report.format_seconds(statistics.median(took)), report.format_seconds(statistics.median(said))
-        rows.append((ranks, *middle, f"{statistics.median(ratio):.3f} ({min(ratio):.3f}-{max(ratio):.3f})",
-                     report.format_ratio(statistics.median(alone), min(alone), max(alone))))  # fmt: skip
-    print(report.table(rows, ("processes", "measured", "predicted", "predicted / measured", "over one process")))
+        said_of_took = f"{statistics.median(ratio):.3f} ({min(ratio):.3f}-{max(ratio):.3f})"
+        over_one = report.format_ratio(statistics.median(alone), min(alone), max(alone))
+        rows.append((ranks, *middle, said_of_took, f"{statistics.median(again):.3f}", over_one))
+    heads = ("processes", "measured", "predicted", "predicted / measured", "replayed / measured", "over one process")
+    print(report.table(rows, heads))
     document = {
         "kind": "vdit_fast.pipeline_bench",
         "version": 1,

@@ -66,11 +66,12 @@ def authors(model: nn.Module, rows: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_same_as_the_authors_blocks(dtype: torch.dtype, batch: int) -> None:
+@pytest.mark.parametrize(("batch", "clips"), [(1, 1), (2, 1), (2, 2)])
+def test_same_as_the_authors_blocks(dtype: torch.dtype, batch: int, clips: int) -> None:
+    """Also where batch items have timesteps, and rows, of their own."""
     model, inputs = tiny.wan(batch=batch)
     inputs["timestep"] = torch.tensor([500.0, 300.0])[:batch]
-    rows = torch.randn(batch, M, 32)
+    rows = torch.randn(clips, M, 32)
     truth = tiny.run(authors(tiny.double(model), rows.double()), tiny.cast(inputs, torch.float64))
     model, inputs, rows = model.to(dtype), tiny.cast(inputs, dtype), rows.to(dtype)
     eager = tiny.run(authors(model, rows), inputs)

@@ -202,6 +202,21 @@ def test_denoise_steps_leave_the_prefix_alone(model):
     handle.remove()
 
 
+def test_ten_times_the_cache_at_constant_memory(model):
+    built, inputs = model
+    _, write = sampler(built, inputs)
+    with vdit_fast.accelerate(built, "exact") as handle:
+        video, places = CausalVideo(handle, chunk=CHUNK), set()
+        for _ in range(10 * MAX // CHUNK + 1):
+            video.begin()
+            with video.clean():
+                assert write(torch.randn(2, 4, CHUNK, 8, 8)).isfinite().all()
+            (cache,) = video.caches.values()
+            places.add((video.nbytes, *(t.data_ptr() for layer in range(2) for t in cache.keys_values(layer))))
+            assert max(video.ids) < MAX and len(cache.frames) <= MAX
+        assert cache.end > 10 * MAX and len(places) == 1
+
+
 def test_guidance_branches_have_their_own_past(model):
     """Two texts in turn, as split guidance runs them, equal two roll-outs."""
     built, inputs = model
@@ -242,7 +257,7 @@ def test_the_model_is_whole_again(model):
     built, inputs = model
     clip = torch.randn(2, 4, MAX, 8, 8)
     run = lambda: built(clip, timestep=torch.tensor([400, 400]), **inputs)[0]  # noqa: E731
-    before = run()
+    before, table = run(), built.temp_pos_embed
     handle = vdit_fast.accelerate(built, "exact")
     served = run()
     video = CausalVideo(handle, chunk=CHUNK)
@@ -264,7 +279,27 @@ def test_the_model_is_whole_again(model):
     video = CausalVideo(handle, chunk=CHUNK)
     video.begin()
     handle.remove()
-    assert torch.equal(run(), before)
+    assert torch.equal(run(), before) and not video.caches
+    hooked = [m for m in built.modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert not hooked and built.temp_pos_embed is table
+
+
+@pytest.mark.parametrize("fullgraph", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_compiled_transformers(fullgraph):
+    built, inputs = latte(frames=MAX, batch=1, layers=1)
+    inputs = {"encoder_hidden_states": inputs["encoder_hidden_states"], "return_dict": False}
+    noise = torch.randn(1, 4, 2 * CHUNK, 8, 8)
+    with vdit_fast.accelerate(built, "exact") as handle:
+        video = CausalVideo(handle, chunk=CHUNK)
+        torch._dynamo.reset()
+        compiled = torch.compile(built, backend="eager", fullgraph=fullgraph)
+        if fullgraph:
+            with pytest.raises(Exception, match=r"without fullgraph|Observed exception"):
+                video.roll_out(*sampler(compiled, inputs), noise)
+            return
+        want = video.roll_out(*sampler(built, inputs), noise)
+        video.reset()
+        assert torch.equal(video.roll_out(*sampler(compiled, inputs), noise), want)
 
 
 def test_what_cannot_be_served(model):

@@ -31,6 +31,8 @@ OTHERS: list[Case] = [
     ("hooks", "hooks", ()),
     ("linear", "linear", ()),
     ("precision", "precision", ()),
+    ("streaming", "streaming", ()),
+    *((f"positions {family}", "positions", (family,)) for family in ("wan", "hunyuan_video", "cogvideox")),
     ("refusals", "refusals", ()),
     ("families", "families", (SHARED,)),
 ]
@@ -130,15 +132,33 @@ def test_gradients_add_up_over_four(four: list[dict[str, Any]]) -> None:
         assert rank["far"] <= 2e-5 and rank["names"], rank
 
 
+@pytest.mark.parametrize("family", ["wan", "hunyuan_video", "cogvideox"])
+def test_positions_are_those_of_all_rows(two: list[dict[str, Any]], family: str) -> None:
+    for rank in results(two, f"positions {family}"):
+        assert rank["far"] <= TOLERANCE and rank["whole"] and rank["changes"] > 1e-4, rank
+
+
+def test_rollouts_keep_keys_of_the_own_heads(two: list[dict[str, Any]]) -> None:
+    for rank in results(two, "streaming"):
+        assert rank["far"] <= TOLERANCE and 'use "post_rope" over several ranks' in rank["message"], rank
+
+
 def test_sixteen_bits(two: list[dict[str, Any]]) -> None:
     assert all(rank["far"] <= 2**-9 for rank in results(two, "precision"))
+
+
+@pytest.mark.slow
+def test_compiled_blocks() -> None:
+    cases: list[Case] = [(family, "compiled", (family,)) for family in ("wan", "cogvideox")]
+    found = ranks.run(2, ulysses_cases.run, cases, seconds=420)
+    for family in ("wan", "cogvideox"):
+        assert all(rank["far"] <= 1e-5 for rank in results(found, family))
 
 
 def test_refusals(two: list[dict[str, Any]]) -> None:
     wanted = {
         "subset": "set subset to null",
         "twice": "shared already",
-        "positions": r"handle.positions\(None\)",
         "short": "a sequence of 1 rows cannot be shared by 2 ranks",
         "removed": "this handle was removed",
         "wan_vace": "vace_blocks.0.attn1 attends to all rows",

@@ -35,7 +35,7 @@ PER_HEAD = {  # something of its own for every one of five heads: tables, and bu
     "window": {
         "sparsity": 0.6, "tile": [2, 3, 3], "heads": ["spatial", "temporal", "temporal", "spatial", "temporal"],
     },
-    "adaspa": {"sparsity": 0.4, "block": 16, "search": [1, 3], "dense_steps": 1},
+    "adaspa": {"sparsity": 0.4, "block": 8, "search": [1, 3], "dense_steps": 1},
     "sliding_tile": {"tile": [2, 3, 3], "window": [[1, 1, 1], [3, 1, 1], [1, 3, 1], [1, 1, 3], [3, 3, 3]]},
 }  # fmt: skip
 
@@ -226,6 +226,60 @@ def precision() -> dict[str, Any]:
     return {"far": far([got], [want])}
 
 
+def positions(family: str) -> dict[str, Any]:
+    """Functions of positions get the tables of all rows."""
+    model, inputs = built(family, heads=3)
+    handle = accelerate(model)
+    stock = tiny.run(model, inputs)
+    seen = set()
+
+    def turned(step: Any, geometry: Any, tables: Any) -> Any:
+        seen.add(geometry.n_video in tables[0].shape)
+        dim = list(tables[0].shape).index(geometry.n_video)
+        return tuple(table.flip(dim) for table in tables)
+
+    handle.positions(turned)
+    want = tiny.run(model, inputs)
+    with sequence_parallel(handle):
+        got = tiny.run(model, inputs)
+        handle.positions(None)
+        back = tiny.run(model, inputs)
+    return {"far": far([got, back], [want, stock]), "whole": seen == {True}, "changes": tiny.relative(want, stock)}
+
+
+def compiled(family: str) -> dict[str, Any]:
+    """Compiled blocks; compiled under several ranks and before."""
+    model, inputs = built(family, heads=3)
+    handle = planner_settings.plugged(model, planner_settings.config("draft"))
+    want = generate(model, inputs)
+    blocks = [block for name in ("blocks", "transformer_blocks") for block in getattr(model, name, [])]
+    for block in blocks:
+        block.compile(backend="aot_eager")
+    with sequence_parallel(handle):
+        handle.reset()
+        got = generate(model, inputs)
+    handle.reset()
+    return {"far": far(got + generate(model, inputs), want * 2)}
+
+
+def streaming() -> dict[str, Any]:
+    """A rollout of chunks: every rank keeps the past keys of its own heads."""
+    from rollouts import clip_of, model_of
+
+    from vdit_fast.streaming import SelfForcing
+
+    model, rest = model_of("wan")
+    handle = accelerate(model)
+    settings = SelfForcing(chunk_frames=3, cache_frames=7, sinks=1, timesteps=(1000.0, 500.0), guidance=2.0)
+    text = {"negative_prompt_embeds": -rest["encoder_hidden_states"]}
+    want = clip_of(handle, settings, rest, frames=11, **text)
+    with sequence_parallel(handle):
+        got = clip_of(handle, settings, rest, frames=11, **text)
+        old = SelfForcing(chunk_frames=3, cache_frames=6, timesteps=(1000.0,), store="pre_rope")
+        message = refused(lambda: clip_of(handle, old, rest, frames=6))
+    return {"far": far([got], [want]), "message": message}
+
+
 def refusals() -> dict[str, str]:
     """What cannot be shared says so on all ranks, before anything is exchanged."""
     found = {}
@@ -236,9 +290,6 @@ def refusals() -> dict[str, str]:
     handle = accelerate(model)
     with sequence_parallel(handle):
         found["twice"] = refused(lambda: sequence_parallel(handle))
-        handle.positions(lambda step, geometry, tables: tables)
-        found["positions"] = refused(lambda: tiny.run(model, inputs))
-        handle.positions(None)
         short = {**inputs, "hidden_states": torch.randn(1, 4, 1, 2, 2)}
         found["short"] = refused(lambda: tiny.run(model, short))
     found["removed"] = refused(lambda: (handle.remove(), sequence_parallel(handle)))

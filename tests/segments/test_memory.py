@@ -122,6 +122,17 @@ def test_batch_items_differ(kind: str) -> None:
         assert tiny.relative(both[i : i + 1], tiny.run(model, one)) < 1e-5
 
 
+def test_branches_share_nothing_where_the_prompt_enters_the_modulation() -> None:
+    """HunyuanVideo adds the pooled prompt to the timestep."""
+    model, inputs = tiny.hunyuan(lengths=(5, 9))
+    other = {**inputs, "pooled_projections": torch.randn_like(inputs["pooled_projections"])}
+    handle = accelerate(model).memory(torch.randn(M, 32))
+    tiny.run(model, inputs)
+    got = tiny.run(model, other)
+    handle.reset()
+    assert torch.equal(tiny.run(model, other), got) and handle.stats()["memory"]["shared"] == 0
+
+
 def test_gradients_reach_rows_and_weights() -> None:
     model, inputs = tiny.wan()
     model.requires_grad_(True)

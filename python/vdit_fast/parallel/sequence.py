@@ -131,8 +131,6 @@ def unshared(session: Session) -> str | None:
         return "subset computes some tokens of the whole grid; set subset to null"
     if session.before_rotation is not None:
         return "keys are kept before RoPE, of which this rank has some rows only"
-    if session.positions is not None:
-        return "handle.positions exchanges the rotary tables of all tokens; switch it off by handle.positions(None)"
     places = {entry.where for entry in session.hooks.entries} - {"attention_heads"}
     if places:
         return f"hooks at {', '.join(sorted(places))} see all rows; hook 'attention_heads', or end them"

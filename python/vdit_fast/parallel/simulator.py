@@ -46,9 +46,10 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One forward: its block and step, whether the block is the noisiest of the queue, how many results rank 0 must
-    have before it, and how many of them are new."""
+    """One forward: its number, block and step, whether the block is the noisiest of the queue, how many results rank 0
+    must have before it, and how many of them are new."""
 
+    number: int
     block: int
     step: int
     newest: bool
@@ -108,16 +109,18 @@ class Pipeline:
     def ranks(self) -> int:
         return len(self.stage)
 
-    def result_bytes(self, forward: Forward) -> float:
-        """Of the message that brings a forward's result back."""
+    def result_bytes(self, block: int) -> float:
+        """Of the message that brings a result of a block back."""
         first = self.return_bytes if self.first_return_bytes is None else self.first_return_bytes
-        return first if forward.block == 0 else self.return_bytes
+        return self.return_bytes if block else first
 
     def on_links(self, forward: Forward) -> list[float]:
         """Seconds that a forward keeps the link behind each rank busy."""
         if self.ranks == 1:
             return [0.0]
-        return [self.link.seconds(self.hop_bytes)] * (self.ranks - 1) + [self.link.seconds(self.result_bytes(forward))]
+        return [self.link.seconds(self.hop_bytes)] * (self.ranks - 1) + [
+            self.link.seconds(self.result_bytes(forward.block))
+        ]
 
     def work(self, forward: Forward) -> list[float]:
         """Seconds that a forward keeps each rank busy."""
@@ -171,23 +174,25 @@ def forwards(steps: int, blocks: int) -> Iterator[Forward]:
     for number, item in enumerate(Schedule(steps, blocks, num_per_block=1, num_cat=0).items()):
         newest, iteration = item.iteration != iteration, item.iteration
         needs = max(latest[item.block], latest[item.block - 1] if item.block else -1) + 1
-        yield Forward(item.block, item.step, newest, needs, max(0, needs - known))
+        yield Forward(number, item.block, item.step, newest, needs, max(0, needs - known))
         known = max(known, needs)
         latest[item.block] = number
 
 
-def simulate(pipeline: Pipeline) -> Prediction:
+def simulate(pipeline: Pipeline, work: Sequence[Sequence[float]] | None = None) -> Prediction:
     """Runs the schedule. 6,400 forwards over 1,024 ranks take about a second; with ``cores``, and fewer of them than
-    ranks, every event is simulated on its own, about 100,000 a second."""
+    ranks, every event is simulated on its own, about 100,000 a second.
+
+    Args:
+        work: seconds of every forward on every rank, in place of what the pipeline says of them: a trace is replayed.
+    """
     if pipeline.cores is not None and pipeline.cores < pipeline.ranks:
-        done, busy, last = _shared_cores(pipeline, pipeline.cores)
+        done, busy, last = _shared_cores(pipeline, pipeline.cores, work)
     else:
-        done, busy, last = _own_processors(pipeline)
+        done, busy, last = _own_processors(pipeline, work)
     total = pipeline.steps * pipeline.blocks
     hops = pipeline.ranks - 1
-    returned = pipeline.steps * sum(
-        pipeline.result_bytes(Forward(block, 0, False, 0, 0)) for block in range(pipeline.blocks)
-    )
+    returned = pipeline.steps * sum(pipeline.result_bytes(block) for block in range(pipeline.blocks))
     return Prediction(
         latency=float(done.max()),
         block_done=done,
@@ -202,7 +207,7 @@ def simulate(pipeline: Pipeline) -> Prediction:
 Times = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
-def _own_processors(p: Pipeline) -> Times:
+def _own_processors(p: Pipeline, measured: Sequence[Sequence[float]] | None) -> Times:
     """When blocks are done, how long ranks work, when they finish. Stations are rank 0, link, rank 1, ..., the last
     rank, the link back. A forward leaves station k at ``end[k] = max(end[k-1] + delay[k-1], free[k]) + work[k]``; less
     the work and the delays on the way there this is a running maximum, so that a forward is one call for all ranks."""
@@ -214,13 +219,14 @@ def _own_processors(p: Pipeline) -> Times:
     done = np.zeros(p.blocks)
     back = [0.0]  # when the first so many results are at rank 0
     for forward in forwards(p.steps, p.blocks):
-        key = (forward.newest, forward.updates, p.result_bytes(forward))
-        if key not in ways:  # when the stations begin and end if nothing waits
+        key = (forward.newest, forward.updates, p.result_bytes(forward.block))
+        if key not in ways or measured is not None:  # when the stations begin and end if nothing waits
+            own = np.asarray(p.work(forward) if measured is None else measured[forward.number])
             on_link = np.asarray(p.on_links(forward))
             held = on_link * (not p.link.overlap)
-            work = np.stack((p.work(forward) + held, on_link - held), 1).ravel()
+            work = np.stack((own + held, on_link - held), 1).ravel()
             ends = np.cumsum(work) + np.concatenate(([0.0], np.cumsum(delay)[:-1]))
-            ways[key] = ends - work, ends, np.asarray(p.work(forward)), held
+            ways[key] = ends - work, ends, own, held
         starts, ends, work, held = ways[key]
         late = free - starts
         late[0] = max(late[0], back[forward.needs])
@@ -232,10 +238,10 @@ def _own_processors(p: Pipeline) -> Times:
     return done, busy, free[::2] - held
 
 
-def _shared_cores(p: Pipeline, cores: float) -> Times:
+def _shared_cores(p: Pipeline, cores: float, measured: Sequence[Sequence[float]] | None) -> Times:
     """The same with all events on their own: ranks at work advance at the rate min(1, cores / how many there are)."""
     order = list(forwards(p.steps, p.blocks))
-    work = [p.work(f) for f in order]
+    work = [p.work(f) for f in order] if measured is None else measured
     on_link = [p.on_links(f) for f in order]
     turn = [0] * p.ranks  # the forward that a rank works on, or waits for
     arrived = [0] * p.ranks  # forwards that have reached it; results, for rank 0

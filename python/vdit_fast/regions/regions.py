@@ -13,6 +13,7 @@ from torch import Tensor
 from vdit_fast.models.forward import Forward
 from vdit_fast.models.geometry import Geometry
 from vdit_fast.models.heads import AroundHeads, HeadsCall
+from vdit_fast.plan import AttentionPlan
 from vdit_fast.positions.boxes import Box, box_rows, check_steps, early
 from vdit_fast.regions.labels import region_labels, region_plan
 
@@ -82,6 +83,7 @@ class RegionRun(AroundHeads):
         self._counted: Forward | None = None
         self._text: tuple[Any, Tensor] | None = None
         self._rows: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._plans: dict[Any, AttentionPlan | None] = {}
 
     def fresh(self) -> RegionRun:
         return RegionRun(self.regions, self._input)
@@ -97,9 +99,10 @@ class RegionRun(AroundHeads):
 
     # ------------------------------------------------------------------ self-attention
     def __call__(self, call: HeadsCall, proceed: Callable[[], Tensor]) -> Tensor:
-        ledger, forward = call.session.layers[call.layer], call.session.forward
+        ledger = call.session.layers[call.layer]
         if ledger.always_dense is not None:  # not a layer over the video
             return proceed()
+        forward = call.session.forward if call.anchor is None else call.session.forward_of(call.anchor)
         if forward is None or forward.geometry is None:
             raise RuntimeError(f"regions: {ledger.name} is called without a known step and video grid")
         if not early("regions", "position_steps", self.regions.position_steps, forward.step):
@@ -112,12 +115,12 @@ class RegionRun(AroundHeads):
                 f"grid {geometry.grid} and its text; run whole videos, without a subset of tokens or cached frames"
             )
         first = geometry.history + (context - geometry.history if geometry.text_first else 0)
-        key = "regions", self.regions, geometry.grid, context, first, call.q.device
-        static = call.session.static
-        if key not in static:
+        key = geometry.grid, context, first, call.q.device
+        if key not in self._plans:
             labels = region_labels(geometry.grid, self.regions.boxes)
-            static[key] = region_plan(labels, context, first=first, device=call.q.device)
-        plan = static[key]
+            with torch.inference_mode(False):
+                self._plans[key] = region_plan(labels, context, first=first, device=call.q.device)
+        plan = self._plans[key]
         if plan is None:
             return proceed()
         if call.plan is not None or call.mask is not None:

@@ -46,6 +46,8 @@ class FrameModel:
         if guidance != 1 and len(pair) < 2:
             raise ValueError(f"guidance is {guidance:g}: give a pair of conditions, conditional and unconditional")
         roots = [root for root in handle.roots if root.module() is not None]
+        if handle.active and not roots:
+            raise RuntimeError("the transformer of this handle is gone: a handle does not keep its model alive")
         if len(roots) != 1 or not handle.active:
             raise RuntimeError(
                 f"the handle serves {len(roots) if handle.active else 0} transformers; per-frame schedules run one: "
