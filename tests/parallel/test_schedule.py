@@ -97,6 +97,17 @@ def test_no_window_sees_a_frame_of_noise_twice(per_block, cat):
         frames.append(block)
 
 
+def test_the_frames_before_the_window_end_are_shuffled():
+    """Every frame of the pool may come anywhere in a block; a draw depends on the generator alone."""
+    noise = NoisePool((1, 1, 1), 6, 2, seed=4)
+    noise.draw()
+    orders = set()
+    for _ in range(20):
+        old = noise.pool[0, :6, 0, 0].tolist()
+        orders.add(tuple(old.index(value) for value in noise.draw()[0, :, 0, 0].tolist()))
+    assert len(orders) > 15 and all({order[place] for order in orders} >= {0, 5} for place in range(6))
+
+
 def test_noise_goes_on_from_its_state():
     first, second = (NoisePool((2, 3, 4), 5, 2, seed=8) for _ in range(2))
     for _ in range(3):

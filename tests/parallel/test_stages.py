@@ -227,6 +227,22 @@ def _stream(model):
         pipeline.close()
 
 
+def test_runs_do_not_know_of_each_other(model):
+    """One after another on one pipeline, the first left early; a planner and a queue that remember."""
+    config = vdit_fast.Config(attention=vdit_fast.Window(tile=(2, 2, 2), min_tokens=0, dense_steps=0, refresh=3))
+    want = alone(model, config), alone(model, config, num_cat=0, guidance=1.0)
+    with vdit_fast.accelerate(model, config) as handle:
+        pipeline = StagePipeline(handle)
+        stream = generate(pipeline, blocks=None, seed=9)
+        next(stream)
+        with pytest.raises(RuntimeError, match="is drawing a video"):
+            next(generate(pipeline))
+        stream.close()
+        assert_equal(dict(generate(pipeline)), want[0])
+        assert_equal(dict(generate(pipeline, num_cat=0, guidance=1.0)), want[1])
+        pipeline.close()
+
+
 def test_the_model_is_what_it_was(model):
     """Between runs, and after close() and remove(), the transformer gives its own bits."""
     own = copy.deepcopy(model)

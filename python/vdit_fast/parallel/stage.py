@@ -108,14 +108,16 @@ class Stage:
         """Take everything off the transformer; weights that were released stay so."""
         for stand_in in self._embedders:
             stand_in.detach()
-        session = self.session
-        if session.around.get("stage") is self:
-            del session.around["stage"]
-        if self.neighbours is not None and session.around_heads.get("streaming") is self.neighbours:
-            del session.around_heads["streaming"]
-            session.before_rotation = None
-        self.neighbours = None
+        if self.session.around.get("stage") is self:
+            del self.session.around["stage"]
+        self._forget_neighbours()
         self.root.rehook()
+
+    def _forget_neighbours(self) -> None:
+        if self.neighbours is not None and self.session.around_heads.get("streaming") is self.neighbours:
+            del self.session.around_heads["streaming"]
+            self.session.before_rotation = None
+        self.neighbours = None
 
     # ------------------------------------------------------------------ weights
     def _outside(self) -> list[str]:
@@ -160,8 +162,8 @@ class Stage:
         for timestep in timesteps:
             self._recorded = {}
             try:
-                # without hooks: this is no step of anybody's schedule
-                type(self.module).forward(self.module, **self._named(latents, timestep, shape[0], arguments))
+                with torch.no_grad():  # and without hooks: this is no step of anybody's schedule
+                    type(self.module).forward(self.module, **self._named(latents, timestep, shape[0], arguments))
             except _Handover as handover:
                 stream = handover.stream.to("meta")
             finally:
@@ -183,6 +185,8 @@ class Stage:
         self._conditions = _mapped(conditions, lambda x: known.setdefault(id(x), x.to(self.device)))
         self._arguments = _mapped(arguments, lambda x: x.to(self.device))
         self._timesteps, self._shape = timesteps, shape
+        self.handle.reset()  # an earlier run may have been left with blocks under way
+        self._forget_neighbours()
         if num_cat:
             longer = (*shape[:2], shape[2] + num_cat, *shape[3:])
             tokens, after = self._tokens(shape), self._tokens(longer)

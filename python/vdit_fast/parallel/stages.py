@@ -84,6 +84,7 @@ class StagePipeline:
         self.trace = Trace()
         self.queue: BlockQueue | None = None
         self._run: Run | None = None
+        self._drawing = False
 
     @property
     def rank(self) -> int:
@@ -159,6 +160,9 @@ class StagePipeline:
             ValueError: a bad argument, or the checkpoint of another run.
             RankFailed: another rank has failed.
         """
+        if self._drawing:
+            raise RuntimeError("generate: this pipeline is drawing a video; finish or close that one first")
+        self._drawing = True
         try:
             self.trace = Trace()
             yield from self._generate(
@@ -172,6 +176,7 @@ class StagePipeline:
             self.transport.fail(error)
             raise
         finally:
+            self._drawing = False
             self.trace.finish()
 
     def _generate(
