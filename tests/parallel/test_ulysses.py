@@ -12,8 +12,8 @@ from planner_settings import PLANNERS
 from ulysses_cases import Case, results
 
 SHARED = (
-    "allegro", "consisid", "cosmos_1", "cosmos_2", "easyanimate", "hunyuan_framepack", "hunyuan_token_replace", "hunyuan_video15",
-    "ltx_video", "mochi", "skyreels_df", "wan_i2v",
+    "allegro", "consisid", "cosmos_1", "cosmos_2", "easyanimate", "hunyuan_framepack", "hunyuan_token_replace",
+    "hunyuan_video15", "ltx_video", "mochi", "skyreels_df", "wan_i2v",
 )  # fmt: skip
 TOLERANCE = 1e-6  # the same kernels on the same numbers; matrix products of fewer rows may round in another way
 
