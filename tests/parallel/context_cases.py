@@ -54,6 +54,19 @@ def planned(
     return found
 
 
+def chronoedit() -> dict[str, Any]:
+    """A relative of Wan whose plan is its own."""
+    from families.wan import chronoedit as builder
+
+    model, inputs = builder()
+    handle = accelerate(model)
+    want = tiny.run(model, inputs)
+    enable(model, ulysses_degree=2)
+    got = tiny.run(model, inputs)
+    calls = handle.stats()["parallel"]["sequence"]["calls"]
+    return {"far": far([got], [want]), "calls": calls}
+
+
 def compiled() -> dict[str, Any]:
     """Blocks compiled without a break: the exchange lies inside of the package's operator."""
     model, inputs = built("wan", 4, (4, 7, 9))

@@ -19,6 +19,7 @@ TWO: list[Case] = [
     *((planner, "planned", (planner, "accelerate", EVEN, 4, {})) for planner in ("draft", "adaspa", "sparse_vdit")),
     ("svg2", "planned", ("svg2", "parallel", EVEN, 4, {})),
     ("any heads", "planned", ("draft", "accelerate", EVEN, 5, {"ulysses_anything": True})),
+    ("chronoedit", "chronoedit", ()),
     ("aside", "aside", ()),
 ]
 
@@ -33,6 +34,11 @@ def test_planners_are_those_of_one_process(two: list[dict[str, Any]], name: str)
     for rank in results(two, name):
         assert rank["far"] <= 1e-6 and rank["served"] and rank["report"] and rank["stock"], rank
         assert "shared already" in rank["twice"]
+
+
+def test_a_relative_of_wan(two: list[dict[str, Any]]) -> None:
+    for rank in results(two, "chronoedit"):
+        assert rank["far"] <= 1e-6 and rank["calls"] == 2, rank
 
 
 def test_what_is_not_served_runs_stock_and_says_why(two: list[dict[str, Any]]) -> None:

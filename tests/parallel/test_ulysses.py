@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from planner_settings import PLANNERS
 from ulysses_cases import Case, results
 
 SHARED = (
-    "allegro", "consisid", "cosmos_1", "cosmos_2", "easyanimate", "hunyuan_framepack", "hunyuan_video15", "ltx_video",
-    "mochi", "skyreels_df", "wan_i2v",
+    "allegro", "consisid", "cosmos_1", "cosmos_2", "easyanimate", "hunyuan_framepack", "hunyuan_token_replace",
+    "hunyuan_video15", "ltx_video", "mochi", "skyreels_df", "wan_i2v",
 )  # fmt: skip
 TOLERANCE = 1e-6  # the same kernels on the same numbers; matrix products of fewer rows may round in another way
 
@@ -164,18 +165,22 @@ def test_refusals(two: list[dict[str, Any]]) -> None:
         "wan_vace": "vace_blocks.0.attn1 attends to all rows",
         "ltx2": "the audio reads the video tokens",
         "latte": "not known to work token by token",
-        "token_replace": "a modulation of their own",
+        "wan_animate": "which needs whole frames",
+        "masked": "video tokens are masked",
     }
-    import re
-
     for rank in results(two, "refusals"):
         for name, message in wanted.items():
+            if name in ("ltx2", "wan_animate") and name not in rank:  # not in the oldest diffusers
+                continue
             assert re.search(message, rank[name]), (name, rank[name])
 
 
 @pytest.mark.parametrize("family", SHARED)
 def test_families(two: list[dict[str, Any]], family: str) -> None:
-    assert all(rank[family] <= TOLERANCE for rank in results(two, "families"))
+    found = results(two, "families")
+    if family not in found[0]:
+        pytest.skip("this diffusers has no such model")
+    assert all(rank[family] <= TOLERANCE for rank in found)
 
 
 def test_without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,7 @@ class HunyuanVideoAdapter(ModelAdapter):
         arguments={"freqs_cis": along({2: 0}), "image_rotary_emb": along({2: 0})},
         joint={"attention_mask": along({4: 3})},
         refused={"token_replace_emb": "the tokens of the first frame have a modulation of their own"},
+        leading={"token_replace_emb": "num_tokens"},
     )
 
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:

@@ -29,6 +29,9 @@ class RowLayout:
     """The same for those with one entry per token of video and text."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Argument of a block -> why no subset can run where it is given."""
+    leading: Mapping[str, str] = field(default_factory=dict)
+    """Refused argument of a block that concerns the first rows only -> the argument that says how many these are: a run
+    of rows has some of them."""
     between: Mapping[str, str] = field(default_factory=dict)
     """Attribute of the transformer that works on the rows between blocks -> why it needs all of them."""
 

@@ -81,6 +81,9 @@ class ShardedRows:
             for name, of in names.items():
                 if name in given:
                     call.arguments[name] = of(given[name], take)
+        for count in self.layout.leading.values():
+            if isinstance(given.get(count), int):
+                call.arguments[count] = min(max(given[count] - shard.start, 0), shard.rows)
         if torch.is_grad_enabled():
             shard.note(session.anchor, forward)
         try:
@@ -110,7 +113,7 @@ class ShardedRows:
         """Raise where the whole rows would be missed, before anything was exchanged."""
         reason = unshared(session)
         for name, why in self.layout.refused.items():
-            if call.arguments.get(name) is not None:
+            if call.arguments.get(name) is not None and name not in self.layout.leading:
                 reason = why
         x = call.inputs[0]
         if x is None or x.ndim != 3:

@@ -68,6 +68,16 @@ class HeadSplit:
     def kv_counts(self) -> tuple[int, ...]:
         return tuple(map(len, self.kv))
 
+    @functools.cached_property
+    def sent(self) -> tuple[int, ...]:
+        """The query heads that are sent to the ranks, one rank after the other."""
+        ranges = (range(first, first + count) for first, count in zip(self.first, self.counts, strict=True))
+        return tuple(itertools.chain.from_iterable(ranges))
+
+    @functools.cached_property
+    def kv_sent(self) -> tuple[int, ...]:
+        return tuple(itertools.chain.from_iterable(self.kv))
+
     def pairs(self, rank: int) -> tuple[int, ...] | None:
         """Key head among the rank's own of each of its query heads, None where a kernel knows by itself: every key
         head has equally many query heads."""
@@ -83,10 +93,11 @@ class HeadSplit:
         return HeadShard(self.first[rank], self.counts[rank], self.heads, keys, self.kv_heads, gather)
 
 
-def _spread(x: Tensor, wanted: Sequence[int]) -> Tensor:
-    """x [B, n, H, D] with these heads, where they are not just all of them."""
-    if list(wanted) == list(range(x.shape[2])):
-        return x
+def _of_heads(x: Tensor, wanted: Sequence[int]) -> Tensor:
+    """x [B, n, H, D] with these heads: a view where they are neighbours."""
+    first, count = wanted[0], len(wanted)
+    if list(wanted) == list(range(first, first + count)):
+        return x.narrow(2, first, count)
     return x.index_select(2, torch.tensor(wanted, device=x.device))
 
 
@@ -129,13 +140,10 @@ class Ulysses:
         """The call's own rows of all heads become all rows of the own heads."""
         rank = self.rank
         inputs = (call.q, call.k, call.v)
-        wanted = [
-            [h for first, count in zip(split.first, split.counts, strict=True) for h in range(first, first + count)],
-            *[[head for heads in split.kv for head in heads]] * 2,
-        ]
+        wanted = [split.sent, split.kv_sent, split.kv_sent]
         counts = [split.counts, split.kv_counts, split.kv_counts]
         parts = [shard.parts(x) for x in inputs]
-        video = [_spread(part[0], heads) for part, heads in zip(parts, wanted, strict=True)]
+        video = [_of_heads(part[0], heads) for part, heads in zip(parts, wanted, strict=True)]
         batch, width = call.q.shape[0], call.q.shape[3]
         send = [batch * shard.rows * width * sum(each) for each in zip(*counts, strict=True)]
         receive = [batch * size * width * sum(each[rank] for each in counts) for size in shard.sizes]
@@ -144,10 +152,10 @@ class Ulysses:
         whole = unpack_slices(buffer, shapes, shard.sizes, 1)
         if text:
             own = (range(split.first[rank], split.first[rank] + split.counts[rank]), split.kv[rank], split.kv[rank])
-            rest = [_spread(part[1], list(heads)) for part, heads in zip(parts, own, strict=True)]
+            rest = [_of_heads(part[1], list(heads)) for part, heads in zip(parts, own, strict=True)]
             whole = [shard.join(*pair) for pair in zip(whole, rest, strict=True)]
         pairs = split.pairs(rank)
-        call.q, call.k, call.v = whole[0], *(x if pairs is None else _spread(x, pairs) for x in whole[1:])
+        call.q, call.k, call.v = whole[0], *(x if pairs is None else _of_heads(x, pairs) for x in whole[1:])
         if call.kv_len is not None:
             call.kv_len = call.kv_len + (shard.total - shard.rows)
         call.heads = split.of_rank(rank, lambda x: all_gather(x[:, : split.kept[rank]], split.kept, 1, self.group))
