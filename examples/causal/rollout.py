@@ -69,7 +69,7 @@ def numbers(clip: Tensor, chunk: int = 3) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     ap.add_argument("--weights", type=Path, default=Path("build/causal/weights.safetensors"))
     ap.add_argument("--frames", type=int, default=36)
@@ -77,7 +77,7 @@ def main() -> None:
     ap.add_argument("--guidance", type=float, default=2.0)
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--out", type=Path, default=Path("outputs/causal"))
-    args = ap.parse_args()
+    args = ap.parse_args(arguments)
     torch.set_num_threads(args.threads)
     models = {"trained on whole clips": load_demo_model(), "causal": load_demo_model(path=args.weights)}
     clips: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """Make the demo model causal: a short fine-tuning with the teacher-forcing mask, so that it can stream.
 
-    python examples/causal/train.py --minutes 30 --out build/causal
+    python examples/causal/train.py --out build/causal
 
 Every step runs [clean copy, noisy copy] of a clip through ``teacher_forcing``: each chunk of three frames has a noise
 level of its own and sees the clean frames that a rollout's cache would hold (CausVid, arXiv 2412.07772; diffusion
@@ -36,6 +36,7 @@ CHUNK, HELD = 3, 9
 """Frames of a chunk, and frames that the rollout's cache holds."""
 SIZES = ((2, 12, 32), (1, 15, 32), (1, 12, 48))
 """(batch, frames, side in pixels), drawn evenly."""
+HELD_OUT_CLIPS = 12
 LR, WARMUP, PROMPT_DROP, CONTEXT_NOISE, EMA_DECAY = 5e-4, 50, 0.1, 0.15, 0.99
 
 
@@ -78,12 +79,12 @@ def levels_of(x0: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def held_out(model: nn.Module, clips: int = 12, seed: int = 10_000) -> dict[str, float]:
+def held_out(model: nn.Module, seed: int = 10_000) -> dict[str, float]:
     """Mean loss of a first chunk and of those behind clean frames, on clips that training never sees."""
     torch.manual_seed(seed)
     rng, rows = random.Random(seed), []
     with accelerate(model) as handle:
-        for _ in range(clips):
+        for _ in range(HELD_OUT_CLIPS):
             x0, text = batch_of((1, 12, 40), rng)
             sigma, context = levels_of(x0)
             rows.append(causal_loss(handle, x0, text, sigma, 0 * context)[0])
@@ -91,13 +92,13 @@ def held_out(model: nn.Module, clips: int = 12, seed: int = 10_000) -> dict[str,
     return {"first_chunk": float(loss[:CHUNK].mean()), "later_chunks": float(loss[CHUNK:].mean())}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--minutes", type=float, default=30)
+    ap.add_argument("--steps", type=int, default=1200)
     ap.add_argument("--out", type=Path, default=Path("build/causal"))
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--seed", type=int, default=0)
-    args = ap.parse_args()
+    args = ap.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     model: Any = load_demo_model().requires_grad_(True)
@@ -108,9 +109,9 @@ def main() -> None:
     ema = copy.deepcopy(model).requires_grad_(False)
     optimiser = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     handle = accelerate(model)
-    step, running, begin, budget = 0, [], time.monotonic(), 60 * args.minutes
-    while (spent := time.monotonic() - begin) < budget:
-        rate = min(1.0, (step + 1) / WARMUP, 2 * (1 - spent / budget))
+    running, begin = [], time.monotonic()
+    for step in range(1, args.steps + 1):
+        rate = min(1.0, step / WARMUP, 2 * (1 - step / args.steps))
         optimiser.param_groups[0]["lr"] = LR * max(rate, 0.02)
         x0, text = batch_of(rng.choice(SIZES), rng)
         loss = causal_loss(handle, x0, text, *levels_of(x0)).mean()
@@ -118,19 +119,17 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        step += 1
         running.append(loss.item())
         with torch.no_grad():
             for kept, new in zip(ema.parameters(), model.parameters(), strict=True):
                 kept.lerp_(new, 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
         if step % 25 == 0:
-            print({"step": step, "seconds": round(spent), "loss": round(sum(running) / len(running), 4)}, flush=True)
+            seconds = round(time.monotonic() - begin)
+            print({"step": step, "seconds": seconds, "loss": round(sum(running) / len(running), 4)}, flush=True)
             running.clear()
-        if step % 100 == 0:
-            save_demo_model(ema.state_dict(), args.out / "partial.safetensors")
     handle.remove()
     after = held_out(ema)
-    facts = {"steps": step, "minutes": args.minutes, "chunk": CHUNK, "held": HELD, "before": before, "after": after}
+    facts = {"steps": args.steps, "chunk": CHUNK, "held": HELD, "before": before, "after": after}
     print("after", after, flush=True)
     save_demo_model(ema.state_dict(), args.out / "weights.safetensors", metadata={"causal_training": json.dumps(facts)})
 

@@ -286,6 +286,10 @@ class Root:
                 wrapper.detach()
         for name in ("memory", "references", "stage"):
             self.session.around.pop(name, None)
+        for around in list(self.session.around_heads.values()):
+            close = getattr(around, "close", None)  # of those that also stand elsewhere
+            if close is not None:
+                close()
         self.session.around_heads.clear()
         self.session.before_rotation = None
         self.session.regions = None

@@ -136,10 +136,12 @@ def test_hooks_see_the_references_behind_the_text() -> None:
     assert seen[0].shape == (2, TEXT + R, 32) and tiny.relative(seen[1], seen[0]) < 1e-5
 
 
-def test_learned_positions_of_the_text_stay_as_they_are() -> None:
-    """CogVideoX 2B adds a table of exactly its text length and the video's: rows can enter behind it only."""
-    model, inputs = tiny.build("cogvideox_2b")
-    rows = torch.randn(1, R, 32)
+@pytest.mark.parametrize(("kind", "channels"), [("cogvideox_2b", 32), ("consisid", 48)])
+def test_relatives(kind: str, channels: int) -> None:
+    """CogVideoX 2B adds a table of exactly its text length and the video's: rows can enter behind it only. ConsisID joins
+    both streams again behind the blocks: there the rows must have left."""
+    model, inputs = tiny.build(kind)
+    rows = torch.randn(1, R, channels)
     want = stock(model, inputs, rows)
     accelerate(model).references(rows)
     assert tiny.relative(tiny.run(model, inputs), want) < 1e-5

@@ -257,7 +257,7 @@ def test_the_model_is_whole_again(model):
     built, inputs = model
     clip = torch.randn(2, 4, MAX, 8, 8)
     run = lambda: built(clip, timestep=torch.tensor([400, 400]), **inputs)[0]  # noqa: E731
-    before = run()
+    before, table = run(), built.temp_pos_embed
     handle = vdit_fast.accelerate(built, "exact")
     served = run()
     video = CausalVideo(handle, chunk=CHUNK)
@@ -279,7 +279,9 @@ def test_the_model_is_whole_again(model):
     video = CausalVideo(handle, chunk=CHUNK)
     video.begin()
     handle.remove()
-    assert torch.equal(run(), before)
+    assert torch.equal(run(), before) and not video.caches
+    hooked = [m for m in built.modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert not hooked and built.temp_pos_embed is table
 
 
 @pytest.mark.parametrize("fullgraph", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -41,3 +41,10 @@ def test_what_is_not_served_runs_stock_and_says_why(two: list[dict[str, Any]]) -
         assert "ring_degree 2: keys come in parts" in reason
         assert "vdit_fast.parallel.sequence_parallel shares the rows" in rank["both"]
         assert "whose plan for this family is not known" in rank["family"]
+
+
+@pytest.mark.slow
+def test_compiled_blocks() -> None:
+    found = ranks.run(2, context_cases.run, [("compiled", "compiled", ())], seconds=420)
+    for rank in results(found, "compiled"):
+        assert rank["far"] <= 1e-5 and rank["calls"] == 8, rank

@@ -147,6 +147,14 @@ def test_sixteen_bits(two: list[dict[str, Any]]) -> None:
     assert all(rank["far"] <= 2**-9 for rank in results(two, "precision"))
 
 
+@pytest.mark.slow
+def test_compiled_blocks() -> None:
+    cases: list[Case] = [(family, "compiled", (family,)) for family in ("wan", "cogvideox")]
+    found = ranks.run(2, ulysses_cases.run, cases, seconds=420)
+    for family in ("wan", "cogvideox"):
+        assert all(rank["far"] <= 1e-5 for rank in results(found, family))
+
+
 def test_refusals(two: list[dict[str, Any]]) -> None:
     wanted = {
         "subset": "set subset to null",

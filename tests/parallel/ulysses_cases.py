@@ -247,6 +247,21 @@ def positions(family: str) -> dict[str, Any]:
     return {"far": far([got, back], [want, stock]), "whole": seen == {True}, "changes": tiny.relative(want, stock)}
 
 
+def compiled(family: str) -> dict[str, Any]:
+    """Compiled blocks; compiled under several ranks and before."""
+    model, inputs = built(family, heads=3)
+    handle = planner_settings.plugged(model, planner_settings.config("draft"))
+    want = generate(model, inputs)
+    blocks = [block for name in ("blocks", "transformer_blocks") for block in getattr(model, name, [])]
+    for block in blocks:
+        block.compile(backend="aot_eager")
+    with sequence_parallel(handle):
+        handle.reset()
+        got = generate(model, inputs)
+    handle.reset()
+    return {"far": far(got + generate(model, inputs), want * 2)}
+
+
 def streaming() -> dict[str, Any]:
     """A rollout of chunks: every rank keeps the past keys of its own heads."""
     from rollouts import clip_of, model_of

@@ -99,9 +99,10 @@ class RegionRun(AroundHeads):
 
     # ------------------------------------------------------------------ self-attention
     def __call__(self, call: HeadsCall, proceed: Callable[[], Tensor]) -> Tensor:
-        ledger, forward = call.session.layers[call.layer], call.session.forward
+        ledger = call.session.layers[call.layer]
         if ledger.always_dense is not None:  # not a layer over the video
             return proceed()
+        forward = call.session.forward if call.anchor is None else call.session.forward_of(call.anchor)
         if forward is None or forward.geometry is None:
             raise RuntimeError(f"regions: {ledger.name} is called without a known step and video grid")
         if not early("regions", "position_steps", self.regions.position_steps, forward.step):
