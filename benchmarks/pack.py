@@ -13,6 +13,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +25,50 @@ from vdit_fast import ops, report
 from vdit_fast.demo.model import load_demo_model
 from vdit_fast.demo.prompts import embed
 
-BATCH, ROWS, HEADS, DIM, RANKS, WIDTH = 2, 1560, 12, 128, 4, 1536
-CUT = [HEADS // RANKS] * RANKS
 Contenders = dict[str, Callable[[], Any]]
+OWN, TORCH, COMPILED = "vdit_fast", "torch", "torch.compile"
 
 
-def run(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class Size:
+    """Rows of a rank, heads that the ranks divide."""
+
+    batch: int = 2
+    rows: int = 1560
+    heads: int = 12
+    dim: int = 128
+    ranks: int = 4
+
+    @property
+    def cut(self) -> list[int]:
+        return [self.heads // self.ranks] * self.ranks
+
+
+def run(calls: Contenders, rounds: int) -> dict[str, list[float]]:
     """CPU seconds of every contender in every round."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
         call()
         call()
     for turn in range(rounds):
-        names = list(contenders)[:: 1 if turn % 2 else -1]
+        names = list(calls)[:: 1 if turn % 2 else -1]
         for name in names:
             start = time.thread_time()
-            contenders[name]()
+            calls[name]()
             times[name].append(time.thread_time() - start)
     return times
 
 
-def torch_pack(*x: Tensor) -> Tensor:
+def torch_pack(size: Size, *x: Tensor) -> Tensor:
     """The slices of q, k and v for every rank, one behind the other."""
-    return torch.cat([part.flatten() for parts in zip(*(t.split(CUT, 2) for t in x), strict=True) for part in parts])
+    parts = zip(*(t.split(size.cut, 2) for t in x), strict=True)
+    return torch.cat([part.flatten() for of_rank in parts for part in of_rank])
 
 
-def torch_unpack(buffer: Tensor) -> list[Tensor]:
+def torch_unpack(size: Size, buffer: Tensor) -> list[Tensor]:
     """q, k and v of all rows and this rank's heads, from the equal parts of all ranks."""
-    parts = buffer.view(RANKS, 3, BATCH, ROWS, HEADS // RANKS, DIM)
-    return [parts[:, i].movedim(0, 1).reshape(BATCH, RANKS * ROWS, HEADS // RANKS, DIM) for i in range(3)]
+    parts = buffer.view(size.ranks, 3, size.batch, size.rows, size.heads // size.ranks, size.dim)
+    return [parts[:, i].movedim(0, 1).flatten(1, 2) for i in range(3)]
 
 
 def torch_to_e4m3(x: Tensor) -> Tensor:
@@ -71,47 +88,42 @@ def torch_from_e4m3(buffer: Tensor, like: Tensor) -> Tensor:
     return (codes * scales.view(*codes.shape[:-1], 1)).flatten(-2).to(like.dtype)
 
 
-def with_compiled(own: Callable[..., Any], other: Callable[..., Any], *arguments: Any) -> Contenders:
+def torch_to_bf16(x: Tensor) -> Tensor:
+    return x.bfloat16().flatten()
+
+
+PROBLEMS = ("q, k, v to ranks", "q, k, v of ranks", "to e4m3", "from e4m3", "to bf16")
+
+
+def contenders(problem: str, size: Size, dtype: torch.dtype, device: str = "cpu") -> tuple[int, Contenders]:
+    """The bytes that must move, and who moves them."""
+    own: Callable[[], Any]
+    other: Callable[..., Any]
+    given: tuple[Any, ...]
+    if problem in PROBLEMS[:2]:
+        whole = torch.randn(size.batch, size.rows, 3, size.heads, size.dim, device=device).to(dtype)
+        qkv = whole.unbind(2)
+        buffer = ops.pack_slices(qkv, size.cut, 2)
+        moved = 2 * buffer.numel() * buffer.element_size()
+        if problem == PROBLEMS[0]:
+            own, other, given = lambda: ops.pack_slices(qkv, size.cut, 2), partial(torch_pack, size), qkv
+        else:
+            shapes = [(size.batch, size.ranks * size.rows, size.heads // size.ranks, size.dim)] * 3
+            own = lambda: ops.unpack_slices(buffer, shapes, [size.rows] * size.ranks)  # noqa: E731
+            other, given = partial(torch_unpack, size), (buffer,)
+    else:
+        x = torch.randn(size.batch, size.rows, size.heads * size.dim, device=device).to(dtype)
+        coded = ops.pack_slices(x, compression="bf16" if problem == "to bf16" else "e4m3")
+        moved = x.numel() * x.element_size() + coded.numel() * coded.element_size()
+        if problem == "to e4m3":
+            own, other, given = lambda: ops.pack_slices(x, compression="e4m3"), torch_to_e4m3, (x,)
+        elif problem == "from e4m3":
+            own = lambda: ops.unpack_slices(coded, x.shape, compression="e4m3", dtype=dtype)  # noqa: E731
+            other, given = torch_from_e4m3, (coded, x)
+        else:
+            own, other, given = lambda: ops.pack_slices(x, compression="bf16"), torch_to_bf16, (x,)
     compiled = torch.compile(other, fullgraph=True)
-    return {
-        "vdit_fast": own,
-        "torch": lambda: other(*arguments),
-        "torch.compile": lambda: compiled(*arguments),
-    }
-
-
-def problems(dtype: torch.dtype) -> dict[str, tuple[Contenders, int]]:
-    """Contenders by problem, the first of each this library's, and the bytes that must move."""
-    torch.manual_seed(0)
-    qkv = torch.randn(BATCH, ROWS, 3, HEADS, DIM).to(dtype).unbind(2)
-    shapes = [(BATCH, RANKS * ROWS, HEADS // RANKS, DIM)] * 3
-    buffer = ops.pack_slices(qkv, CUT, 2)
-    x = torch.randn(BATCH, ROWS, WIDTH).to(dtype)
-    coded, halved = ops.pack_slices(x, compression="e4m3"), ops.pack_slices(x, compression="bf16")
-    size, moved = x.element_size(), buffer.numel() * buffer.element_size()
-    rows = [ROWS] * RANKS
-    found = {
-        "q, k, v to ranks": (with_compiled(lambda: ops.pack_slices(qkv, CUT, 2), torch_pack, *qkv), 2 * moved),
-        "q, k, v of ranks": (
-            with_compiled(lambda: ops.unpack_slices(buffer, shapes, rows), torch_unpack, buffer), 2 * moved
-        ),
-        "e4m3": (
-            with_compiled(lambda: ops.pack_slices(x, compression="e4m3"), torch_to_e4m3, x),
-            x.numel() * size + coded.numel(),
-        ),
-        "of e4m3": (
-            with_compiled(
-                lambda: ops.unpack_slices(coded, x.shape, compression="e4m3", dtype=dtype), torch_from_e4m3, coded, x
-            ),
-            x.numel() * size + coded.numel(),
-        ),
-    }  # fmt: skip
-    if dtype is torch.float32:
-        found["bf16"] = (
-            with_compiled(lambda: ops.pack_slices(x, compression="bf16"), lambda x: x.bfloat16().flatten(), x),
-            x.numel() * 4 + halved.numel() * 2,
-        )
-    return found
+    return moved, {OWN: own, TORCH: lambda: other(*given), COMPILED: lambda: compiled(*given)}
 
 
 def errors() -> list[dict[str, Any]]:
@@ -144,16 +156,20 @@ def main() -> None:
     ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     torch.set_num_threads(1)
-    results, rows = [], []
+    torch.manual_seed(0)
+    size, results, rows = Size(), [], []
     for dtype in (torch.float32, torch.bfloat16):
         name_of = str(dtype).removeprefix("torch.")
-        for name, (contenders, moved) in problems(dtype).items():
-            times = run(contenders, args.rounds)
-            own = times["vdit_fast"]
+        for name in PROBLEMS:
+            if name == "to bf16" and dtype is torch.bfloat16:
+                continue
+            moved, calls = contenders(name, size, dtype)
+            times = run(calls, args.rounds)
+            own = times[OWN]
             result: dict[str, Any] = {"problem": name, "dtype": name_of, "bytes": moved, "seconds": times}
             cells = [name, name_of, report.format_seconds(statistics.median(own))]
             cells.append(f"{moved / statistics.median(own) / 1e9:.1f} GB/s")
-            for other in ("torch", "torch.compile"):
+            for other in (TORCH, COMPILED):
                 ratios = [b / a for a, b in zip(own, times[other], strict=True)]
                 middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
                 result[other] = {"ratio": middle, "ratio_min": low, "ratio_max": high}
@@ -169,14 +185,13 @@ def main() -> None:
     for how in (("bf16", 128), ("e4m3", 128), ("e4m3", 32)):
         some = [e for e in lost if (e["compression"], e["block"]) == how]
         worst = max(e["error"] for e in some), max(e["largest"] for e in some)
-        size = f"{some[0]['bytes per number']:.4f} bytes per number"
-        print(f"{how[0]} of {how[1]}: {size}, error {worst[0]:.5f} of the norm, {worst[1]:.5f} of the largest")
+        held = f"{some[0]['bytes per number']:.4f} bytes per number"
+        print(f"{how[0]} of {how[1]}: {held}, error {worst[0]:.5f} of the norm, {worst[1]:.5f} of the largest")
     document = {
         "kind": "vdit_fast.pack_bench",
         "version": 1,
         "settings": {
-            "batch": BATCH, "rows": ROWS, "heads": HEADS, "dim": DIM, "ranks": RANKS, "width": WIDTH,
-            "rounds": args.rounds, "threads": 1, "clock": "CPU seconds of the working thread",
+            **asdict(size), "rounds": args.rounds, "threads": 1, "clock": "CPU seconds of the working thread",
         },
         "results": results,
         "errors": lost,

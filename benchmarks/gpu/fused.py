@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import adaln, cache, kv_cache, linear_attention, qk_norm_rope, short_attention
+from benchmarks import adaln, cache, kv_cache, linear_attention, pack, qk_norm_rope, short_attention
 
 from . import machine, timing
 from .items import arguments, guarded
@@ -29,8 +29,8 @@ OWN, OWN_EAGER, TORCH, COMPILED = "vdit_fast", "vdit_fast, eager rounding", "tor
 class Case:
     """One operator at one model's size.
 
-    ``shape``: (rows, width), (tokens,) of a sequence or of a frame, linear attention's (heads, tokens, dim), or short
-    attention's four sizes.
+    ``shape``: (rows, width), (tokens,) of a sequence or of a frame, linear attention's (heads, tokens, dim), short
+    attention's four sizes, or those of ``pack.Size``.
     """
 
     operator: str
@@ -54,6 +54,7 @@ FULL_CASES = (
     *(Case("kv_cache", case.name, (kv_cache.PAGE,)) for case in kv_cache.NAMED.values() if case.capacity == 21),
     Case("linear_attention", "Wan 14B", (40, 75_600, 128)),
     Case("linear_attention", "Wan 1.3B", (12, 32_760, 128)),
+    *(Case("pack", problem, (2, 9450, 40, 128, 8)) for problem in pack.PROBLEMS[:4]),  # Wan 14B at 720p on 8 ranks
     Case("short_attention", "Stable Video Diffusion", (25, 18_432, 5, 64)),
     Case("short_attention", "AnimateDiff, 320 wide", (16, 8192, 8, 40)),
     Case("short_attention", "Latte", (16, 2048, 16, 72)),
@@ -64,6 +65,7 @@ QUICK_CASES = (
     Case("qk_norm_rope", "HunyuanVideo", (40,)),
     Case("kv_cache", "roll, 21 frames", (16,)),
     Case("linear_attention", "Wan 1.3B", (2, 100, 64)),
+    *(Case("pack", problem, (1, 16, 4, 128, 2)) for problem in pack.PROBLEMS[:4]),
     Case("short_attention", "Latte", (5, 12, 2, 24)),
 )
 
@@ -101,6 +103,9 @@ def build(case: Case, device: str) -> tuple[int, Calls]:
     elif case.operator == "kv_cache":
         moved, calls = kv_cache.contenders(kv_cache.NAMED[case.model], torch.bfloat16, device, case.shape[0])
         names = (kv_cache.OWN, "", kv_cache.TORCH, kv_cache.COMPILED)
+    elif case.operator == "pack":
+        moved, calls = pack.contenders(case.model, pack.Size(*case.shape), torch.bfloat16, device)
+        names = (pack.OWN, "", pack.TORCH, pack.COMPILED)
     elif case.operator == "linear_attention":
         heads, tokens, dim = case.shape
         moved = 4 * heads * tokens * dim * 2
