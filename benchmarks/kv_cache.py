@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from benchmarks.cache import counted
 from torch import Tensor
 
 from vdit_fast import report
@@ -52,10 +53,12 @@ CASES = [
     Case("append", 21),
     Case("roll", 21),
     Case("rotate", 21),
-    Case("decode", 6, chunk=1),
+    Case("decode", 6, chunk=1),  # a whole frame of queries
     Case("decode", 21, chunk=1, queries=16, heads=1),
     Case("decode", 21, chunk=1, queries=16, heads=12),
 ]
+LONG = Case("decode", 21, chunk=1)  # minutes on a CPU
+NAMED = {case.name: case for case in (*CASES, LONG)}
 SMALL = [Case(c.kind, min(c.capacity, 4), min(c.chunk, 2), c.queries, c.heads) for c in CASES]
 
 
@@ -75,9 +78,9 @@ def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, weight: Tensor, c
     values[:, -v.shape[1] :] = v
 
 
-def shift_left(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> None:
+def shift_left(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, sinks: int) -> None:
     """Behind the sinks everything moves towards the front, then the chunk goes to the end."""
-    new, sinks = k.shape[1], SINKS * PAGE
+    new = k.shape[1]
     for buffer, chunk in ((keys, k), (values, v)):
         buffer[:, sinks:-new] = buffer[:, sinks + new :].clone()
         buffer[:, -new:] = chunk
@@ -101,14 +104,15 @@ def _full(case: Case, dtype: torch.dtype, device: str, page: int, store: str = "
 
 
 def contenders(case: Case, dtype: torch.dtype, device: str = "cpu", page: int = PAGE) -> tuple[int, dict[str, Call]]:
-    """Bytes that must be moved, and the calls by name."""
+    """Bytes that must be moved, and the calls by name; all return the same numbers but the copy."""
     torch._dynamo.reset()
     cache = _full(case, dtype, device, page, "pre_rope" if case.kind == "rotate" else "post_rope")
     tokens, held = case.chunk * page, case.capacity * page
     k, v = (torch.randn(1, tokens, case.heads, DIM, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(case.heads * DIM, device=device).to(dtype)
-    row = case.heads * DIM * dtype.itemsize
-    own_keys, own_values = (x.clone() for x in cache.keys_values(0))
+    row, table_row = case.heads * DIM * dtype.itemsize, 2 * DIM * 4
+    keys, values = cache.keys_values(0)
+    norm = {"norm": "rms_across", "k_weight": weight}
 
     def torches(function: Callable[..., Any], *args: Any) -> dict[str, Call]:
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
@@ -118,35 +122,43 @@ def contenders(case: Case, dtype: torch.dtype, device: str = "cpu", page: int = 
         angles = torch.rand(rows, DIM // 2, device=device).repeat_interleave(2, -1) * 6
         return angles.cos(), angles.sin()
 
-    norm = {"norm": "rms_across", "k_weight": weight}
-    if case.kind == "append":
+    if case.kind in ("append", "roll"):
+        own_keys, own_values = keys.clone(), values.clone()
         cos, sin = table(tokens)
-        calls = {OWN: lambda: cache.append(0, k, v, cos, sin, **norm)}
-        calls |= torches(append, own_keys, own_values, k, v, weight, cos[:, None], sin[:, None])
-        return 4 * tokens * row, calls | _copy(4 * tokens * row, device)
-    if case.kind == "roll":
+        slots = cache.reserve(case.chunk)
 
-        def own() -> None:
-            cache.reserve(case.chunk)
-            cache.write(0, k, v)
+        def own() -> list[Tensor]:
+            where = slots
+            if case.kind == "roll":
+                where = cache.reserve(case.chunk)
+                cache.write(0, k, v)
+            else:
+                cache.append(0, k, v, cos, sin, **norm)
+            return [x[:, slot * page : (slot + 1) * page] for x in (keys, values) for slot in where]
 
-        return 4 * tokens * row, {OWN: own} | torches(shift_left, own_keys, own_values, k, v) | _copy(
-            4 * tokens * row, device
-        )
+        frames = [x[:, -tokens:].split(page, 1) for x in (own_keys, own_values)]
+        written = [frame for parts in frames for frame in parts]
+        calls: dict[str, Call] = torches(shift_left, own_keys, own_values, k, v, SINKS * page)
+        moved = 4 * tokens * row
+        if case.kind == "append":
+            calls = torches(append, own_keys, own_values, k, v, weight, cos[:, None], sin[:, None])
+            moved += tokens * table_row
+        calls = {name: (lambda call=call: (call(), written)[1]) for name, call in calls.items()}
+        return moved, {OWN: own} | calls | _copy(moved, device)
     if case.kind == "rotate":
         cos, sin = table((cache.end + 1) * page)
-        places = cache.table_rows()
-        keys, _ = cache.keys_values(0)
+        places = cache.table_rows().long()
         calls = {OWN: lambda: cache.rotated(0, cos, sin, **norm)}
         calls |= torches(lambda x, w, c, s: rotate(rms(x, w), c, s), keys, weight, cos[places, None], sin[places, None])
-        return 2 * held * row, calls | _copy(2 * held * row, device)
+        moved = held * (2 * row + table_row)
+        return moved, calls | _copy(moved, device)
+    cache.write(0, k, v)
     q = torch.randn(1, case.queries or page, case.heads, DIM, device=device).to(dtype)
-    keys, values = cache.keys_values(0)
-    past = keys[:, tokens:].clone(), values[:, tokens:].clone()
+    before = torch.ones(held, dtype=torch.bool, device=device).index_fill_(0, cache.rows().long(), False)
     calls = {OWN: lambda: cache.attend(0, q)}
     if case.queries:
         calls[WHOLE] = lambda: split_attention(q, keys, values, cache.plan(q.shape[1]), parts=1)
-    return 2 * held * row, calls | torches(concatenated, q, past, k, v)
+    return 2 * held * row, calls | torches(concatenated, q, (keys[:, before], values[:, before]), k, v)
 
 
 def _copy(moved: int, device: str) -> dict[str, Call]:
@@ -158,6 +170,7 @@ def _copy(moved: int, device: str) -> dict[str, Call]:
 def measure(case: Case, dtype: torch.dtype, threads: int, rounds: int, page: int = PAGE) -> dict[str, Any]:
     torch.set_num_threads(threads)
     moved, calls = contenders(case, dtype, page=page)
+    nbytes = {"least": moved} | (counted(calls) if COPY in calls else {})
     clock = time.thread_time if threads == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds + 2):  # the first two warm up
@@ -169,7 +182,7 @@ def measure(case: Case, dtype: torch.dtype, threads: int, rounds: int, page: int
     own = times[OWN]
     flops = 4 * (case.queries or page) * case.capacity * page * case.heads * DIM if case.kind == "decode" else 0
     row: dict[str, Any] = {
-        "case": case.name, "dtype": str(dtype).removeprefix("torch."), "threads": threads, "bytes": moved,
+        "case": case.name, "dtype": str(dtype).removeprefix("torch."), "threads": threads, "bytes": nbytes,
         "flop": flops, "seconds": {name: statistics.median(t) for name, t in times.items()},
         "gb_per_second": moved / statistics.median(own) / 1e9, "gflop_per_second": flops / statistics.median(own) / 1e9,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import adaln, cache, linear_attention, qk_norm_rope, short_attention
+from benchmarks import adaln, cache, kv_cache, linear_attention, qk_norm_rope, short_attention
 
 from . import machine, timing
 from .items import arguments, guarded
@@ -29,7 +29,8 @@ OWN, OWN_EAGER, TORCH, COMPILED = "vdit_fast", "vdit_fast, eager rounding", "tor
 class Case:
     """One operator at one model's size.
 
-    ``shape``: (rows, width), (tokens,), linear attention's (heads, tokens, dim), or short attention's four sizes.
+    ``shape``: (rows, width), (tokens,) of a sequence or of a frame, linear attention's (heads, tokens, dim), or short
+    attention's four sizes.
     """
 
     operator: str
@@ -50,6 +51,7 @@ FULL_CASES = (
     Case("qk_norm_rope", "LTX 0.9", (13_376,)),
     Case("qk_norm_rope", "Mochi", (44_520,)),
     Case("qk_norm_rope", "Cosmos 7B", (56_320,)),
+    *(Case("kv_cache", case.name, (kv_cache.PAGE,)) for case in kv_cache.NAMED.values() if case.capacity == 21),
     Case("linear_attention", "Wan 14B", (40, 75_600, 128)),
     Case("linear_attention", "Wan 1.3B", (12, 32_760, 128)),
     Case("short_attention", "Stable Video Diffusion", (25, 18_432, 5, 64)),
@@ -60,6 +62,7 @@ QUICK_CASES = (
     Case("cache", "three modules, order 1", (50, 64)),
     Case("gate_residual_norm", "wan", (50, 64)),
     Case("qk_norm_rope", "HunyuanVideo", (40,)),
+    Case("kv_cache", "roll, 21 frames", (16,)),
     Case("linear_attention", "Wan 1.3B", (2, 100, 64)),
     Case("short_attention", "Latte", (5, 12, 2, 24)),
 )
@@ -95,6 +98,9 @@ def build(case: Case, device: str) -> tuple[int, Calls]:
             replace(cache.NAMED[case.model], rows=rows, width=width), torch.bfloat16, device
         )
         names = (cache.OWN, "", cache.TORCH, cache.COMPILED)
+    elif case.operator == "kv_cache":
+        moved, calls = kv_cache.contenders(kv_cache.NAMED[case.model], torch.bfloat16, device, case.shape[0])
+        names = (kv_cache.OWN, "", kv_cache.TORCH, kv_cache.COMPILED)
     elif case.operator == "linear_attention":
         heads, tokens, dim = case.shape
         moved = 4 * heads * tokens * dim * 2

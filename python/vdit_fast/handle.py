@@ -20,6 +20,8 @@ from vdit_fast.models.linear_layers import convert, linear_maps
 from vdit_fast.models.memory import MemoryRows
 from vdit_fast.models.rotary import PositionFn
 from vdit_fast.models.tracker import StepTracker
+from vdit_fast.regions.attach import set_regions
+from vdit_fast.regions.regions import Regions
 from vdit_fast.root import NO_STEPS, Root
 from vdit_fast.segments.attaching import capture, set_feed, set_memory, set_references
 from vdit_fast.summary import collect_stats, report_text
@@ -87,6 +89,8 @@ class Handle:
         notes: Counter[str] = Counter()
         for root in self.roots:
             processors = [processor for processor in root.processors().values() if processor.attends]
+            if elsewhere := getattr(root.session.around.get("stage"), "elsewhere", 0):
+                notes["they run on other ranks of a stage pipeline"] += elsewhere
             for processor in processors:
                 if processor._parallel_config is not None and "sequence" not in root.session.around_heads:
                     notes["context parallelism is enabled, the stock processor runs"] += 1
@@ -146,6 +150,8 @@ class Handle:
             _check_arguments(fn)
         if fn is not None and not self.active:
             raise RuntimeError("positions: this handle was removed; call vdit_fast.accelerate on the model again")
+        if any(root.session.regions is not None for root in self.roots):
+            raise RuntimeError("positions: regions set them; take those off by handle.regions(None)")
         for root in self.roots if fn is not None else ():
             processors = root.processors().values()
             if root.module() is not None and not any(processor.takes_positions for processor in processors):
@@ -153,6 +159,23 @@ class Handle:
         for root in self.roots:
             root.session.positions = fn
             root.session.repositioned.clear()
+        return self
+
+    def regions(self, regions: Regions | None) -> Handle:
+        """Let an object follow a box through the frames, from the next forward on; None ends it.
+
+        Sets positions, too. In steps with a mask of self-attention planners are not asked. ``stats()["regions"]``
+        counts forwards.
+
+        Returns:
+            this handle.
+
+        Raises:
+            RuntimeError: the handle was removed, positions are set or a subset of the tokens is configured, or the
+                family has no rotary tables or no cross-attention of text; at a call, where the step is unknown or other
+                rules say already what is read.
+        """
+        set_regions(self, regions)
         return self
 
     def memory(self, rows: MemoryRows | None) -> Handle:
@@ -292,26 +315,34 @@ class Handle:
     def stats(self) -> dict[str, Any]:
         """The same as numbers; JSON-ready.
 
-        Keys: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
-        ``forwards``, ``host_reads``, ``cache`` (None, or the policy's ``granularity``, ``hooked``: what it
-        stands around -> number, ``full``: reason -> forwards, ``forecast``: step -> forwards, ``blocks_run``
-        and ``blocks_left_out`` where it stands around blocks, ``nbytes`` held, ``host_reads`` of changes),
-        ``subset`` (None, or ``partial``: step -> forwards on some tokens, ``whole``: reason -> forwards that
-        computed all, the rows ``computed`` and ``left`` out, and ``nbytes`` of keys and values held), ``fused``
-        (``blocks``: class -> number with a fused forward, ``left``: reason -> blocks without one, ``unfused``:
-        reason -> times it did not run), ``text_kv`` (None, or calls ``computed``, ``reused`` and ``refused``:
-        reason -> calls, ``nbytes`` held), ``positions`` (None, or step -> forwards whose rotary tables were
-        exchanged), ``streaming`` (None, or ``frames`` and ``chunks`` made, and forwards that ``denoise`` and that
-        ``write`` keys and values), ``memory`` (None, or rows ``tokens``, layers' keys and values ``computed`` and
-        ``shared`` with another guidance branch, ``nbytes`` held), ``beside`` (``references``: rows behind the text,
-        ``feed``: None or its mode, ``captured_nbytes`` held for another model), ``hooks`` (place -> calls), ``linear``
-        (None, or transformer -> indices of the layers that run linear attention), ``parallel`` (None, or of "sequence"
-        and "guidance" the ``rank``, ``ranks``, the ``calls`` or ``exchanges`` and the ``bytes`` that this rank has
-        sent), ``layers`` and ``skipped`` (reason -> module paths). Each served layer is a dict of ``expert``,
-        ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step,
-        None where the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per
-        head, one number where they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and
-        ``fallbacks`` (both reason -> calls).
+        Of the run: ``config`` (dict), ``digest``, ``generations``, ``steps`` (most distinct steps in one generation),
+        ``forwards``, ``host_reads``. Of what may be in use, None where it is not:
+
+        * ``cache``: the policy's ``granularity``, ``hooked``: what it stands around -> number, ``full``: reason ->
+          forwards, ``forecast``: step -> forwards, ``blocks_run`` and ``blocks_left_out`` where it stands around
+          blocks, ``nbytes`` held, ``host_reads`` of changes
+        * ``subset``: ``partial``: step -> forwards on some tokens, ``whole``: reason -> forwards that computed all, the
+          rows ``computed`` and ``left`` out, ``nbytes`` of keys and values held
+        * ``fused``: ``blocks``: class -> number with a fused forward, ``left``: reason -> blocks without one,
+          ``unfused``: reason -> times it did not run
+        * ``text_kv``: calls ``computed``, ``reused`` and ``refused``: reason -> calls, ``nbytes`` held
+        * ``positions``: step -> forwards whose rotary tables were exchanged
+        * ``regions``: step -> forwards ``masked`` in self-attention and ``prompted`` by two prompts
+        * ``streaming``: ``frames`` and ``chunks`` made, forwards that ``denoise`` and that ``write`` keys and values,
+          the most ``nbytes`` of those that one stream held
+        * ``memory``: rows ``tokens``, layers' keys and values ``computed`` and ``shared`` with another guidance branch,
+          ``nbytes`` held
+        * ``beside``: ``references``: rows behind the text, ``feed``: None or its mode, ``captured_nbytes`` held for
+          another model
+        * ``linear``: transformer -> indices of the layers that run linear attention
+        * ``parallel``: of "sequence" and "guidance" the ``rank``, ``ranks``, the ``calls`` or ``exchanges`` and the
+          ``bytes`` that this rank has sent
+
+        And ``hooks`` (place -> calls), ``skipped`` (reason -> module paths), ``layers``: each served layer is a dict of
+        ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None where
+        the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per head, one number where
+        they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason ->
+        calls).
         """
         return collect_stats(self)
 

@@ -20,6 +20,7 @@ from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.row_subset import OutputRows, RowSubset
 from vdit_fast.models.served import begin_forward
 from vdit_fast.models.session import Session
+from vdit_fast.regions import attach as regions
 
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
@@ -59,10 +60,12 @@ class _BeforeForward:
         timestep = arguments.get("timestep")
         new = {} if torch.compiler.is_compiling() else self.adapter.simplify(module, arguments)
         noted = begin_forward(self.session, timestep, self.adapter.geometry(module, arguments))
+        if self.session.regions is not None:
+            new |= _prompts(self.session, arguments)
         if self.session.hooks.sites and self.session.forward is not None and not torch.compiler.is_compiling():
             self.session.forward.volume = self.adapter.volume(module, arguments)
         if self.session.text is not None and not torch.compiler.is_compiling():
-            self.session.text.note(self.session.forward, arguments)
+            self.session.text.note(self.session.forward, arguments | new)
         if noted is not timestep:
             new["timestep"] = noted
         if not new:
@@ -80,6 +83,16 @@ class _BeforeForward:
 
     def __reduce__(self) -> Any:
         return _idle_hook, ()
+
+
+def _prompts(session: Session, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The text of a forward that begins, where regions exchange it."""
+    assert session.regions is not None
+    if not torch.compiler.is_compiling():
+        return session.regions.exchange(session.forward, arguments)
+    if session.regions.regions.foreground is not None:
+        raise RuntimeError("regions: two prompts cannot be read in a transformer that is compiled as a whole")
+    return {}
 
 
 def wrap_cache(module: nn.Module, session: Session, adapter: ModelAdapter) -> None:
@@ -145,9 +158,11 @@ class Root:
             CachedForward(module, self.session).attach()
         self._subset(module)
         self._wrap_parts(module)
+        regions.detach(module, self.session)  # they stand around the memory
         text_kv.detach(module, self.session)
         if self.session.config.text_kv and self.hooked:
             text_kv.attach(module, self.session, self.adapter)
+        regions.attach(module, self.session, self.adapter)
         if self.guidance is not None:
             self.guidance.wrap(module, self.session).attach()
 
@@ -254,24 +269,35 @@ class Root:
 
     def remove(self) -> None:
         """Put the stock processors back and take the hook off."""
+        module = self.module()
+        if module is not None:
+            regions.detach(module, self.session)
         processors = self.processors()
         self.session.active = False
-        module = self.module()
         if module is None:
             return
         for name, processor in processors.items():
             set_processor(module.get_submodule(name), processor.stock)
         self.unwrap(module)
         self.session.hooks.entries.clear()
-        for name in ("memory", "references"):
+        for child in module.modules():  # what stands before the blocks of a pipeline stage
+            wrapper = child.__dict__.get("forward")
+            if isinstance(wrapper, ForwardStandIn) and wrapper.of(self.session):
+                wrapper.detach()
+        for name in ("memory", "references", "stage"):
             self.session.around.pop(name, None)
-        self.session.around_heads.pop("segments", None)
+        for around in list(self.session.around_heads.values()):
+            close = getattr(around, "close", None)  # of those that also stand elsewhere
+            if close is not None:
+                close()
+        self.session.around_heads.clear()
+        self.session.before_rotation = None
+        self.session.regions = None
         detach(module, self.session)
         self.session.cache.forget()
         self.session.forward = self.session.cache.forward = None  # the last forward holds its stream
         self.session.stand_ins.clear()
         self.guidance = None
-        self.session.around_heads.pop("sequence", None)
         self.session.around.pop("sequence", None)
         self.session.state.clear()
         self.session.static.clear()

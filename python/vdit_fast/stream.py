@@ -73,6 +73,11 @@ def stream(
     if settings.guidance != 1:
         if negative_prompt_embeds is None:
             raise ValueError(f"negative_prompt_embeds is None, guidance {settings.guidance}; pass them, or guidance 1")
+        if negative_prompt_embeds.shape[:1] != prompt_embeds.shape[:1]:
+            raise ValueError(
+                f"negative_prompt_embeds {list(negative_prompt_embeds.shape)} and prompt_embeds "
+                f"{list(prompt_embeds.shape)} must have one batch size"
+            )
         prompts.append(negative_prompt_embeds)
     if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
         raise ValueError(f"frames must be an integer of at least 1, or None for no end, got {frames!r}")

@@ -61,6 +61,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
         "fused": _fused(handle),
         "text_kv": _text_kv(handle),
         "positions": _positions(handle),
+        "regions": _regions(handle),
         "streaming": _streaming(handle),
         "memory": _memory(handle),
         "beside": _beside(handle),
@@ -144,11 +145,23 @@ def _positions(handle: Handle) -> dict[int, int] | None:
     return dict(sorted(forwards.items()))
 
 
+def _regions(handle: Handle) -> dict[str, dict[int, int]] | None:
+    runs = [root.session.regions for root in handle.roots if root.session.regions is not None]
+    if not runs:
+        return None
+    masked: Counter[int] = Counter()
+    prompted: Counter[int] = Counter()
+    for run in runs:
+        masked.update(run.masked)
+        prompted.update(run.prompted)
+    return {"masked": dict(sorted(masked.items())), "prompted": dict(sorted(prompted.items()))}
+
+
 def _streaming(handle: Handle) -> dict[str, int] | None:
     streamed: Counter[str] = Counter()
     for root in handle.roots:
         streamed.update(root.session.streamed)
-    return {name: streamed[name] for name in ("frames", "chunks", "denoise", "write")} if streamed else None
+    return {name: streamed[name] for name in ("frames", "chunks", "denoise", "write", "nbytes")} if streamed else None
 
 
 def _memory(handle: Handle) -> dict[str, Any] | None:
@@ -297,11 +310,14 @@ def report_text(handle: Handle) -> str:
         lines += _reasons("text keys and values computed and not kept:", Counter(text["refused"]))
     if stats["positions"] is not None:
         lines.append(f"positions: rotary tables exchanged in {sum(stats['positions'].values()):,} forwards")
+    if stats["regions"] is not None:
+        masked, prompted = (sum(stats["regions"][what].values()) for what in ("masked", "prompted"))
+        lines.append(f"regions: self-attention masked in {masked:,} forwards, two prompts in {prompted:,}")
     if stats["streaming"] is not None:
         made = stats["streaming"]
         lines.append(
             f"streaming: {made['frames']:,} frames in {made['chunks']:,} chunks, {made['denoise']:,} forwards that "
-            f"denoised and {made['write']:,} that wrote keys and values"
+            f"denoised and {made['write']:,} that wrote keys and values, {made['nbytes'] / 2**20:,.1f} MiB of them"
         )
     if stats["memory"] is not None:
         memory = stats["memory"]

@@ -52,6 +52,7 @@ def test_pages_are_read_where_they_lie(variant: str, window: int | None) -> None
     ("variant", "frames", "heads", "processors", "parts"),
     [
         ("sm90a", 36, 1, 1, 1),  # 2 items of 21 stages in two rounds: parts only cost
+        ("sm90a", 36, 1, 3, 1),  # 21 + 1 in one round; two rounds of thirds would be 2 (7 + 4)
         ("sm90a", 72, 2, 3, 3),  # 4 items of 41 stages: 2 (41 + 1) in two rounds, 4 (14 + 4) in four of thirds
         ("sm90a", 36, 1, 16, 5),  # one round; parts of at least 4 stages
         ("sm80", 36, 1, 3, 3),  # 4 items of 41 stages, 6 resident: 41 + 1 in one round, 2 (14 + 4) in two of thirds

@@ -103,6 +103,27 @@ def test_context_that_reads_the_video_cannot_be_kept() -> None:
         remove()
 
 
+@pytest.mark.parametrize("block", [1, 3])
+def test_s1_finished_frames_live_in_a_cache(block: int) -> None:
+    """In a real model without context in its sequence: keys and values of finished frames are kept, and the clip is
+    that of the mask over the whole clip at every iteration. Where text is in the sequence, it is refused."""
+    model, inputs = tiny.wan()
+    handle = accelerate(model)
+    frame_model = FrameModel(handle, {"encoder_hidden_states": inputs["encoder_hidden_states"]})
+    _, ddim = sampler(5)
+    schedule, noise = ARSchedule(6, 5, 2, block), torch.randn(1, 4, 6, 8, 8)
+    remove = causal_frames(handle, CausalFrames(block))
+    want = ARDiffusion(frame_model, schedule, ddim)(noise)
+    remove()
+    kept = ARDiffusion(frame_model, schedule, ddim, keep=True)
+    assert tiny.relative(kept(noise), want) < 1e-5
+    assert kept.kept is not None and kept.kept.kept == 6 - block
+    model, inputs = tiny.build("cogvideox_5b")
+    text = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+    with pytest.raises(NotImplementedError, match="text's keys change"):
+        ARDiffusion(FrameModel(accelerate(model), text), schedule, ddim, keep=True)
+
+
 @pytest.mark.parametrize("block", [1, 2])
 def test_a_frame_is_drawn_from_the_frames_before_it(block: int) -> None:
     """In a real model: the first frames of a clip are those of a shorter clip, whatever comes behind them."""

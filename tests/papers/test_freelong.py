@@ -18,6 +18,7 @@ from vdit_fast.accelerate import accelerate
 from vdit_fast.config import Config
 from vdit_fast.hooks import SpectralBlend
 from vdit_fast.hooks.spectral_blend import low_pass, spectral_blend, temporal_window
+from vdit_fast.models.heads import HeadsCall
 from vdit_fast.planners import Draft
 
 pytest.importorskip("diffusers")
@@ -131,9 +132,9 @@ def test_every_temporal_layer_blends_over_its_own_grid(family: str, layers: str,
     session = handle.roots[0].session
     attend = session._softmax
 
-    def spy(layer: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        taken[session.layers[layer].name] = (q.clone(), k.clone(), v.clone())
-        return attend(layer, q, k, v, *rest)
+    def spy(call: HeadsCall) -> Tensor:
+        taken[session.layers[call.layer].name] = (call.q.clone(), call.k.clone(), call.v.clone())
+        return attend(call)
 
     session._softmax = spy  # type: ignore[method-assign]
     places: list[Any] = []

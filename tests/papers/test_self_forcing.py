@@ -121,6 +121,8 @@ def test_ten_times_the_cache_at_constant_memory(store: str) -> None:
             sizes.append(live_bytes())
     assert chunk.index == 19 and len(set(sizes)) == 1
     streamed = handle.stats()["streaming"]
+    sizes_of_it = {"layers": 2, "capacity": 6, "page": TOKENS, "batch": 1, "heads": 2, "head_dim": 16}
+    assert streamed.pop("nbytes") == KVCache.bytes(**sizes_of_it, store=store, dtype=torch.float32)
     # four denoise steps and the clean pass for every chunk; the last one's keys are read by nobody
     assert streamed == {"frames": 60, "chunks": 20, "denoise": 80, "write": 19}
 

@@ -54,8 +54,8 @@ def sampler(model, inputs, seen=None):
     return sample, lambda latents: run(latents, 0)
 
 
-def at_once(model, inputs, latents: Tensor, timesteps: list[int], reads: Tensor) -> Tensor:
-    """The prediction for all frames of latents [B, C, F, h, w]: frame i at timesteps[i] and position i mod MAX, its
+def at_once(model, inputs, latents: Tensor, timesteps: list[int], reads: Tensor, most: int = MAX) -> Tensor:
+    """The prediction for all frames of latents [B, C, F, h, w]: frame i at timesteps[i] and position i mod most, its
     temporal rows reading the frames of ``reads`` bool [F, F]. In fp64, block by block."""
     model = copy.deepcopy(model).double()
     batch, _, frames, height, width = latents.shape
@@ -70,7 +70,7 @@ def at_once(model, inputs, latents: Tensor, timesteps: list[int], reads: Tensor)
         x = spatial(x, encoder_hidden_states=text, timestep=modulation.flatten(0, 1))
         x = x.unflatten(0, (batch, frames)).transpose(1, 2)  # [B, places, F, C]
         if index == 0:
-            x = x + model.temp_pos_embed[0].double()[torch.arange(frames) % MAX]
+            x = x + model.temp_pos_embed[0].double()[torch.arange(frames) % most]
         shifts = block.scale_shift_table + modulation.unflatten(2, (6, -1))  # [B, F, 6, C]
         shift, scale, gate, shift2, scale2, gate2 = shifts[:, None].unbind(3)
         y = block.norm1(x) * (1 + scale) + shift
@@ -89,14 +89,14 @@ def at_once(model, inputs, latents: Tensor, timesteps: list[int], reads: Tensor)
     return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(latents.shape)
 
 
-def readable(lengths: list[int], noisy: bool) -> Tensor:
+def readable(lengths: list[int], noisy: bool, most: int = MAX) -> Tensor:
     """Which frames the rows of all frames read, the last chunk noisy or clean: every row the frames that were held
     when it was written, a clean row up to itself, a noisy one its whole chunk."""
     total = sum(lengths)
     reads, end = torch.zeros(total, total, dtype=torch.bool), 0
     for length in lengths:
         start, end = end, end + length
-        oldest = max(0, end - MAX)
+        oldest = max(0, end - most)
         for row in range(start, end):
             reads[row, oldest : row + 1] = True
     if noisy:
@@ -104,7 +104,7 @@ def readable(lengths: list[int], noisy: bool) -> Tensor:
     return reads
 
 
-def recompute(model, inputs, first: Tensor, noise: Tensor) -> tuple[Tensor, list[Tensor]]:
+def recompute(model, inputs, first: Tensor, noise: Tensor, most: int = MAX) -> tuple[Tensor, list[Tensor]]:
     """The roll-out without a cache: every step runs all frames since the first."""
     known, lengths, seen, parts = first.double(), [first.shape[2]], [], []
     for part in noise.double().split(CHUNK, dim=2):
@@ -112,7 +112,8 @@ def recompute(model, inputs, first: Tensor, noise: Tensor) -> tuple[Tensor, list
         for timestep in STEPS:
             whole = torch.cat((known, part), 2)
             times = [0] * known.shape[2] + [timestep] * part.shape[2]
-            out = at_once(model, inputs, whole, times, readable(lengths, noisy=True))[:, :, -part.shape[2] :]
+            reads = readable(lengths, noisy=True, most=most)
+            out = at_once(model, inputs, whole, times, reads, most)[:, :, -part.shape[2] :]
             seen.append(out)
             part = part + 0.3 * out
         known = torch.cat((known, part), 2)
@@ -158,6 +159,28 @@ def test_cached_equals_recomputed(model, chunks):
     handle.remove()
 
 
+def test_fewer_frames_than_the_model_has_positions(model):
+    """Positions wrap around where the frames held do, and the last chunk may be shorter."""
+    built, inputs = model
+    first, noise = torch.randn(2, 4, 3, 8, 8), torch.randn(2, 4, 2 * CHUNK + 3, 8, 8)
+    want, _ = recompute(built, inputs, first, noise, most=7)
+    with vdit_fast.accelerate(built, "exact") as handle:
+        video = CausalVideo(handle, chunk=CHUNK, max_frames=7)
+        got = video.roll_out(*sampler(built, inputs), noise[:, :, :CHUNK], first)
+        got = torch.cat((got, video.roll_out(*sampler(built, inputs), noise[:, :, CHUNK:])), 2)  # goes on
+    torch.testing.assert_close(got.double(), want, **TOLERANCE)
+
+
+def test_more_frames_than_the_kernel_of_short_sequences_takes():
+    built, inputs = latte(frames=70, batch=1, layers=1)
+    inputs = {"encoder_hidden_states": inputs["encoder_hidden_states"], "return_dict": False}
+    first, noise = torch.randn(1, 4, 66, 8, 8), torch.randn(1, 4, 6, 8, 8)
+    want, _ = recompute(built, inputs, first, noise, most=70)
+    with vdit_fast.accelerate(built, "exact") as handle:
+        got = CausalVideo(handle, chunk=CHUNK).roll_out(*sampler(built, inputs), noise, first)
+    torch.testing.assert_close(got.double(), want, **TOLERANCE)
+
+
 def test_denoise_steps_leave_the_prefix_alone(model):
     built, inputs = model
     handle = vdit_fast.accelerate(built, "exact")
@@ -177,6 +200,21 @@ def test_denoise_steps_leave_the_prefix_alone(model):
         for before, (layer, which) in zip(prefix, [(i, j) for i in range(2) for j in range(2)], strict=False):
             assert torch.equal(cache.keys_values(layer)[which][:, rows], before)
     handle.remove()
+
+
+def test_ten_times_the_cache_at_constant_memory(model):
+    built, inputs = model
+    _, write = sampler(built, inputs)
+    with vdit_fast.accelerate(built, "exact") as handle:
+        video, places = CausalVideo(handle, chunk=CHUNK), set()
+        for _ in range(10 * MAX // CHUNK + 1):
+            video.begin()
+            with video.clean():
+                assert write(torch.randn(2, 4, CHUNK, 8, 8)).isfinite().all()
+            (cache,) = video.caches.values()
+            places.add((video.nbytes, *(t.data_ptr() for layer in range(2) for t in cache.keys_values(layer))))
+            assert max(video.ids) < MAX and len(cache.frames) <= MAX
+        assert cache.end > 10 * MAX and len(places) == 1
 
 
 def test_guidance_branches_have_their_own_past(model):
@@ -219,7 +257,7 @@ def test_the_model_is_whole_again(model):
     built, inputs = model
     clip = torch.randn(2, 4, MAX, 8, 8)
     run = lambda: built(clip, timestep=torch.tensor([400, 400]), **inputs)[0]  # noqa: E731
-    before = run()
+    before, table = run(), built.temp_pos_embed
     handle = vdit_fast.accelerate(built, "exact")
     served = run()
     video = CausalVideo(handle, chunk=CHUNK)
@@ -241,7 +279,27 @@ def test_the_model_is_whole_again(model):
     video = CausalVideo(handle, chunk=CHUNK)
     video.begin()
     handle.remove()
-    assert torch.equal(run(), before)
+    assert torch.equal(run(), before) and not video.caches
+    hooked = [m for m in built.modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert not hooked and built.temp_pos_embed is table
+
+
+@pytest.mark.parametrize("fullgraph", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_compiled_transformers(fullgraph):
+    built, inputs = latte(frames=MAX, batch=1, layers=1)
+    inputs = {"encoder_hidden_states": inputs["encoder_hidden_states"], "return_dict": False}
+    noise = torch.randn(1, 4, 2 * CHUNK, 8, 8)
+    with vdit_fast.accelerate(built, "exact") as handle:
+        video = CausalVideo(handle, chunk=CHUNK)
+        torch._dynamo.reset()
+        compiled = torch.compile(built, backend="eager", fullgraph=fullgraph)
+        if fullgraph:
+            with pytest.raises(Exception, match=r"without fullgraph|Observed exception"):
+                video.roll_out(*sampler(compiled, inputs), noise)
+            return
+        want = video.roll_out(*sampler(built, inputs), noise)
+        video.reset()
+        assert torch.equal(video.roll_out(*sampler(compiled, inputs), noise), want)
 
 
 def test_what_cannot_be_served(model):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vdit_fast.parallel.costs import WAN_1_3B, WAN_14B, Clip, dual_paral, memory_per_rank, ulysses_seconds
-from vdit_fast.parallel.simulator import Link, Pipeline, forwards, layers_per_rank, main, simulate
+from vdit_fast.parallel.simulator import Link, Pipeline, forwards, main, simulate
 
 
 def unit_stages(ranks: int, steps: int, blocks: int) -> float:
@@ -41,9 +41,9 @@ def some_pipeline(seed: int, ranks: int, **changes: object) -> Pipeline:
     rng = np.random.default_rng(seed)
     steps, blocks = int(rng.integers(1, 7)), int(rng.integers(1, 8))
     made = Pipeline(
-        steps, blocks, rng.uniform(0.1, 1, ranks).tolist(), *rng.uniform(0, 0.3, 5).tolist(),
+        steps, blocks, rng.uniform(0.1, 1, ranks).tolist(), *rng.uniform(0, 0.3, 6).tolist(),
         link=Link(float(rng.choice([0.5, 3, math.inf])), rng.uniform(0, 0.3), bool(rng.integers(2))),
-        block_cost=rng.uniform(0.5, 1, blocks).tolist(),
+        newest=rng.uniform(0.5, 1),
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -101,15 +101,17 @@ def test_conservation(share: float | None) -> None:
         ranks = 1 + seed % 6
         p = some_pipeline(seed, ranks, cores=share and share * ranks)
         run = simulate(p)
-        cost = np.asarray(p.block_cost).sum() * p.steps
-        total, work = p.steps * p.blocks, np.asarray(p.stage) * cost
+        total, iterations = p.steps * p.blocks, p.steps + p.blocks - 1
+        assert run.iterations == iterations
+        work = np.asarray(p.stage) * (total - iterations + iterations * p.newest)  # one newest block per iteration
         work[0] += total * (p.embed + p.update)
         work[-1] += total * p.head
         np.testing.assert_allclose(run.busy, work)
         assert (run.idle >= -1e-9).all() and 0 <= run.bubble < 1
         assert run.latency >= (1 - 1e-9) * max(work.max(), work.sum() / min(ranks, p.cores or ranks))
         assert run.messages == (total * ranks if ranks > 1 else 0)
-        assert run.bytes == pytest.approx(total * ((ranks - 1) * p.hop_bytes + p.return_bytes) if ranks > 1 else 0)
+        returned = p.steps * (p.first_return_bytes + (p.blocks - 1) * p.return_bytes)
+        assert run.bytes == pytest.approx(total * (ranks - 1) * p.hop_bytes + returned if ranks > 1 else 0)
         assert (np.diff(run.block_done) > 0).all() and run.block_done[-1] == run.latency
 
 
@@ -161,7 +163,6 @@ def test_wan_sizes() -> None:
     alone = ulysses_seconds(WAN_1_3B, Clip(1025, 1560), 1, 1e14, Link(1.0, 9.0))
     eight = ulysses_seconds(WAN_1_3B, Clip(1025, 1560), 8, 1e14, Link())
     assert alone == pytest.approx(8 * eight)
-    assert sum(layers_per_rank(30, 8)) == 30 and layers_per_rank(7, 3) == [3, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_wan_sizes() -> None:
     [
         ({"steps": 0}, "steps is 0"),
         ({"stage": []}, "stage is empty"),
-        ({"block_cost": [1.0]}, "1 factors"),
+        ({"newest": -0.5}, "at least 0"),
         ({"embed": -1.0}, "at least 0"),
         ({"hop_bytes": math.nan}, "at least 0"),
         ({"link": Link(0.0)}, "bytes_per_second is 0"),
@@ -180,8 +181,6 @@ def test_bad_input(changes: dict[str, object], message: str) -> None:
     good = Pipeline(2, 3, [1.0])
     with pytest.raises(ValueError, match=message):
         replace(good, **changes)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="cannot be split"):
-        layers_per_rank(3, 4)
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor
 
 from vdit_fast.streaming import KVCache
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "accelerate"))  # for the families' builders
 
 SIZES = {"layers": 2, "page": 5, "batch": 2, "heads": 2, "head_dim": 16}
 

@@ -74,6 +74,19 @@ def test_rolling_with_sinks_equals_the_window_mask(cache, draw, sinks, window, c
     close(masked, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_as_near_as_torch(cache, draw, dtype):
+    q, k, v = (draw(6, heads).to(dtype) for heads in (4, 2, 2))
+    got = roll_out(cache(4, sinks=1, dtype=dtype), q, k, v, 1)
+    mask = AttentionPlan.block_causal([PAGE] * 6, window=3, sinks=1).to_mask()[0, 0]
+    want = sdpa(q, k, v, mask)
+    plain = functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
+    ).transpose(1, 2)
+    error, allowed = (float((x.double() - want).norm()) for x in (got, plain))
+    assert 0 < error <= 2 * allowed
+
+
 @pytest.mark.parametrize("causal", [1, 2, 3])
 @pytest.mark.parametrize("window", [None, 4])
 def test_prefill_of_a_chunk_equals_decoding_it(cache, draw, causal, window):
@@ -179,7 +192,7 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_append_norms_and_rotates_straight_into_the_pages(cache, draw, dtype, with_queries):
     """One operator runs, its destination is the page itself, and no tensor is made but q's."""
-    q, k, v = (draw(2, heads).to(dtype) for heads in (4, 2, 2))
+    q, k, v = draw(2, 8).to(dtype).split((4, 2, 2), 2)  # as a joint projection gives them: strided
     weight = torch.randn(16).to(dtype)
     cos, sin = table(torch.arange(2 * PAGE) + 3.0)
     options = {"norm": "rms", "k_weight": weight}
@@ -257,6 +270,23 @@ def test_positions_follow_the_frames_through_the_ring(cache, draw, positions):
         chunk = ring.table_rows(chunk=True).view(pages, PAGE)[:, 0] // PAGE
         assert chunk.tolist() == list(ring.ids()[-pages:])
     assert positions == "absolute" or max(ring.ids()) < 5
+
+
+@pytest.mark.parametrize("store", ["post_rope", "pre_rope"])
+def test_inference_mode_may_begin_and_end_at_any_time(cache, draw, store):
+    cos, sin = table(torch.arange(3 * PAGE).float())
+    with torch.inference_mode():
+        ring = cache(3, store=store)
+    for inside in (False, True, False):
+        with torch.inference_mode(inside):
+            ring.reserve(1)
+            ring.write(0, draw(1), draw(1))
+            if store == "post_rope":
+                ring.append(0, draw(1), draw(1), cos[:PAGE], sin[:PAGE])
+            ring.scatter(0, draw(1), draw(1), ring.rows())
+            keys = ring.rotated(0, cos, sin) if store == "pre_rope" else None
+            ring.attend(0, draw(1), keys=keys)
+        ring.attend(0, draw(1), keys=keys)
 
 
 def test_scatter_changes_the_named_tokens_only(cache, draw):  # B1a

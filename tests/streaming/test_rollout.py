@@ -104,6 +104,8 @@ def test_guidance_has_a_cache_for_each_branch() -> None:
         assert distance(given, want) < 2e-6
     with pytest.raises(ValueError, match="negative_prompt_embeds is None"):
         chunks_of(model, settings, rest, 9)
+    with pytest.raises(ValueError, match="one batch size"):
+        chunks_of(model, settings, rest, 9, negative_prompt_embeds=free.repeat(2, 1, 1))
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "x0"])
@@ -195,16 +197,50 @@ def test_teacher_forcing_plan(frames: int, tokens: int, chunk: int, cache: int |
     assert isinstance(plan, AttentionPlan)
 
 
-def test_gradients_flow_through_teacher_forcing() -> None:
-    """To the clean frames before a chunk, and to no others."""
+def forced(handle: Any, rest: dict[str, Any], clean: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+    """The outputs for noisy frames at 700 behind clean ones."""
+    (model,) = handle.modules
+    both = torch.cat([clean, noisy], 2)
+    timesteps = torch.tensor([0.0, 700.0]).repeat_interleave(clean.shape[2])[None]
+    out = model(hidden_states=both, **rest, **per_frame(handle, timesteps, both), return_dict=False)[0]
+    return out[:, :, clean.shape[2] :]
+
+
+def test_gradients_of_teacher_forcing_reach_the_frames_before_a_chunk() -> None:
+    """And no others; they are the same with gradient checkpointing, which outside would be of other positions."""
     model, rest = model_of("wan_t2v")
     handle = accelerate(model)
     clean, noisy = torch.randn(2, 1, 4, 6, *SIZE)
     clean.requires_grad_()
-    timesteps = torch.tensor([[0.0] * 6 + [700.0] * 6])
     with teacher_forcing(handle, chunk_frames=2):
-        both = torch.cat([clean, noisy], 2)
-        out = model(hidden_states=both, **rest, **per_frame(handle, timesteps, both), return_dict=False)[0]
-    (grad,) = torch.autograd.grad(out[:, :, 8:10].square().sum(), clean)  # the noisy frames 2 and 3
-    reached = grad.abs().amax((0, 1, 3, 4)) > 0
-    assert reached.tolist() == [True, True, False, False, False, False]
+        out = forced(handle, rest, clean, noisy)
+    (grad,) = torch.autograd.grad(out[:, :, 2:4].square().sum(), clean)
+    assert (grad.abs().amax((0, 1, 3, 4)) > 0).tolist() == [True, True, False, False, False, False]
+    model.enable_gradient_checkpointing()
+    model.train()
+    with teacher_forcing(handle, chunk_frames=2):
+        out = forced(handle, rest, clean, noisy)
+        (again,) = torch.autograd.grad(out[:, :, 2:4].square().sum(), clean)
+        torch.testing.assert_close(again, grad, atol=1e-5, rtol=1e-4)
+        out = forced(handle, rest, clean, noisy)
+    with pytest.raises(RuntimeError, match="checkpoint"):
+        torch.autograd.grad(out[:, :, 2:4].square().sum(), clean)
+
+
+def test_what_teacher_forcing_refuses() -> None:
+    model, rest = model_of("wan_t2v")
+    handle = accelerate(model)
+    x = torch.randn(1, 4, 2, *SIZE)
+    with teacher_forcing(handle, chunk_frames=1), pytest.raises(ValueError, match="got 3 frames"):
+        model(hidden_states=torch.randn(1, 4, 3, *SIZE), timestep=torch.tensor([700.0]), **rest)
+    with pytest.raises(ValueError, match="a chunk of 3 and 2 sinks must fit"):
+        teacher_forcing(handle, chunk_frames=3, cache_frames=4, sinks=2).__enter__()
+    with teacher_forcing(handle, chunk_frames=1):
+        with pytest.raises(RuntimeError, match="exchanged by something else"):
+            teacher_forcing(handle, chunk_frames=1).__enter__()
+        with pytest.raises(RuntimeError, match="exchanged by something else"):
+            next(chunks_of(handle, SelfForcing(), rest, 3))
+    session = handle.roots[0].session
+    assert not session.around_heads and session.positions is None
+    with torch.no_grad():
+        forced(handle, rest, x, x)

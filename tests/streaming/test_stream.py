@@ -17,7 +17,7 @@ from vdit_fast.caching import TaylorSeer
 from vdit_fast.config import Config
 from vdit_fast.models.base import ServedProcessor
 from vdit_fast.planners import Window
-from vdit_fast.streaming import SelfForcing
+from vdit_fast.streaming import KVCache, SelfForcing
 from vdit_fast.subset import RAS
 
 SETTINGS = SelfForcing(cache_frames=6, timesteps=(1000, 500))
@@ -48,7 +48,8 @@ def test_chunks_as_they_are_ready() -> None:
         # the pass that writes keys and values is left to the next chunk: what is shown first is ready first
         assert streamed["denoise"] == 2 * len(counts) and streamed["write"] == len(counts) - 1
     assert counts == [(0, 0, 3, "chunk 1"), (1, 3, 3, "chunk 2"), (2, 6, 2, "chunk 3")]
-    assert handle.stats()["streaming"] == {"frames": 8, "chunks": 3, "denoise": 6, "write": 2}
+    held = KVCache.bytes(layers=2, capacity=6, page=16, batch=1, heads=2, head_dim=16, dtype=torch.float32)
+    assert handle.stats()["streaming"] == {"frames": 8, "chunks": 3, "denoise": 6, "write": 2, "nbytes": held}
     assert "streaming: 8 frames in 3 chunks, 6 forwards" in handle.report()
 
 

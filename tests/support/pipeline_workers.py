@@ -26,7 +26,7 @@ def pipeline_of(model: Any, **options: Any) -> StagePipeline:
     return StagePipeline(vdit_fast.accelerate(model, "exact"), **options)
 
 
-def draw(folder: Path | None, pipeline: StagePipeline, steps: int, scheduler: Any = unipc, **other: Any) -> Any:
+def draw(pipeline: StagePipeline, steps: int, scheduler: Any = unipc, **other: Any) -> Any:
     settings = SETTINGS | other
     arguments = prompt(1 if settings["guidance"] == 1 else 2)
     return pipeline.generate(SchedulerSampler(scheduler(steps)), SHAPE, arguments, **settings)
@@ -35,48 +35,44 @@ def draw(folder: Path | None, pipeline: StagePipeline, steps: int, scheduler: An
 def equal(folder: Path, steps: int, **other: Any) -> None:
     """The whole video; the first rank keeps it, every rank what it counted."""
     pipeline = pipeline_of(tiny_wan(), release=True)
-    video = dict(draw(folder, pipeline, steps, **other))
-    rank, transport = dist.get_rank(), pipeline.transport
+    video = dict(draw(pipeline, steps, **other))
+    facts = pipeline.facts()
+    counted = {
+        "facts": facts,
+        "expected": pipeline.expected(),
+        "iterations": pipeline.queue.iteration if pipeline.queue is not None else None,
+        "weights": pipeline.stage.weight_bytes,
+    }
+    rank = dist.get_rank()
+    (folder / f"counted{rank}.json").write_text(json.dumps(counted))
+    pipeline.trace.write(folder, facts)
     if rank == 0:
         torch.save(video, folder / "video.pt")
-    sent, received = transport.sent, transport.received
-    counted = {
-        "sent": [sent.messages, sent.bytes],
-        "received": [received.messages, received.bytes],
-        "weights": pipeline.stage.weight_bytes,
-        "threads": torch.get_num_threads(),
-    }
-    (folder / f"counted{rank}.json").write_text(json.dumps(counted))
-    pipeline.trace.write(folder, pipeline.facts())
 
 
-def early(folder: Path, steps: int) -> None:
-    """A video without end that is dropped after three blocks, then another on the same pipeline's ranks."""
+def several(folder: Path, steps: int) -> None:
+    """A whole video, then one without end that is dropped after three blocks on the same pipeline, then one on a new
+    pipeline of the same ranks."""
+    equal(folder, steps)
     model = tiny_wan()
     pipeline = pipeline_of(model)
-    video = dict(itertools.islice(draw(folder, pipeline, steps, blocks=None), 3))
-    pipeline.close()
-    again = pipeline_of(model)
-    second = dict(draw(folder, again, steps, scheduler=euler, blocks=2, seed=9))
+    video = dict(itertools.islice(draw(pipeline, steps, blocks=None), 3))
+    again = dict(draw(pipeline, steps, scheduler=euler, blocks=2, seed=9))
     if dist.get_rank() == 0:
-        torch.save([video, second], folder / "video.pt")
+        torch.save([video, again], folder / "more.pt")
 
 
-def endless(folder: Path, steps: int, raise_on: int | None = None, every: int = 1) -> None:
-    """Runs until a rank dies."""
+def slow(folder: Path, steps: int, blocks: int, raise_on: int | None = None) -> None:
+    """Keeps a checkpoint in every iteration, and takes its time for a signal to come. ``raise_on``: this rank fails."""
     pipeline = pipeline_of(tiny_wan())
-    rank = dist.get_rank()
-    if rank == raise_on:
-        run = pipeline.stage.run
+    run = pipeline.stage.run
 
-        def fail(*args: Any) -> Any:
-            if args[1].iteration == 3:
-                raise ZeroDivisionError("a bug of this rank")
-            return run(*args)
+    def pass_(x: torch.Tensor, item: Any, *args: Any) -> torch.Tensor:
+        time.sleep(0.03)
+        if dist.get_rank() == raise_on and item.iteration == 3:
+            raise ZeroDivisionError("a bug of this rank")
+        return run(x, item, *args)
 
-        pipeline.stage.run = fail  # type: ignore[method-assign]
-    try:
-        for _ in draw(folder, pipeline, steps, blocks=10_000, checkpoint=Checkpoint(folder / "check", every=every)):
-            pass
-    finally:
-        (folder / f"ended{rank}").write_text(str(time.time()))
+    pipeline.stage.run = pass_  # type: ignore[method-assign]
+    checkpoint = Checkpoint(folder / "check")
+    dict(draw(pipeline, steps, blocks=blocks, checkpoint=checkpoint))

@@ -64,17 +64,23 @@ inline void store_up_to(T* p, vf v, int n) {
   if (n == VL) return store_lanes(p, v);
   store_some(p, v, n);
 }
-inline int lanes(int64_t rest) { return rest < VL ? int(rest) : VL; }
+// visit(first, how many) for all whole vectors of n, then for the rest.
+template <class Visit>
+inline void over_lanes(int64_t n, Visit visit) {
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) visit(i, VL);
+  if (i < n) visit(i, int(n - i));
+}
 
 // The biased exponent of the smallest power of two, at least 2^-126, with which no finite magnitude is beyond 448.
 template <class T>
 int scale_exponent(const T* x, int64_t n) {
   vu top{};
-  for (int64_t i = 0; i < n; i += VL) {
-    const vu magnitude = (vu)load_up_to(x + i, lanes(n - i)) & kMagnitude;
+  over_lanes(n, [&](int64_t i, int some) __attribute__((always_inline)) {
+    const vu magnitude = (vu)load_up_to(x + i, some) & kMagnitude;
     const vu counts = (vu)(magnitude < kInfinite) & magnitude;
     top = any_of((vu)(counts > top), counts, top);
-  }
+  });
   uint32_t most = 0;
   for (int i = 0; i < VL; ++i) most = top[i] > most ? top[i] : most;
   const int exponent = int(most >> 23) - 8 + ((most & 0x7fffff) > 0x600000 ? 1 : 0);  // 448 = 1.75 * 2^8
@@ -91,10 +97,10 @@ void to_e4m3(const vdit::PackHead& h) {
     const int64_t n = h.dim - d < h.block ? h.dim - d : h.block;
     const int exponent = scale_exponent(x + d, n);
     *scale = uint8_t(exponent);
-    for (int64_t i = d; i < d + n; i += VL) {
-      const int some = lanes(d + n - i);
-      store_codes(codes + i, encode(load_up_to(x + i, some), power(254 - exponent)), some);
-    }
+    const float inverse = power(254 - exponent);
+    over_lanes(n, [&](int64_t i, int some) __attribute__((always_inline)) {
+      store_codes(codes + d + i, encode(load_up_to(x + d + i, some), inverse), some);
+    });
   }
 }
 
@@ -110,18 +116,18 @@ void from_e4m3(const vdit::PackHead& h) {
   for (int64_t d = 0; d < h.dim; d += h.block) {
     const int64_t n = h.dim - d < h.block ? h.dim - d : h.block;
     const float scale = power(h.scales[d / h.block]);
-    for (int64_t i = d; i < d + n; i += VL) {
-      const int some = lanes(d + n - i);
-      const vf v = decode(load_codes(codes + i, some), scale);
-      store_up_to(x + i, max_or_second(-limit, min_or_second(limit, v)), some);  // NaN stays NaN
-    }
+    over_lanes(n, [&](int64_t i, int some) __attribute__((always_inline)) {
+      const vf v = decode(load_codes(codes + d + i, some), scale);
+      store_up_to(x + d + i, max_or_second(-limit, min_or_second(limit, v)), some);  // NaN stays NaN
+    });
   }
 }
 
 template <class From, class To>
 void convert(const void* from, void* to, int64_t n) {
-  for (int64_t i = 0; i < n; i += VL)
-    store_up_to(static_cast<To*>(to) + i, load_up_to(static_cast<const From*>(from) + i, lanes(n - i)), lanes(n - i));
+  over_lanes(n, [&](int64_t i, int some) __attribute__((always_inline)) {
+    store_up_to(static_cast<To*>(to) + i, load_up_to(static_cast<const From*>(from) + i, some), some);
+  });
 }
 
 template <class T>

@@ -19,7 +19,10 @@ int64_t fewest_rounds(int64_t items, int64_t stages, int64_t resident, int64_t m
   int64_t best = 1, least = ceil_div(items, resident) * (stages + kItemStages) * 9 / 10;
   for (int64_t parts = 2; parts <= most; ++parts) {
     const int64_t cost = ceil_div(items * parts, resident) * (ceil_div(stages, parts) + kPartStages);
-    if (cost < least) best = parts, least = cost;
+    if (cost < least) {
+      best = parts;
+      least = cost;
+    }
   }
   return best;
 }

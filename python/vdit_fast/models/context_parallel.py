@@ -45,6 +45,7 @@ def follow(session: Session, config: Any) -> None:
     if config is None or unserved(session, config):
         if isinstance(getattr(present, "rows", None), _Rows):
             del session.around_heads["sequence"]
+            session.begin_records()
         return
     settings = _settings(config)
     group = settings._ulysses_mesh.get_group()
@@ -52,6 +53,7 @@ def follow(session: Session, config: Any) -> None:
         rows = _Rows(bool(getattr(settings, "ulysses_anything", False)))
         session.around_heads["sequence"] = around = Ulysses(group, rows)
         rows.place = around.rank, around.ranks
+        session.begin_records()
     elif not isinstance(getattr(present, "rows", None), _Rows):
         raise RuntimeError("enable_parallelism: vdit_fast.parallel.sequence_parallel shares the rows; end that first")
 

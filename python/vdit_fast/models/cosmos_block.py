@@ -37,7 +37,9 @@ def _block() -> BlockForward:
         block_idx: int | None = None,
     ) -> Any:
         norms = (self.norm1, self.norm2, self.norm3)
-        special = self.before_proj is not None or self.after_proj is not None or controlnet_residual is not None
+        newer = (controlnet_residual, latents, block_idx)  # diffusers 0.35 has neither them nor the projections
+        projected = any(getattr(self, name, None) is not None for name in ("before_proj", "after_proj"))
+        special = projected or controlnet_residual is not None
         rounding = fused_rounding(
             self,
             hidden_states,
@@ -48,7 +50,7 @@ def _block() -> BlockForward:
         if rounding is None:
             return stock_forward(self)(
                 hidden_states, encoder_hidden_states, embedded_timestep, temb, image_rotary_emb, extra_pos_emb,
-                attention_mask, controlnet_residual, latents, block_idx,
+                attention_mask, *(() if all(item is None for item in newer) else newer),
             )  # fmt: skip
         x = as_rows(hidden_states if extra_pos_emb is None else hidden_states + extra_pos_emb)
         first, second, third = (_modulation(norm, embedded_timestep, temb) for norm in norms)

@@ -94,7 +94,10 @@ def _refusal(block: nn.Module, fused: BlockForward) -> str | None:
         # A wrapper prepares the weights (offloading) or leaves the block out (caches): ours must lie inside it.
         return "the block's forward is wrapped already; call accelerate() before the block is cached or offloaded"
     stock, ours = _names(type(block).forward), _names(fused)
-    return None if stock == ours else f"{type(block).__name__}.forward takes ({', '.join(stock[1:])})"
+    newer = ours[len(stock) :]  # the last ones an older version may lack, where None leaves them out
+    defaults = (fused.__defaults__ or ())[-len(newer) :] if newer else ()
+    same = stock + newer == ours and defaults == (None,) * len(newer)
+    return None if same else f"{type(block).__name__}.forward takes ({', '.join(stock[1:])})"
 
 
 def _is_idle(block: nn.Module, fused: BlockForward) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vdit_fast.context import StepContext
 from vdit_fast.models.session import Geometry, session_by_id
+
+if TYPE_CHECKING:
+    from vdit_fast.models.row_shard import RowShard
 
 __all__ = ["PositionFn", "served_tables"]
 
@@ -35,11 +38,32 @@ def _exchange(stock: Tables, handle: Tensor, anchor: Tensor) -> Tables:
         )
     kind = (stock[0].shape, stock[0].dtype, stock[0].device)
     if kind not in forward.tables:
-        forward.tables[kind] = _checked(positions(forward.step, forward.geometry, stock), stock)
+        whole = stock if forward.shard is None else _whole(stock, forward.shard)
+        found = _checked(positions(forward.step, forward.geometry, whole), whole)
+        forward.tables[kind] = found if forward.shard is None else _own(found, stock, forward.shard)
         if forward.tables[kind] is not None:
             session.repositioned[forward.step.step] += 1
     new = forward.tables[kind]
     return stock if new is None else new
+
+
+def _whole(stock: Tables, shard: RowShard) -> Tables:
+    """The model's tables of all rows, of which a rank of sequence parallelism has its own."""
+    found = [shard.source(table) for table in stock]
+    if None in found:
+        raise RuntimeError(
+            "positions: over several ranks the tables must be cut where the blocks begin, which these are not; switch "
+            "positions off with handle.positions(None), or end the sequence parallelism"
+        )
+    return found[0][0], found[1][0]  # type: ignore[index]
+
+
+def _own(new: Tables | None, stock: Tables, shard: RowShard) -> Tables | None:
+    """The own rows of tables for all of them."""
+    if new is None:
+        return None
+    dims = [shard.source(table)[1] for table in stock]  # type: ignore[index]
+    return shard.own(new[0], dims[0]).contiguous(), shard.own(new[1], dims[1]).contiguous()
 
 
 def _checked(new: Any, stock: Tables) -> Tables | None:

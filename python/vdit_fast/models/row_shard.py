@@ -72,6 +72,11 @@ class RowShard:
             known = self._taken[id(x), dim] = x, cut()
         return known[1]
 
+    def source(self, cut: Tensor) -> tuple[Tensor, int] | None:
+        """What ``take`` cut this from, and along which dimension."""
+        found = ((whole, dim) for (_, dim), (whole, part) in self._taken.items() if part is cut)
+        return next(found, None)
+
     def note(self, anchor: Callable[[Tensor, Forward], None], forward: Forward) -> None:
         """Tell which forward what was cut, and from what, belongs to."""
         for whole, cut in self._taken.values():

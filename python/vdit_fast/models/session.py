@@ -9,7 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vdit_fast.models.qk import BeforeRotation
     from vdit_fast.models.rotary import PositionFn
     from vdit_fast.models.text_kv import TextKV
+    from vdit_fast.regions.regions import RegionRun
 
 __all__ = ["Geometry", "Session", "session_by_id"]
 
@@ -106,6 +107,7 @@ class Session:
         self.guided = False  # whether its forward is entered by guidance parallelism
         self.text: TextKV | None = None
         self.positions: PositionFn | None = None
+        self.regions: RegionRun | None = None  # also in around_heads
         self.repositioned: Counter[int] = Counter()
         self.streamed: Counter[str] = Counter()  # of generation chunk by chunk: frames, chunks, forwards
         self.forward: Forward | None = None
@@ -145,6 +147,7 @@ class Session:
         new.around = {name: new.cache if item is self.cache else item.fresh() for name, item in self.around.items()}
         new.around_attention = {layer: item.fresh() for layer, item in self.around_attention.items()}
         new.around_heads = {who: item.fresh() for who, item in self.around_heads.items()}
+        new.regions = cast("RegionRun | None", new.around_heads.get("regions"))
         new.hooks = self.hooks.fresh()
         if self.text is not None:
             new.text = type(self.text)(self.text.inputs, self.text.embedders)
@@ -189,19 +192,26 @@ class Session:
         known = (self._anchors.get(tensor) for tensor in tensors) if _in_backward() else ()
         return next((forward for forward in known if forward is not None), self.forward)
 
-    def reconfigure(self, config: Config) -> None:
-        """Use another configuration from the next call on; the records begin anew, as they would mix the two."""
-        self.config = config
+    def begin_records(self) -> None:
+        """Records and what planners and caches remember begin anew, as what follows would not fit to them."""
         self.layers = [old.fresh() for old in self.layers]
         self.steps.clear()
         self.forwards = 0
         self.unfused.clear()
         self.state.clear()
+        self.cache.forget()
+
+    def reconfigure(self, config: Config) -> None:
+        """Use another configuration from the next call on; the records begin anew, as they would mix the two."""
+        self.config = config
+        self.begin_records()
         self.static.clear()
         self.cache = FeatureCache(config.cache, config.attention, config.subset)
         self.forward = None  # of the old configuration, and holds what its cache kept
         self.hooks.calls.clear()
         self.repositioned.clear()
+        if self.regions is not None:
+            self.regions.clear()
         self.streamed.clear()
         self._told.clear()
 

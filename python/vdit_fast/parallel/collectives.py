@@ -1,6 +1,7 @@
 """The two exchanges of sequence parallelism, with gradients, and who takes part in them.
 
-A gradient here is a rank's *share*: the gradient of a parameter is the sum over the ranks of the group.
+Gradients are those of the sum of all ranks' losses: where ranks share the rows of one clip and average the gradients of
+their parameters, as DistributedDataParallel does, they get those of the mean loss.
 """
 
 from __future__ import annotations
@@ -86,12 +87,16 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], dim: int, group: dist.ProcessGroup) -> Tensor:
         rank = dist.get_rank(group)
-        ctx.dim, ctx.start, ctx.size = dim, sum(sizes[:rank]), sizes[rank]
+        ctx.dim, ctx.sizes, ctx.rank, ctx.group = dim, sizes, rank, group
         return _gathered(x, sizes, dim, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return grads[0].narrow(ctx.dim, ctx.start, ctx.size), None, None, None
+        parts = grads[0].split(ctx.sizes, ctx.dim)
+        own = parts[ctx.rank]
+        send = [part.numel() for part in parts]
+        found = _exchange(torch.cat([part.reshape(-1) for part in parts]), send, [own.numel()] * len(parts), ctx.group)
+        return found.view(len(parts), *own.shape).sum(0), None, None, None
 
 
 def _gathered(x: Tensor, sizes: list[int], dim: int, group: dist.ProcessGroup) -> Tensor:
@@ -108,8 +113,7 @@ def _gathered(x: Tensor, sizes: list[int], dim: int, group: dist.ProcessGroup) -
 
 
 def all_gather(x: Tensor, sizes: Sequence[int], dim: int, group: dist.ProcessGroup) -> Tensor:
-    """The parts of all ranks side by side. Differentiable: a rank's gradient is that of its own part, which is its
-    share where all ranks go on with the same tensor and the same loss.
+    """The parts of all ranks side by side. Differentiable: what all ranks' results say of a rank's part, added up.
 
     Args:
         x: this rank's part.

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .simulator import Link, Pipeline, layers_per_rank
+from vdit_fast.parallel.schedule import split_layers
+from vdit_fast.parallel.simulator import Link, Pipeline
 
 __all__ = ["WAN_1_3B", "WAN_14B", "Clip", "Transformer", "dual_paral", "memory_per_rank", "ulysses_seconds"]
 
@@ -91,18 +92,19 @@ class Clip:
 
 def dual_paral(model: Transformer, clip: Clip, ranks: int, flops: float, link: Link, width: float = 2) -> Pipeline:
     """The pipeline of a model and a clip at ``flops`` operations per second and rank; ``width``: bytes of a number that
-    is sent. Embeddings, head and scheduler are taken as free. The last block has no noisier neighbour."""
+    is sent. Embeddings, head and scheduler are taken as free. Results come back in fp32."""
     layer = clip.branches * model.layer_operations(clip.rows, clip.keys) / flops
     alone = model.layer_operations(clip.rows, clip.rows) / model.layer_operations(clip.rows, clip.keys)
-    latent = clip.rows * model.patch * model.channels
+    frame = clip.tokens * model.patch * model.channels * 4  # results are fp32
     return Pipeline(
         steps=clip.steps,
         blocks=clip.blocks,
-        stage=[n * layer for n in layers_per_rank(model.layers, ranks)],
+        stage=[len(own) * layer for own in split_layers(model.layers, ranks)],
         hop_bytes=clip.branches * clip.rows * model.width * width,
-        return_bytes=latent * width,
+        return_bytes=clip.per_block * frame,
+        first_return_bytes=(clip.per_block + clip.context) * frame,
         link=link,
-        block_cost=[1.0] * (clip.blocks - 1) + [alone],
+        newest=alone,
     )
 
 
@@ -111,7 +113,7 @@ def memory_per_rank(model: Transformer, clip: Clip, ranks: int, width: float = 2
     first frames, per layer and branch; ``queue``: latents of the queued blocks with two previous predictions of a
     multistep scheduler in fp32, on rank 0; ``messages``: one received and one to send."""
     found = []
-    layers = layers_per_rank(model.layers, ranks)
+    layers = [len(own) for own in split_layers(model.layers, ranks)]
     hop = clip.branches * clip.rows * model.width * width if ranks > 1 else 0
     for rank, count in enumerate(layers):
         weights = count * model.layer_weights()

@@ -29,7 +29,7 @@ from vdit_fast.parallel.checkpoint import Checkpoint
 from vdit_fast.parallel.sampler import SchedulerSampler
 from vdit_fast.parallel.stages import StagePipeline
 from vdit_fast.parallel.transport import Alone
-from vdit_fast.parallel.watch import RankFailed
+from vdit_fast.parallel.watch import CAUSE, RankFailed
 
 __all__ = ["main", "x0_sampler"]
 
@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _draw(options: argparse.Namespace, device: torch.device) -> int:
-    model = load_demo_model().to(device)
+    model: Any = load_demo_model()
+    model = model.to(device)
     pipeline = StagePipeline(accelerate(model, options.config), release=True, patience=PATIENCE)
     _hear_of_failures(pipeline)
     checkpoint = Checkpoint(options.checkpoint, options.every) if options.checkpoint else None
@@ -153,7 +154,7 @@ def _hear_of_failures(pipeline: StagePipeline) -> None:
     """A launcher that sees one rank die ends the others: say first which one it was."""
 
     def ended(number: int, frame: Any) -> None:
-        until = time.monotonic() + 3
+        until = time.monotonic() + CAUSE + 2
         try:
             while time.monotonic() < until:
                 pipeline.transport.check()
@@ -171,10 +172,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m vdit_fast.parallel.demo", description="A long clip of the demo model through a stage pipeline."
     )
     parser.add_argument("--prompt", default="red circle right, blue square up", type=_prompt)
-    parser.add_argument("--steps", type=int, default=8, help="denoising steps of a frame block")
+    parser.add_argument("--steps", type=int, default=6, help="denoising steps of a frame block")
     parser.add_argument("--blocks", type=int, default=6, help="frame blocks")
-    parser.add_argument("--num-per-block", type=int, default=8, help="frames of a block")
-    parser.add_argument("--num-cat", type=int, default=4, help="frames that a block sees of its neighbours")
+    parser.add_argument("--num-per-block", type=int, default=6, help="frames of a block")
+    parser.add_argument("--num-cat", type=int, default=2, help="frames that a block sees of its neighbours")
     parser.add_argument("--height", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=3.0)

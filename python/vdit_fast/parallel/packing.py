@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Packing", "Plain"]
+from vdit_fast.ops.pack import Compression, pack_slices, packed_sizes, unpack_slices
+
+__all__ = ["Compressed", "Packing", "Plain"]
 
 
 class Packing(Protocol):
@@ -39,3 +41,30 @@ class Plain:
 
     def unpack(self, buffer: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return buffer.view(tuple(shape))
+
+
+class Compressed:
+    """Rounded on the way: ``"bf16"``, or ``"e4m3"`` with a power of two per ``block`` channels, a byte per value and
+    within 2^-4 of the largest value of its block (``ops.pack_slices`` has the exact bound).
+
+    Raises:
+        RuntimeError: an unknown compression, or a block other than 32, 64 and 128.
+    """
+
+    def __init__(self, compression: Compression, block: int = 128) -> None:
+        if compression not in ("bf16", "e4m3") or block not in (32, 64, 128):
+            raise RuntimeError(
+                f'vdit_fast: compression {compression!r}, block {block}; expected "bf16" or "e4m3", and 32, 64 or 128'
+            )
+        self.compression, self.block = compression, block
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        (count,) = packed_sizes(shape, compression=self.compression, block=self.block)
+        kind = torch.uint8 if self.compression == "e4m3" else torch.bfloat16
+        return torch.empty(count, dtype=kind, device=device)
+
+    def pack(self, x: Tensor) -> Tensor:
+        return pack_slices(x.contiguous(), compression=self.compression, block=self.block)
+
+    def unpack(self, buffer: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return unpack_slices(buffer, tuple(shape), compression=self.compression, block=self.block, dtype=dtype)

@@ -131,8 +131,6 @@ def unshared(session: Session) -> str | None:
         return "subset computes some tokens of the whole grid; set subset to null"
     if session.before_rotation is not None:
         return "keys are kept before RoPE, of which this rank has some rows only"
-    if session.positions is not None:
-        return "handle.positions exchanges the rotary tables of all tokens; switch it off by handle.positions(None)"
     places = {entry.where for entry in session.hooks.entries} - {"attention_heads"}
     if places:
         return f"hooks at {', '.join(sorted(places))} see all rows; hook 'attention_heads', or end them"
@@ -160,6 +158,7 @@ class SequenceParallel:
             if isinstance(rows, ShardedRows) and rows.group is self.group:
                 del root.session.around["sequence"]
                 root.session.around_heads.pop("sequence", None)
+                root.session.begin_records()
                 root.rewrap()
         self._roots = []
 
@@ -179,12 +178,14 @@ def sequence_parallel(handle: Handle, group: Any = None) -> SequenceParallel:
     result. Planners, caches of keys, further keys and hooks at "attention_heads" see whole sequences and some of the
     heads, so that sparse plans are those of one process. Any number of rows and heads; no fewer rows than ranks.
 
-    With recorded gradients, the gradient of a parameter is the *sum* over the group of what the ranks get, where every
-    rank takes the same loss.
+    With recorded gradients, every rank goes on to the same loss, and the gradient of a parameter is the mean over the
+    group of what its ranks get, as DistributedDataParallel takes it.
 
     Args:
         handle: of ``vdit_fast.accelerate``.
         group: a ``ProcessGroup``, a ``DeviceMesh`` of one dimension, or None for all ranks.
+
+    Records and what planners and caches remember begin anew, here and at the end.
 
     Returns:
         what ends it when it is called, or as a context manager; so does ``handle.remove()``.
@@ -206,6 +207,7 @@ def sequence_parallel(handle: Handle, group: Any = None) -> SequenceParallel:
         assert isinstance(root.adapter.rows, RowLayout)
         root.session.around["sequence"] = ShardedRows(ranks, root.adapter.rows)
         root.session.around_heads["sequence"] = Ulysses(ranks, _rows_of)
+        root.session.begin_records()
         root.rewrap()
     return SequenceParallel(roots, ranks)
 

@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Forward", "Link", "Pipeline", "Prediction", "forwards", "layers_per_rank", "simulate"]
+from vdit_fast.parallel.schedule import Schedule
+
+__all__ = ["Forward", "Link", "Pipeline", "Prediction", "forwards", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,13 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One forward: its block and step, how many results rank 0 must have, and how many are new to it."""
+    """One forward: its number, block and step, whether the block is the noisiest of the queue, how many results rank 0
+    must have before it, and how many of them are new."""
 
+    number: int
     block: int
     step: int
+    newest: bool
     needs: int
     updates: int
 
@@ -65,8 +70,9 @@ class Pipeline:
         update: of rank 0 per result: the scheduler's step.
         hop_bytes: a message from a rank to the next one.
         return_bytes: a message from the last rank to rank 0.
+        first_return_bytes: the same for the first block, which is longer. None: return_bytes.
         link: every connection.
-        block_cost: factor of ``stage`` per block, e.g. for a last block without a noisier neighbour. None: 1.
+        newest: factor of ``stage`` for the noisiest block of the queue, which has no noisier neighbour to read.
         cores: processors that all ranks share evenly while more ranks compute than there are, as processes of one
             machine do. None: a processor for every rank.
     """
@@ -79,8 +85,9 @@ class Pipeline:
     update: float = 0.0
     hop_bytes: float = 0.0
     return_bytes: float = 0.0
+    first_return_bytes: float | None = None
     link: Link = field(default_factory=Link)
-    block_cost: Sequence[float] | None = None
+    newest: float = 1.0
     cores: float | None = None
 
     def __post_init__(self) -> None:
@@ -89,10 +96,8 @@ class Pipeline:
                 raise ValueError(f"{name} is {getattr(self, name)}; pass at least 1")
         if not self.stage:
             raise ValueError("stage is empty; pass the seconds of every rank")
-        if self.block_cost is not None and len(self.block_cost) != self.blocks:
-            raise ValueError(f"block_cost has {len(self.block_cost)} factors for {self.blocks} blocks; pass one each")
         seconds = [*self.stage, self.embed, self.head, self.update, self.hop_bytes, self.return_bytes]
-        seconds += [self.link.latency, *(self.block_cost or ())]
+        seconds += [self.first_return_bytes or 0.0, self.link.latency, self.newest]
         if not all(0 <= s < math.inf for s in seconds):
             raise ValueError("seconds, bytes, latencies and factors must be finite and at least 0")
         if not self.link.bytes_per_second > 0:
@@ -104,9 +109,22 @@ class Pipeline:
     def ranks(self) -> int:
         return len(self.stage)
 
+    def result_bytes(self, block: int) -> float:
+        """Of the message that brings a result of a block back."""
+        first = self.return_bytes if self.first_return_bytes is None else self.first_return_bytes
+        return self.return_bytes if block else first
+
+    def on_links(self, forward: Forward) -> list[float]:
+        """Seconds that a forward keeps the link behind each rank busy."""
+        if self.ranks == 1:
+            return [0.0]
+        return [self.link.seconds(self.hop_bytes)] * (self.ranks - 1) + [
+            self.link.seconds(self.result_bytes(forward.block))
+        ]
+
     def work(self, forward: Forward) -> list[float]:
         """Seconds that a forward keeps each rank busy."""
-        cost = 1.0 if self.block_cost is None else self.block_cost[forward.block]
+        cost = self.newest if forward.newest else 1.0
         seconds = [s * cost for s in self.stage]
         seconds[0] += self.embed + forward.updates * self.update
         seconds[-1] += self.head
@@ -149,93 +167,82 @@ class Prediction:
         return float(self.idle.mean() / self.latency) if self.latency else 0.0
 
 
-def layers_per_rank(layers: int, ranks: int) -> list[int]:
-    """Layers split evenly, the remainder to the first ranks."""
-    if not 1 <= ranks <= layers:
-        raise ValueError(f"{layers} layers cannot be split over {ranks} ranks; pass 1 to {layers} ranks")
-    return [layers // ranks + (rank < layers % ranks) for rank in range(ranks)]
-
-
 def forwards(steps: int, blocks: int) -> Iterator[Forward]:
     """All forwards in their order, which is the same on every rank."""
     latest = [-1] * blocks  # the number of a block's last forward
-    number = known = 0
-    for iteration in range(steps + blocks - 1):
-        for block in range(min(iteration, blocks - 1), max(iteration - steps, -1), -1):
-            needs = max(latest[block], latest[block - 1] if block else -1) + 1
-            yield Forward(block, iteration - block, needs, max(0, needs - known))
-            known = max(known, needs)
-            latest[block] = number
-            number += 1
+    known, iteration = 0, -1
+    for number, item in enumerate(Schedule(steps, blocks, num_per_block=1, num_cat=0).items()):
+        newest, iteration = item.iteration != iteration, item.iteration
+        needs = max(latest[item.block], latest[item.block - 1] if item.block else -1) + 1
+        yield Forward(number, item.block, item.step, newest, needs, max(0, needs - known))
+        known = max(known, needs)
+        latest[item.block] = number
 
 
-def simulate(pipeline: Pipeline) -> Prediction:
+def simulate(pipeline: Pipeline, work: Sequence[Sequence[float]] | None = None) -> Prediction:
     """Runs the schedule. 6,400 forwards over 1,024 ranks take about a second; with ``cores``, and fewer of them than
-    ranks, every event is simulated on its own, about 100,000 a second."""
+    ranks, every event is simulated on its own, about 100,000 a second.
+
+    Args:
+        work: seconds of every forward on every rank, in place of what the pipeline says of them: a trace is replayed.
+    """
     if pipeline.cores is not None and pipeline.cores < pipeline.ranks:
-        done, busy, last = _shared_cores(pipeline, pipeline.cores)
+        done, busy, last = _shared_cores(pipeline, pipeline.cores, work)
     else:
-        done, busy, last = _own_processors(pipeline)
+        done, busy, last = _own_processors(pipeline, work)
     total = pipeline.steps * pipeline.blocks
     hops = pipeline.ranks - 1
-    back = 1 if hops else 0
+    returned = pipeline.steps * sum(pipeline.result_bytes(block) for block in range(pipeline.blocks))
     return Prediction(
         latency=float(done.max()),
         block_done=done,
         busy=busy,
         last_work=last,
         iterations=pipeline.steps + pipeline.blocks - 1,
-        messages=total * (hops + back),
-        bytes=total * (hops * pipeline.hop_bytes + back * pipeline.return_bytes),
+        messages=total * pipeline.ranks if hops else 0,
+        bytes=total * hops * pipeline.hop_bytes + returned if hops else 0.0,
     )
 
 
 Times = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
-def _own_processors(p: Pipeline) -> Times:
+def _own_processors(p: Pipeline, measured: Sequence[Sequence[float]] | None) -> Times:
     """When blocks are done, how long ranks work, when they finish. Stations are rank 0, link, rank 1, ..., the last
     rank, the link back. A forward leaves station k at ``end[k] = max(end[k-1] + delay[k-1], free[k]) + work[k]``; less
     the work and the delays on the way there this is a running maximum, so that a forward is one call for all ranks."""
-    carried, delay, held = np.zeros(2 * p.ranks), np.zeros(2 * p.ranks), np.zeros(p.ranks)
+    delay = np.zeros(2 * p.ranks)
     if p.ranks > 1:
-        on_link = np.full(p.ranks, p.link.seconds(p.hop_bytes))
-        on_link[-1] = p.link.seconds(p.return_bytes)
         delay[1::2] = p.link.latency
-        if p.link.overlap:
-            carried[1::2] = on_link
-        else:
-            held = on_link
-    ways: dict[tuple[float, int], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]] = {}
-    free, busy = np.zeros(2 * p.ranks), np.zeros(p.ranks)
+    ways: dict[tuple[bool, int, float], tuple[npt.NDArray[np.float64], ...]] = {}
+    free, busy, held = np.zeros(2 * p.ranks), np.zeros(p.ranks), np.zeros(p.ranks)
     done = np.zeros(p.blocks)
     back = [0.0]  # when the first so many results are at rank 0
     for forward in forwards(p.steps, p.blocks):
-        cost = 1.0 if p.block_cost is None else p.block_cost[forward.block]
-        key = (cost, forward.updates)
-        if key not in ways:  # when the stations begin and end if nothing waits
-            work = carried.copy()
-            work[::2] = np.asarray(p.work(forward)) + held
+        key = (forward.newest, forward.updates, p.result_bytes(forward.block))
+        if key not in ways or measured is not None:  # when the stations begin and end if nothing waits
+            own = np.asarray(p.work(forward) if measured is None else measured[forward.number])
+            on_link = np.asarray(p.on_links(forward))
+            held = on_link * (not p.link.overlap)
+            work = np.stack((own + held, on_link - held), 1).ravel()
             ends = np.cumsum(work) + np.concatenate(([0.0], np.cumsum(delay)[:-1]))
-            ways[key] = ends - work, ends
-        starts, ends = ways[key]
+            ways[key] = ends - work, ends, own, held
+        starts, ends, work, held = ways[key]
         late = free - starts
         late[0] = max(late[0], back[forward.needs])
         free = ends + np.maximum.accumulate(late)
-        busy += p.work(forward)
+        busy += work
         back.append(float(free[-1] + delay[-1]))
         done[forward.block] = back[-1] + p.update
     busy[0] += p.update
     return done, busy, free[::2] - held
 
 
-def _shared_cores(p: Pipeline, cores: float) -> Times:
+def _shared_cores(p: Pipeline, cores: float, measured: Sequence[Sequence[float]] | None) -> Times:
     """The same with all events on their own: ranks at work advance at the rate min(1, cores / how many there are)."""
     order = list(forwards(p.steps, p.blocks))
-    work = [p.work(f) for f in order]
-    on_link = [p.link.seconds(p.hop_bytes)] * (p.ranks - 1) + [p.link.seconds(p.return_bytes)]
-    if p.ranks == 1:
-        on_link = [0.0]
+    work = [p.work(f) for f in order] if measured is None else measured
+    on_link = [p.on_links(f) for f in order]
     turn = [0] * p.ranks  # the forward that a rank works on, or waits for
     arrived = [0] * p.ranks  # forwards that have reached it; results, for rank 0
     occupied = [False] * p.ranks
@@ -255,9 +262,9 @@ def _shared_cores(p: Pipeline, cores: float) -> Times:
             occupied[rank] = True
             heapq.heappush(at_work, (felt + work[number][rank], rank))
 
-    def send(rank: int) -> None:
+    def send(rank: int, number: int) -> None:
         """The message leaves behind earlier ones on its link, and arrives."""
-        leaves = max(now, link_free[rank]) + on_link[rank]
+        leaves = max(now, link_free[rank]) + on_link[number][rank]
         link_free[rank] = leaves
         to = (rank + 1) % p.ranks
         heapq.heappush(events, (leaves + (p.link.latency if p.ranks > 1 else 0.0), arrives, to))
@@ -286,7 +293,7 @@ def _shared_cores(p: Pipeline, cores: float) -> Times:
             busy[rank] += work[turn[rank]][rank]
             last[rank] = now
             turn[rank] += 1
-            send(rank)
+            send(rank, turn[rank] - 1)
         begin(rank)
     busy[0] += p.update
     return done, busy, last

@@ -96,6 +96,11 @@ class Stage:
     def session(self) -> Session:
         return self.root.session
 
+    @property
+    def elsewhere(self) -> int:
+        """Number of attention layers in blocks of other ranks."""
+        return sum(not self.needs(layer.name) for layer in self.session.layers)
+
     def fresh(self) -> Any:
         return _Copied()
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,9 +16,10 @@ from vdit_fast.parallel.checkpoint import Checkpoint
 from vdit_fast.parallel.noise import NoisePool
 from vdit_fast.parallel.packing import Packing, Plain
 from vdit_fast.parallel.refusals import staged_root
+from vdit_fast.parallel.run import Run
 from vdit_fast.parallel.sampler import BlockSampler
 from vdit_fast.parallel.schedule import Item, Schedule, split_layers
-from vdit_fast.parallel.stage import Conditions, Stage
+from vdit_fast.parallel.stage import Stage
 from vdit_fast.parallel.trace import Trace
 from vdit_fast.parallel.transport import Alone, Ring, Transport
 
@@ -28,27 +27,6 @@ if TYPE_CHECKING:
     from vdit_fast.handle import Handle
 
 __all__ = ["StagePipeline"]
-
-
-@dataclass
-class _Run:
-    """What all ranks must know of a run; the first one tells the others."""
-
-    schedule: Schedule
-    shape: tuple[int, ...]
-    """[B, C, F, H, W] of the latents in a pass."""
-    guidance: float
-    first: int
-    """Iteration that the run begins with."""
-    timesteps: list[float]
-    arguments: dict[str, Any]
-    conditions: Conditions
-    stream: tuple[tuple[int, ...], torch.dtype]
-    """Shape and dtype of what one stage hands to the next."""
-
-    @property
-    def branches(self) -> int:
-        return self.shape[0]
 
 
 class StagePipeline:
@@ -105,7 +83,7 @@ class StagePipeline:
         self.packing: Packing = Plain() if packing is None else packing
         self.trace = Trace()
         self.queue: BlockQueue | None = None
-        self._run: _Run | None = None
+        self._run: Run | None = None
 
     @property
     def rank(self) -> int:
@@ -122,42 +100,23 @@ class StagePipeline:
         run, transport = self._run, self.transport
         if run is None:
             raise RuntimeError("facts: nothing was drawn yet")
-        schedule = asdict(run.schedule) | {"branches": run.branches, "first": run.first}
-        wire = self.packing.empty(*run.stream, "meta")
-        latents = math.prod((run.shape[1], *run.shape[3:]))
+        sent, received = transport.sent, transport.received
         return {
             "rank": transport.rank,
             "ranks": transport.ranks,
             "layers": len(self.stage.layers),
-            "schedule": schedule,
-            "hop_bytes": wire.numel() * wire.element_size(),
-            "result_bytes": [4 * run.schedule.result_values(block, latents) for block in (0, 1)],
-            "sent": [transport.sent.messages, transport.sent.bytes],
-            "received": [transport.received.messages, transport.received.bytes],
+            **run.sizes(self.packing),
+            "sent": [sent.messages, sent.bytes],
+            "received": [received.messages, received.bytes],
         }
 
     def expected(self) -> dict[str, list[int]]:
         """[messages, bytes] that this rank sends and receives in a whole run by the closed formula: a message per item;
         ``branches · (num_cat + num_per_block) · tokens per frame · channels · itemsize`` bytes to the next stage (up
         to the packing), and a block's own frames in fp32 back to the first rank."""
-        run, facts = self._run, self.facts()
-        assert run is not None
-        count = run.schedule.count(run.first)
-        if count is None:
-            raise RuntimeError("expected: a video without end has no number of messages")
-        last, ranks = self.transport.ranks - 1, self.transport.ranks
-        (batch, tokens, channels), dtype = run.stream
-        frames = run.schedule.frames
-        hop = run.schedule.hop_values(batch, tokens // frames, channels) * dtype.itemsize
-        if type(self.packing) is not Plain:
-            hop = facts["hop_bytes"]
-        result = 4 * run.schedule.result_total(math.prod((run.shape[1], *run.shape[3:])), run.first)
-        if ranks == 1:
-            return {"sent": [0, 0], "received": [0, 0]}
-        return {
-            "sent": [count, result if self.rank == last else count * hop],
-            "received": [count, result if self.rank == 0 else count * hop],
-        }
+        if self._run is None:
+            raise RuntimeError("expected: nothing was drawn yet")
+        return self._run.expected(self.rank, self.transport.ranks, self.packing)
 
     # ------------------------------------------------------------------ generation
     def generate(
@@ -228,7 +187,7 @@ class StagePipeline:
         checkpoint: Checkpoint | None,
         resume: bool,
     ) -> Iterator[tuple[int, Tensor]]:
-        run: _Run | None = None
+        run: Run | None = None
         state: dict[str, Any] | None = None
         settings: dict[str, Any] = {}
         if self.rank == 0:
@@ -243,7 +202,7 @@ class StagePipeline:
             first = state["iteration"] if state is not None else 0
             conditions, stream = self.stage.record(sampler.timesteps, arguments, whole)
             told = (tuple(stream.shape), stream.dtype)
-            run = _Run(schedule, whole, guidance, first, sampler.timesteps, _on_cpu(arguments), conditions, told)
+            run = Run(schedule, whole, guidance, first, sampler.timesteps, _on_cpu(arguments), conditions, told)
         run = self.transport.share(run, "the first rank to begin")
         assert run is not None
         self._run = run
@@ -272,7 +231,7 @@ class StagePipeline:
             )
 
     def _lead(
-        self, run: _Run, queue: BlockQueue, checkpoint: Checkpoint | None, settings: dict[str, Any]
+        self, run: Run, queue: BlockQueue, checkpoint: Checkpoint | None, settings: dict[str, Any]
     ) -> Iterator[tuple[int, Tensor]]:
         """The first rank's loop: the queue, and the first stage."""
         schedule, under_way, sent = run.schedule, deque[Item](), 0
@@ -306,14 +265,14 @@ class StagePipeline:
                     pass
             raise
 
-    def _serve(self, run: _Run) -> None:
+    def _serve(self, run: Run) -> None:
         """Any other rank's loop."""
         items = run.schedule.items(run.first)
         for count, item in enumerate(items):
             with self.trace.during("receive", item):
                 buffer = self.transport.receive()
             if buffer is None:  # the first rank stops early
-                last = self._result(run, item) if self.stage.last else self._wire(run)
+                last = run.result(item, self.stage.device) if self.stage.last else self._wire(run)
                 self.transport.stop(count, last)
                 return
             with self.trace.during("unpack", item):
@@ -321,7 +280,7 @@ class StagePipeline:
             out = self._compute(run, x, item)
             self._send(_flat if self.stage.last else self.packing.pack, out, item)
 
-    def _compute(self, run: _Run, x: Tensor, item: Item) -> Tensor:
+    def _compute(self, run: Run, x: Tensor, item: Item) -> Tensor:
         """This rank's part of an item; on the last rank the prediction for the block's own frames, after guidance."""
         self.transport.check()
         start = run.schedule.num_cat if item.block else 0
@@ -348,11 +307,11 @@ class StagePipeline:
             self.transport.room()
         self.transport.send(buffer)
 
-    def _take(self, run: _Run, queue: BlockQueue, item: Item) -> FrameBlock | None:
+    def _take(self, run: Run, queue: BlockQueue, item: Item) -> FrameBlock | None:
         with self.trace.during("result", item):
             buffer = self.transport.receive()
         assert buffer is not None
-        return self._apply(queue, buffer.view(self._prediction(run, item)), item)
+        return self._apply(queue, buffer.view(run.prediction(item)), item)
 
     def _apply(self, queue: BlockQueue, prediction: Tensor, item: Item) -> FrameBlock | None:
         with self.trace.during("step", item):
@@ -374,18 +333,10 @@ class StagePipeline:
                 "has not; take a planner that does not, or run without checkpoints"
             )
 
-    # ------------------------------------------------------------------ buffers
-    def _prediction(self, run: _Run, item: Item) -> tuple[int, ...]:
-        _, channels, _, height, width = run.shape
-        return (1, channels, run.schedule.frames_of(item.block), height, width)
-
-    def _result(self, run: _Run, item: Item) -> Tensor:
-        return torch.empty(math.prod(self._prediction(run, item)), device=self.stage.device)
-
-    def _wire(self, run: _Run) -> Tensor:
+    def _wire(self, run: Run) -> Tensor:
         return self.packing.empty(*run.stream, self.stage.device)
 
-    def _buffers(self, run: _Run) -> Callable[[int], Tensor | None]:
+    def _buffers(self, run: Run) -> Callable[[int], Tensor | None]:
         """Makes the buffer of every message that comes, in order."""
         items = run.schedule.items(run.first)
 
@@ -393,7 +344,7 @@ class StagePipeline:
             item = next(items, None)
             if item is None:
                 return None
-            return self._result(run, item) if self.rank == 0 else self._wire(run)
+            return run.result(item, self.stage.device) if self.rank == 0 else self._wire(run)
 
         return empty
 

@@ -29,7 +29,7 @@ class Transport(Protocol):
     received: Counts
 
     def share(self, value: Any, what: str) -> Any:
-        """The first rank's value, on every rank; tensors in it on the CPU."""
+        """The first rank's value, on every rank; tensors in it on the CPU. A run begins with it."""
         ...
 
     def open(self, empty: Callable[[int], Tensor | None]) -> None:
@@ -97,7 +97,7 @@ class Alone:
         raise AssertionError("a single rank sends nothing")
 
     def receive(self) -> Tensor | None:
-        raise AssertionError("a single rank receives nothing")
+        return None
 
 
 class Ring:
@@ -127,9 +127,16 @@ class Ring:
             raise ValueError("group: it has one rank; a ring needs two")
         self.sent, self.received = Counts(), Counts()
         self._device = torch.device(device)
-        number = next(_number)
-        store = dist.PrefixStore(f"vdit_fast/{everybody}/{number}", dist.distributed_c10d._get_default_store())
-        self.watch = Watch(store, self.rank, self.ranks, patience, timeout)
+        name = f"vdit_fast/{everybody}/{next(_number)}"
+        self._runs = itertools.count()
+        self._new_watch = lambda: Watch(
+            dist.PrefixStore(f"{name}/{next(self._runs)}", dist.distributed_c10d._get_default_store()),
+            self.rank,
+            self.ranks,
+            patience,
+            timeout,
+        )
+        self.watch = self._new_watch()
         self._host = dist.get_backend(group) != "nccl"
         self._groups: list[dist.ProcessGroup] = []
         self._all = self.watch.run(lambda: self._connect(everybody, timeout), "the other ranks to connect")
@@ -144,6 +151,9 @@ class Ring:
         return dist.new_group(everybody, timeout=limit, use_local_synchronization=True)
 
     def share(self, value: Any, what: str) -> Any:
+        if self.watch.left:  # an earlier run has ended
+            self.watch.check()
+            self.watch = self._new_watch()
         box = [value if self.rank == 0 else None]
         device = None if self._host else self._device
         self.watch.run(lambda: dist.broadcast_object_list(box, group_src=0, group=self._all, device=device), what)

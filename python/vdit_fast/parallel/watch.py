@@ -147,8 +147,23 @@ class Watch:
             pass
 
     def abandon(self) -> None:
-        """Look no longer, after a failure."""
+        """Look no longer, after a failure. The first rank, whose process may keep the store, waits a little for the
+        others to hear of it."""
         self._left.set()
+        try:
+            self._store.set(f"heard/{self.rank}", "1")
+            gone = self.failure.rank if self.failure is not None else self.rank
+            keys = [f"heard/{other}" for other in range(self.ranks) if other != gone]
+            until = time.monotonic() + 2 * CAUSE
+            while self.rank == 0 and not self._store.check(keys) and time.monotonic() < until:
+                time.sleep(INTERVAL / 10)
+        except Exception:  # the store is gone
+            pass
+
+    @property
+    def left(self) -> bool:
+        """Whether this rank looks no longer."""
+        return self._left.is_set()
 
     # ------------------------------------------------------------------ stop early
     def set(self, key: str, value: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vdit_fast.context import StepContext
     from vdit_fast.models.session import Geometry
 
-__all__ = ["AnchoredBoxes", "anchored_rows"]
+__all__ = ["AnchoredBoxes", "anchored_rows", "box_rows", "check_steps", "early"]
 
 Box = Sequence[int]
 """(top, left, bottom, right) in tokens; bottom and right are the first ones outside."""
@@ -81,6 +81,38 @@ def anchored_rows(grid: tuple[int, int, int], boxes: Sequence[Box], *, device: t
     return torch.where(in_rows[:, :, None] & in_columns[:, None, :], taken, own).flatten().to(device)
 
 
+def box_rows(grid: tuple[int, int, int], boxes: Sequence[Box]) -> Tensor:
+    """bool [N] on the CPU: which tokens lie in their frame's box, its last row and column included."""
+    table = _check_boxes(boxes, grid)
+    rows, columns = (
+        (torch.arange(size) >= table[:, axis, None]) & (torch.arange(size) < table[:, axis + 2, None])
+        for axis, size in enumerate(grid[1:])
+    )
+    return (rows[:, :, None] & columns[:, None, :]).flatten()
+
+
+def check_steps(name: str, steps: int | float) -> None:
+    """Raise unless it is a number of steps or a fraction of them."""
+    if isinstance(steps, bool) or not isinstance(steps, int | float):
+        raise TypeError(f"{name} must be an int (number of steps) or a float in [0, 1), got {steps!r}")
+    if not (math.isfinite(steps) and steps >= 0) or (isinstance(steps, float) and steps >= 1):
+        raise ValueError(f"{name} must be an int of at least 0 or a float in [0, 1), got {steps!r}")
+
+
+def early(who: str, name: str, steps: int | float, step: StepContext) -> bool:
+    """Whether a step is one of the first ``steps``. Raises RuntimeError where that cannot be told."""
+    if step.step < 0:
+        raise RuntimeError(f"{who}: the denoising step is unknown; pass the transformer its timestep")
+    if isinstance(steps, int):
+        return step.step < steps
+    if step.num_steps is None:
+        raise RuntimeError(
+            f"{who}: {name} {steps} is a fraction but the number of steps is unknown; give a number of steps, or "
+            "accelerate the pipeline instead of the transformer"
+        )
+    return step.step < math.floor(steps * step.num_steps + 1e-9)  # 0.29 * 100 is 28.999999999999996 in binary
+
+
 def _nearest(index: Tensor, first: Tensor, size: Tensor, anchor: int) -> tuple[Tensor, Tensor]:
     """For every frame and coordinate of one axis: the anchor's coordinate, and whether the box covers it.
 
@@ -110,27 +142,12 @@ class AnchoredBoxes:
     steps: int | float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int | float):
-            raise TypeError(f"steps must be an int (number of steps) or a float in [0, 1), got {self.steps!r}")
-        if not (math.isfinite(self.steps) and self.steps >= 0) or (isinstance(self.steps, float) and self.steps >= 1):
-            raise ValueError(f"steps must be an int of at least 0 or a float in [0, 1), got {self.steps!r}")
+        check_steps("steps", self.steps)
 
     def __call__(
         self, step: StepContext, geometry: Geometry, tables: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor] | None:
         """The tables of this forward, None for the model's own."""
-        if not self._early(step):
+        if not early("AnchoredBoxes", "steps", self.steps, step):
             return None
         return take_rows(tables, anchored_rows(geometry.grid, self.boxes, device=tables[0].device))
-
-    def _early(self, step: StepContext) -> bool:
-        if step.step < 0:
-            raise RuntimeError("AnchoredBoxes: the denoising step is unknown; pass the transformer its timestep")
-        if isinstance(self.steps, int):
-            return step.step < self.steps
-        if step.num_steps is None:
-            raise RuntimeError(
-                f"AnchoredBoxes: steps {self.steps} is a fraction but the number of steps is unknown; give a number of "
-                "steps, or accelerate the pipeline instead of the transformer"
-            )
-        return step.step < math.floor(self.steps * step.num_steps + 1e-9)  # 0.29 * 100 is 28.999999999999996 in binary

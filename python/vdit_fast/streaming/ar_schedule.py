@@ -71,7 +71,8 @@ class ARSchedule(Sequence[Iteration]):
         if self.window is None:
             return
         count("window", self.window, 1)
-        moving = max(len(iteration.active) for iteration in self._iterations(None))
+        together = min(self.blocks, -(-self.steps // self.ar_step)) if self.ar_step else self.blocks
+        moving = min(together * self.block, self.frames)
         if moving > self.window:
             blocks = max(1, self.window // self.block)
             raise ValueError(
@@ -97,20 +98,19 @@ class ARSchedule(Sequence[Iteration]):
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
             raise IndexError(f"iteration {index} of {len(self)}")
-        return self._iteration(number, self.window)
+        return self._iteration(number)
 
     def __iter__(self) -> Iterator[Iteration]:
-        return self._iterations(self.window)
+        return (self._iteration(number) for number in range(len(self)))
 
-    def _iterations(self, window: int | None) -> Iterator[Iteration]:
-        return (self._iteration(number, window) for number in range(len(self)))
-
-    def _iteration(self, number: int, window: int | None) -> Iteration:
+    def _iteration(self, number: int) -> Iteration:
         behind = [number - self.ar_step * block for block in range(self.blocks)]
         moving = [block for block, n in enumerate(behind) if 0 <= n < self.steps]
         active = range(moving[0] * self.block, min((moving[-1] + 1) * self.block, self.frames))
         done = tuple(min(max(behind[frame // self.block], 0), self.steps) for frame in range(self.frames))
-        seen = range(self.frames) if window is None else range(max(0, active.stop - window), active.stop)
+        seen = range(self.frames)
+        if self.window is not None:
+            seen = range(max(0, active.stop - self.window), active.stop)
         return Iteration(done, active, seen)
 
 

@@ -68,6 +68,7 @@ class CachedAttention:
         self._causal = 0
         self._written: set[int] = set()
         self._stock: Tables | None = None
+        self._own: Tables | None = None  # of the chunk, for all its forwards
         self._rotary: tuple[Any, Rotary] | None = None
 
     @property
@@ -89,6 +90,7 @@ class CachedAttention:
             cache.reserve(frames)
         self.chunk = frames
         self.end += frames
+        self._own = None
 
     @contextmanager
     def branch(self, number: int, causal: int = 0) -> Iterator[None]:
@@ -166,7 +168,11 @@ class CachedAttention:
             raise RuntimeError("stream: this branch has no earlier frames; run every branch in every chunk")
         self._stock = stock
         ids = tuple(range(self.chunk)) if cache is None else cache.ids()[-self.chunk :]
-        return None if ids == tuple(range(self.chunk)) else self.tables.of(ids, self.page, stock)
+        if ids == tuple(range(self.chunk)):
+            return None
+        if self._own is None:
+            self._own = self.tables.of(ids, self.page, stock)
+        return self._own
 
     def _of_keys(self, cache: KVCache, in_pages: bool) -> Rotary:
         """The rotation of all keys held: frame after frame, or in the order of their rows."""

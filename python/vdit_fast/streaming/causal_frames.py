@@ -69,9 +69,10 @@ class _CausalHeads(AroundHeads):
         self.layout = layout
 
     def __call__(self, call: HeadsCall, proceed: Callable[[], Tensor]) -> Tensor:
-        ledger, forward = call.session.layers[call.layer], call.session.forward
+        ledger = call.session.layers[call.layer]
         if ledger.always_dense is not None:  # not a layer over the video
             return proceed()
+        forward = call.session.forward if call.anchor is None else call.session.forward_of(call.anchor)
         geometry = forward.geometry if forward is not None else None
         if geometry is None:
             raise RuntimeError(f"causal frames: {ledger.name} is called without a known video grid")

@@ -229,7 +229,7 @@ class CausalVideo:
         if not self.session.active:
             return
         if torch.compiler.is_compiling():
-            raise RuntimeError("CausalVideo: its state is on the host; run the transformer without torch.compile")
+            raise RuntimeError("CausalVideo: its state is on the host; compile the transformer without fullgraph=True")
         latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if self._ring.chunk == 0:
             raise RuntimeError("CausalVideo: no frames are begun; call begin() before the model, or close()")

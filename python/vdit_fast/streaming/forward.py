@@ -109,6 +109,8 @@ class ChunkModel:
         t = torch.full((x.shape[0],), timestep, device=x.device)
         with named, self.attention.branch(branch, causal):
             out = self.module(hidden_states=x.to(self.dtype), timestep=t, **prompt, **self.arguments, return_dict=False)
-        self.session.streamed[kind] += 1
+        streamed = self.session.streamed
+        streamed[kind] += 1
+        streamed["nbytes"] = max(streamed["nbytes"], self.attention.nbytes)
         found: Tensor = out[0]
         return found.float()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vdit_fast.caching.checks import number
+from vdit_fast.streaming.families import check_family
+from vdit_fast.streaming.kept_frames import KeptFrames
 
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
@@ -43,6 +46,8 @@ class FrameModel:
         if guidance != 1 and len(pair) < 2:
             raise ValueError(f"guidance is {guidance:g}: give a pair of conditions, conditional and unconditional")
         roots = [root for root in handle.roots if root.module() is not None]
+        if handle.active and not roots:
+            raise RuntimeError("the transformer of this handle is gone: a handle does not keep its model alive")
         if len(roots) != 1 or not handle.active:
             raise RuntimeError(
                 f"the handle serves {len(roots) if handle.active else 0} transformers; per-frame schedules run one: "
@@ -50,11 +55,23 @@ class FrameModel:
             )
         self.handle = handle
         self.guidance = float(guidance)
-        self._root, self._module = roots[0], roots[0].module()
+        self._root = roots[0]
+        self._module: Any = roots[0].module()  # held: the handle does not
         self._conditions = pair if guidance != 1 else pair[:1]
         self._window: Any = None
         self.evaluations = 0
         """Forwards of the transformer so far."""
+
+    def keep(self, frames: int, block: int) -> KeptFrames:
+        """Room for the keys and values of a clip's finished frames.
+
+        Raises:
+            NotImplementedError: a family whose keys cannot be kept: its context changes with the video, for example.
+        """
+        check_family(self._module, self._root.adapter.family)
+        if self.handle.config.cache is not None or self.handle.config.subset is not None:
+            raise RuntimeError("kept frames: every layer must run on all of them; set cache and subset to null")
+        return KeptFrames(self._root.session, self._module, frames, block)
 
     def begin(self) -> None:
         """A new clip begins: nothing remembered from earlier forwards may serve it."""
@@ -70,6 +87,7 @@ class FrameModel:
         step: int | None = None,
         num_steps: int | None = None,
         window: Any = None,
+        within: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> Tensor:
         """The guided prediction.
 
@@ -79,12 +97,12 @@ class FrameModel:
             step, num_steps: place of this evaluation in the schedule, for planners and caches.
             window: which frames these are. When it changes, a new generation begins, so that no planner or cache takes
                 what it remembers of other frames for these.
+            within: what each guidance branch's forward runs in, by the branch's number.
 
         Returns:
             [B, C, F, h, w] in the latents' dtype.
         """
         module = self._module
-        assert module is not None
         if len(timesteps) != latents.shape[2]:
             raise ValueError(f"timesteps has {len(timesteps)} entries for {latents.shape[2]} frames")
         if window != self._window:
@@ -95,8 +113,9 @@ class FrameModel:
         arguments = self._root.adapter.frame_timesteps(module, times.expand(len(latents), -1), inputs)
         found = []
         with self.handle.step(step, timestep=max(timesteps), num_steps=num_steps):
-            for conditions in self._conditions:
-                out = module(**{**conditions, "hidden_states": inputs, **arguments, "return_dict": False})[0]
+            for branch, conditions in enumerate(self._conditions):
+                with within(branch) if within is not None else nullcontext():
+                    out = module(**{**conditions, "hidden_states": inputs, **arguments, "return_dict": False})[0]
                 found.append(out.to(latents.dtype))
         self.evaluations += len(found)
         if len(found) == 1:

@@ -92,9 +92,10 @@ class KVCache:
         self._memo: dict[Any, Any] = {}
         rows = (batch, capacity * page, heads, head_dim)
         # Zeros: a masked dense fallback multiplies rows that no query reads by 0, and NaN would survive that.
-        self._k = torch.zeros(layers, *rows, dtype=dtype, device=device)
-        self._v = torch.zeros(layers, *rows, dtype=dtype, device=device)
-        self._turned = torch.zeros(rows, dtype=dtype, device=device) if store == "pre_rope" else None
+        with torch.inference_mode(False):  # tensors of inference mode could not be written outside of it
+            self._k = torch.zeros(layers, *rows, dtype=dtype, device=device)
+            self._v = torch.zeros(layers, *rows, dtype=dtype, device=device)
+            self._turned = torch.zeros(rows, dtype=dtype, device=device) if store == "pre_rope" else None
 
     @staticmethod
     def bytes(

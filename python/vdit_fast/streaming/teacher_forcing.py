@@ -122,7 +122,8 @@ def teacher_forcing(
     """Forwards inside take [clean copy, noisy copy] of a clip along the frames and see what a rollout would see.
 
     The noisy half of the output is what the rollout's denoise step computes from these noisy chunks behind these clean
-    frames. Gradients flow. Give all frames of both copies their timesteps by ``per_frame``.
+    frames. Gradients flow; with gradient checkpointing call ``backward`` inside too. Give all frames of both copies
+    their timesteps by ``per_frame``.
 
     Args:
         handle: of one accelerated Wan or SkyReels-V2 transformer.

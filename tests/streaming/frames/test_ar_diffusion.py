@@ -155,6 +155,8 @@ def test_what_is_refused(build):
         FrameModel(handle, (1, 2))
     with pytest.raises(ValueError, match="2 entries for 3 frames"):
         frame_model(noise(1, 3), [1.0, 2.0])
+    with pytest.raises(RuntimeError, match="keep its model alive"):
+        FrameModel(accelerate(build("wan")[0]), conditions)
     handle.remove()
     with pytest.raises(RuntimeError, match="serves 0 transformers"):
         FrameModel(handle, conditions)

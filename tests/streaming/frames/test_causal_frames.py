@@ -93,6 +93,33 @@ def test_planners_are_not_asked():
     assert "seen" not in handle.roots[0].session.state
 
 
+def test_gradients_are_those_of_the_mask():
+    """Training, also with checkpointing and a forward of another length before the backward."""
+    model, inputs = tiny.wan()
+    model.requires_grad_(True)
+    other = tiny.regrid(inputs, (4, 4, 4))
+    allowed = mask((3, 4, 4), 1, 0, True, "all")
+    bias = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+    real, run = torch.nn.functional.scaled_dot_product_attention, tiny.gradients
+
+    def masked(query, key, value, attn_mask=None, **options):
+        own = bias if query.shape[2] == key.shape[2] == len(bias) else attn_mask
+        return real(query, key, value, attn_mask=own, **options)
+
+    torch.nn.functional.scaled_dot_product_attention = masked
+    try:
+        want = run(model, [inputs])
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = real
+    handle = accelerate(model)
+    remove = causal_frames(handle)
+    tiny.same_gradients(run(model, [inputs]), want)
+    both = run(model, [inputs, other])
+    model.train().enable_gradient_checkpointing()
+    tiny.same_gradients(run(model, [inputs, other]), both)
+    remove()
+
+
 def test_a_copy_stands_alone():
     import copy
 
