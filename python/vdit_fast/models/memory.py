@@ -210,11 +210,6 @@ class Memory:
             return None
         return step.generation, step.step, step.timestep, step.expert, *place
 
-    def forget(self) -> None:
-        """Release what is held for the next guidance branch."""
-        self._kept.clear()
-        self._placed = None
-
 
 def checked_rows(what: str, rows: Any) -> Tensor | None:
     """Rows as [1 or B, M, C]; raises TypeError or ValueError where they are none."""
