@@ -153,6 +153,18 @@ def test_gradients_reach_rows_and_weights() -> None:
     assert float(slope) == pytest.approx(float((rows.grad * direction).sum()), rel=2e-2)
 
 
+def test_training_after_inference_mode() -> None:
+    model, inputs = tiny.cogvideox()  # whose norm has weights
+    model.requires_grad_(True)
+    accelerate(model).memory(torch.randn(M, 32, dtype=torch.float64))
+    with torch.inference_mode():
+        want = model(**inputs)[0]
+    got = model(**inputs)[0]
+    got.square().mean().backward()
+    assert tiny.relative(got.detach(), want) < 1e-5
+    assert model.get_parameter("transformer_blocks.0.norm1.norm.weight").grad is not None
+
+
 def test_gradient_checkpointing_makes_the_same_keys_again() -> None:
     model, inputs = tiny.wan()
     model.requires_grad_(True)

@@ -190,17 +190,11 @@ class Memory:
         """The rows as a block needs them, converted once."""
         if rows.requires_grad and torch.is_grad_enabled():
             return rows.to(device, dtype)
-        if (
-            self._placed is None
-            or self._placed[0] is not rows
-            or (self._placed[1].dtype, self._placed[1].device)
-            != (
-                dtype,
-                device,
-            )
-        ):
-            self._placed = rows, rows.detach().to(device, dtype)
-        return self._placed[1]
+        known = self._placed
+        if known is None or known[0] is not rows or (known[1].dtype, known[1].device) != (dtype, device):
+            with torch.inference_mode(False):  # a later forward may record gradients
+                known = self._placed = rows, rows.detach().to(device, dtype)
+        return known[1]
 
     @staticmethod
     def _key(forward: Forward | None, place: Any) -> Any:
