@@ -138,8 +138,8 @@ def test_hooks_see_the_references_behind_the_text() -> None:
 
 @pytest.mark.parametrize(("kind", "channels"), [("cogvideox_2b", 32), ("consisid", 48)])
 def test_relatives(kind: str, channels: int) -> None:
-    """CogVideoX 2B adds a table of exactly its text length and the video's: rows can enter behind it only. ConsisID joins
-    both streams again behind the blocks: there the rows must have left."""
+    """CogVideoX 2B adds a table of exactly its text length and the video's: rows can enter behind it only. ConsisID
+    joins both streams again behind the blocks: there the rows must have left."""
     model, inputs = tiny.build(kind)
     rows = torch.randn(1, R, channels)
     want = stock(model, inputs, rows)

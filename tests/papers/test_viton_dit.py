@@ -228,6 +228,21 @@ def test_text_rows_of_a_joint_garment_branch_stay_out() -> None:
         assert {k.shape for k, _ in captured.keys.values()} == {rows.shape for rows in seen}
 
 
+def test_keys_of_a_cache_are_not_captured() -> None:
+    _, _, garment, picture = models()
+    handle = accelerate(garment)
+    handle.capture()
+
+    class Longer(Heads):
+        def __call__(self, call: Any, proceed: Callable[[], Tensor]) -> Tensor:
+            call.k, call.v = (torch.cat([x, x], dim=1) for x in (call.k, call.v))
+            return proceed()
+
+    handle.roots[0].session.around_heads["streaming"] = Longer()
+    with pytest.raises(RuntimeError, match="end the stream first"):
+        tiny.run(garment, picture)
+
+
 def test_a_trained_garment_branch_gets_gradients() -> None:
     model, inputs, garment, picture = models()
     garment.requires_grad_(True)

@@ -124,7 +124,8 @@ def test_batch_items_differ(kind: str) -> None:
 
 def test_branches_share_nothing_where_the_prompt_enters_the_modulation() -> None:
     """HunyuanVideo adds the pooled prompt to the timestep."""
-    model, inputs = tiny.hunyuan(lengths=(5, 9))
+    model, inputs = tiny.hunyuan(lengths=(9,))
+    assert inputs["timestep"].numel() == 1
     other = {**inputs, "pooled_projections": torch.randn_like(inputs["pooled_projections"])}
     handle = accelerate(model).memory(torch.randn(M, 32))
     tiny.run(model, inputs)
@@ -150,6 +151,18 @@ def test_gradients_reach_rows_and_weights() -> None:
     with torch.no_grad():
         slope = (loss(rows + step * direction) - loss(rows - step * direction)) / (2 * step)
     assert float(slope) == pytest.approx(float((rows.grad * direction).sum()), rel=2e-2)
+
+
+def test_training_after_inference_mode() -> None:
+    model, inputs = tiny.cogvideox()  # whose norm has weights
+    model.requires_grad_(True)
+    accelerate(model).memory(torch.randn(M, 32, dtype=torch.float64))
+    with torch.inference_mode():
+        want = model(**inputs)[0]
+    got = model(**inputs)[0]
+    got.square().mean().backward()
+    assert tiny.relative(got.detach(), want) < 1e-5
+    assert model.get_parameter("transformer_blocks.0.norm1.norm.weight").grad is not None
 
 
 def test_gradient_checkpointing_makes_the_same_keys_again() -> None:

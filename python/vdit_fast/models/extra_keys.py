@@ -53,6 +53,10 @@ class Captured:
             raise RuntimeError("capture: a step computes some of the tokens only; set subset to null")
         geometry = forward.geometry if forward is not None else None
         k, v = call.k, call.v
+        if k.shape[1] != call.q.shape[1]:
+            raise RuntimeError(
+                "capture: a K/V cache puts keys of other frames beside the video's; end the stream first"
+            )
         if geometry is not None:
             text = k.shape[1] - geometry.n_video - geometry.history
             first = text if geometry.text_first else geometry.history

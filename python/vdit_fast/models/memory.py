@@ -190,17 +190,11 @@ class Memory:
         """The rows as a block needs them, converted once."""
         if rows.requires_grad and torch.is_grad_enabled():
             return rows.to(device, dtype)
-        if (
-            self._placed is None
-            or self._placed[0] is not rows
-            or (self._placed[1].dtype, self._placed[1].device)
-            != (
-                dtype,
-                device,
-            )
-        ):
-            self._placed = rows, rows.detach().to(device, dtype)
-        return self._placed[1]
+        known = self._placed
+        if known is None or known[0] is not rows or (known[1].dtype, known[1].device) != (dtype, device):
+            with torch.inference_mode(False):  # a later forward may record gradients
+                known = self._placed = rows, rows.detach().to(device, dtype)
+        return known[1]
 
     @staticmethod
     def _key(forward: Forward | None, place: Any) -> Any:
@@ -209,11 +203,6 @@ class Memory:
         if step is None or step.step < 0 or step.timestep is None:
             return None
         return step.generation, step.step, step.timestep, step.expert, *place
-
-    def forget(self) -> None:
-        """Release what is held for the next guidance branch."""
-        self._kept.clear()
-        self._placed = None
 
 
 def checked_rows(what: str, rows: Any) -> Tensor | None:
