@@ -1,8 +1,8 @@
 """One rank's part of a transformer: its own forward, in which only this rank's blocks run.
 
 On every rank the transformer is called as always, so that step, grid, planners and caches work as they do alone.
-Blocks of ranks before this one pass the stream on unseen, the stream that was received takes its place at the first own
-block, and the forward ends behind the last own one. What lies before the blocks and sees no latents (embeddings of the
+The stream that was received comes in the place of the embedded latents, blocks of ranks before this one pass it on
+unseen, and the forward ends behind the last own one. What lies before the blocks and sees no latents (embeddings of the
 timestep and the text) is made once per step of the schedule, on the first rank, and handed to the others.
 """
 
@@ -275,8 +275,6 @@ class Stage:
         index = call.block.index
         if index < self.layers.start:
             return call.arguments[stream]
-        if index == self.layers.start and self._received is not None:
-            call.arguments[stream] = self._received
         out = proceed()
         if index == self.layers.stop - 1 and not self.last:
             raise _Handover(out)
