@@ -47,6 +47,8 @@ class Forward:
     """How its blocks run on some of the tokens, or keep what later steps need to; None: they do neither."""
     memory: tuple[()] | tuple[Tensor | None] = ()
     """Its memory rows, made once per forward."""
+    modulation: Any = None
+    """Trace of what makes its blocks' modulation beside the timestep, where memory wants it; None: not known."""
     shard: RowShard | None = None
     """Which rows its blocks get on this rank; None: all."""
     fed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
