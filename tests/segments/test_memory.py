@@ -156,6 +156,42 @@ def test_guidance_branches_share_until_weights_change() -> None:
     assert tiny.relative(tiny.run(model, inputs), got) < 1e-5
 
 
+def test_a_new_generation_lets_go_of_what_is_kept() -> None:
+    model, inputs = tiny.wan()
+    handle = accelerate(model).memory(torch.randn(M, 32))
+
+    def held() -> int:
+        found: int = handle.stats()["memory"]["nbytes"]
+        return found
+
+    tiny.run(model, inputs)
+    layer = 2 * M * 32 * 4
+    assert held() == 2 * layer
+    handle.reset()
+    assert held() == 0
+    tiny.run(model, inputs)
+    handle.reconfigure(Config(fuse="off"))
+    assert held() == 0
+    tiny.run(model, tiny.at(inputs, 300.0))
+    seen: list[int] = []
+    handle.hook("block_output", lambda step, place, rows: seen.append(held()), layers=0)
+    tiny.run(model, tiny.at(inputs, 900.0))  # more noise
+    assert seen == [layer] and held() == 2 * layer
+
+
+def test_names_of_weights_and_steps_share_nothing() -> None:
+    """Strong and weak (W2SD) compute the same timesteps in turn; steps of equal timesteps are steps of their own."""
+    model, inputs = tiny.wan()
+    handle = accelerate(model).memory(torch.randn(M, 32))
+    seen = []
+    for step, name in ((0, "strong"), (0, "strong"), (0, "weak"), (0, "strong"), (1, "strong"), (1, "weak")):
+        shared = handle.stats()["memory"]["shared"]
+        with handle.step(step, timestep=500.0, model=name):
+            tiny.run(model, inputs)
+        seen.append(handle.stats()["memory"]["shared"] - shared)
+    assert seen == [0, 2, 0, 0, 0, 0]
+
+
 def test_an_adapter_of_another_scale_is_another_model() -> None:
     peft = pytest.importorskip("peft")
     model, inputs = tiny.wan()
