@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from vdit_fast.config import Config
 from vdit_fast.hooks.registration import HookRemover, Layers, add_hook
+from vdit_fast.models.callables import check_arguments
 from vdit_fast.models.explicit import ExplicitStep
 from vdit_fast.models.extra_keys import Captured, FeedMode
 from vdit_fast.models.hooks import HookFn
@@ -29,17 +29,6 @@ from vdit_fast.summary import collect_stats, report_text
 __all__ = ["Handle", "Skipped"]
 
 NO_TEXT_KV = "text_kv: no cross-attention whose keys are known to depend on the text only"
-
-
-def _check_arguments(fn: Any) -> None:
-    try:
-        signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # a callable of C code
-        return
-    try:
-        signature.bind(None, None, None)
-    except TypeError as error:
-        raise TypeError(f"positions: the function is called with (step, geometry, tables): {error}") from None
 
 
 @dataclass(frozen=True)
@@ -147,7 +136,7 @@ class Handle:
         if fn is not None and not callable(fn):
             raise TypeError(f"positions: pass a function of (step, geometry, tables) or None, got {type(fn).__name__}")
         if fn is not None:
-            _check_arguments(fn)
+            check_arguments("positions", fn, "step", "geometry", "tables")
         if fn is not None and not self.active:
             raise RuntimeError("positions: this handle was removed; call vdit_fast.accelerate on the model again")
         if any(root.session.regions is not None for root in self.roots):
@@ -307,6 +296,8 @@ class Handle:
     def reset(self) -> None:
         """The next forward begins a new generation, whatever its timestep."""
         self._tracker.reset()
+        for root in self.roots:
+            root.session.forget()
 
     def report(self) -> str:
         """Plain text: what is served, what is left alone and why, what ran dense and why, densities and times."""

@@ -15,6 +15,7 @@ from vdit_fast.forwards import ForwardStandIn
 from vdit_fast.models import block_cache, blocks, hooks, text_kv
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
 from vdit_fast.models.fusion import attach, detach
+from vdit_fast.models.memory import Memory
 from vdit_fast.models.projections import FusedProjections
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.row_subset import OutputRows, RowSubset
@@ -66,6 +67,9 @@ class _BeforeForward:
             self.session.forward.volume = self.adapter.volume(module, arguments)
         if self.session.text is not None and not torch.compiler.is_compiling():
             self.session.text.note(self.session.forward, arguments | new)
+        memory = self.session.around.get("memory")
+        if isinstance(memory, Memory) and self.session.forward is not None and not torch.compiler.is_compiling():
+            memory.note(self.session.forward, module, self.adapter.block_lists, arguments | new)
         if noted is not timestep:
             new["timestep"] = noted
         if not new:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import vdit_fast
 from vdit_fast.accelerate import accelerate
+from vdit_fast.caching import TaylorSeer
 from vdit_fast.config import Config
 from vdit_fast.context import HeadShard
 from vdit_fast.models.base import set_processor
@@ -209,6 +210,69 @@ def test_ranks_of_some_heads_read_those_of_the_garment(mode: Any, gate: Any) -> 
         handle.feed(captured, mode, torch.ones(3))
         with pytest.raises(ValueError, match="gate has 3 entries"):
             tiny.run(model, inputs)
+
+
+@pytest.mark.parametrize(("mode", "gate"), [("concat", 1.0), ("sum", 0.5), ("sum", HEADS)])
+def test_a_garment_branch_in_bf16_beside_a_denoiser_in_fp32(mode: Any, gate: Any) -> None:
+    model, inputs, garment, picture = models()
+    garment = garment.to(torch.bfloat16)
+    captured = accelerate(garment).capture()
+    tiny.run(garment, tiny.cast(picture, torch.bfloat16))
+    assert {x.dtype for pair in captured.keys.values() for x in pair} == {torch.bfloat16}
+    wide = {layer: (k.float(), v.float()) for layer, (k, v) in captured.keys.items()}
+    want = stock_run(model, inputs, lambda layer: Stock([], wide[layer], mode, gate))
+    accelerate(model).feed(captured, mode, gate)
+    assert tiny.relative(tiny.run(model, inputs), want) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["concat", "sum"])
+def test_another_garment_undoes_what_caches_hold(mode: Any) -> None:
+    """Blocks that a cache leaves out have not read the new keys; named steps are one generation until a reset."""
+    model, inputs, garment, picture = models()
+    other = copy.deepcopy(model)
+    exact = accelerate(other)
+    captured = accelerate(garment).capture()
+    tiny.run(garment, picture)
+    handle = accelerate(model, Config(cache=TaylorSeer(first_full=1, last_full=0, interval=9, min_steps=1)))
+
+    def at(handle: Any, step: int) -> Tensor:
+        with handle.step(step, timestep=900.0 - 20 * step, num_steps=9):
+            return tiny.run(handle.modules[0], tiny.at(inputs, 900.0 - 20 * step))
+
+    def forecast() -> int:
+        return sum(handle.stats()["cache"]["forecast"].values())
+
+    at(handle, 0)
+    at(handle, 1)
+    assert forecast() == 1
+    for step, feed in ((2, captured), (4, None)):
+        for one in (handle, exact):
+            one.feed(feed, mode)
+        assert tiny.relative(at(handle, step), at(exact, step)) < 1e-6
+        at(handle, step + 1)
+        assert forecast() == 1 + step // 2
+
+
+def test_what_is_captured_is_a_copy() -> None:
+    """A compiled graph uses its buffers again once attention has read them, and a view holds all of a joint one."""
+    _, _, garment, picture = models()
+    for block in garment.blocks:
+        block.attn1.fuse_projections()
+    handle = accelerate(garment)
+    captured, want = handle.capture(), {}
+
+    class Again(Heads):
+        def __call__(self, call: Any, proceed: Callable[[], Tensor]) -> Tensor:
+            out, want[call.layer] = proceed(), (call.k.clone(), call.v.clone())
+            for x in (call.k, call.v):
+                x.fill_(7.0)
+            return out
+
+    handle.roots[0].session.around_heads["sequence"] = Again()
+    tiny.run(garment, picture)
+    for layer, pair in captured.keys.items():
+        for x, y in zip(pair, want[layer], strict=True):
+            assert torch.equal(x, y) and x.untyped_storage().nbytes() == x.nbytes
 
 
 def test_text_rows_of_a_joint_garment_branch_stay_out() -> None:

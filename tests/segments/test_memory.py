@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from families.skyreels_v2 import skyreels
 from torch import Tensor, nn
 
 from vdit_fast.accelerate import accelerate
@@ -132,6 +133,95 @@ def test_branches_share_nothing_where_the_prompt_enters_the_modulation() -> None
     got = tiny.run(model, other)
     handle.reset()
     assert torch.equal(tiny.run(model, other), got) and handle.stats()["memory"]["shared"] == 0
+
+
+def test_guidance_branches_share_until_weights_change() -> None:
+    """A timestep that comes again is taken for another branch, whatever happened to the weights between the calls."""
+    model, inputs = tiny.wan()
+    rows = torch.randn(M, 32)
+    handle = accelerate(model).memory(rows)
+    for path in ("condition_embedder.time_proj.weight", "blocks.0.scale_shift_table", "blocks.1.attn1.to_k.weight",
+                 "blocks.0.attn1.norm_k.weight", "blocks.1.attn1.to_v.bias"):  # fmt: skip
+        tiny.run(model, inputs)
+        shared = handle.stats()["memory"]["shared"]
+        tiny.run(model, inputs)
+        assert handle.stats()["memory"]["shared"] == shared + 2
+        with torch.no_grad():
+            model.get_parameter(path).mul_(3)
+        got = tiny.run(model, inputs)
+        handle.memory(None)
+        handle.memory(rows)
+        assert torch.equal(got, tiny.run(model, inputs)), path
+    model.blocks[0].attn1.fuse_projections()
+    assert tiny.relative(tiny.run(model, inputs), got) < 1e-5
+
+
+def test_a_new_generation_lets_go_of_what_is_kept() -> None:
+    model, inputs = tiny.wan()
+    handle = accelerate(model).memory(torch.randn(M, 32))
+
+    def held() -> int:
+        found: int = handle.stats()["memory"]["nbytes"]
+        return found
+
+    tiny.run(model, inputs)
+    layer = 2 * M * 32 * 4
+    assert held() == 2 * layer
+    handle.reset()
+    assert held() == 0
+    tiny.run(model, inputs)
+    handle.reconfigure(Config(fuse="off"))
+    assert held() == 0
+    tiny.run(model, tiny.at(inputs, 300.0))
+    seen: list[int] = []
+    handle.hook("block_output", lambda step, place, rows: seen.append(held()), layers=0)
+    tiny.run(model, tiny.at(inputs, 900.0))  # more noise
+    assert seen == [layer] and held() == 2 * layer
+
+
+def test_names_of_weights_and_steps_share_nothing() -> None:
+    """Strong and weak (W2SD) compute the same timesteps in turn; steps of equal timesteps are steps of their own."""
+    model, inputs = tiny.wan()
+    handle = accelerate(model).memory(torch.randn(M, 32))
+    seen = []
+    for step, name in ((0, "strong"), (0, "strong"), (0, "weak"), (0, "strong"), (1, "strong"), (1, "weak")):
+        shared = handle.stats()["memory"]["shared"]
+        with handle.step(step, timestep=500.0, model=name):
+            tiny.run(model, inputs)
+        seen.append(handle.stats()["memory"]["shared"] - shared)
+    assert seen == [0, 2, 0, 0, 0, 0]
+
+
+def test_an_adapter_of_another_scale_is_another_model() -> None:
+    peft = pytest.importorskip("peft")
+    model, inputs = tiny.wan()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["attn1.to_v"], init_lora_weights=False))
+    handle = accelerate(model).memory(torch.randn(M, 32))
+    first = tiny.run(model, inputs)
+    assert torch.equal(tiny.run(model, inputs), first) and handle.stats()["memory"]["shared"] == 2
+    for change in (lambda: model.set_adapters("default", 5.0), model.disable_adapters):
+        change()
+        got = tiny.run(model, inputs)
+        assert tiny.relative(got, first) > 1e-3
+        handle.reset()
+        assert torch.equal(got, tiny.run(model, inputs))
+
+
+@pytest.mark.parametrize("form", [list, torch.tensor])
+def test_another_frame_rate_is_another_modulation(form: Any) -> None:
+    """SkyReels-V2 adds the frame rate to the timestep."""
+    model, inputs = skyreels(sample_info=True)
+    handle = accelerate(model).memory(torch.randn(M, 32))
+    slow, fast = form([0]), form([1])
+    for fps, shared in ((slow, 0), (slow, 2), (fast, 2)):
+        got = tiny.run(model, {**inputs, "fps": fps})
+        assert handle.stats()["memory"]["shared"] == shared
+    handle.reset()
+    assert torch.equal(got, tiny.run(model, {**inputs, "fps": fast}))
+    if isinstance(fast, Tensor):
+        fast.zero_()
+        assert tiny.relative(tiny.run(model, {**inputs, "fps": fast}), got) > 1e-3
+        assert handle.stats()["memory"]["shared"] == 2
 
 
 def test_gradients_reach_rows_and_weights() -> None:

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
+from vdit_fast.models.forward import in_backward
 from vdit_fast.models.kernels import over_plan
 
 if TYPE_CHECKING:
-    from vdit_fast.models.forward import Forward
     from vdit_fast.models.heads import HeadsCall
     from vdit_fast.models.session import Session
 
@@ -48,7 +47,7 @@ class Captured:
 
     def take(self, call: HeadsCall) -> None:
         """What a call reads of its own video."""
-        forward = _forward(call)
+        forward = call.forward
         if forward is not None and forward.subset is not None and forward.subset.partial:
             raise RuntimeError("capture: a step computes some of the tokens only; set subset to null")
         geometry = forward.geometry if forward is not None else None
@@ -105,8 +104,8 @@ class Feed:
 
     def _keys(self, call: HeadsCall) -> Pair:
         """Of the same layer in the other transformer; a forward that is run again for gradients gets the same ones."""
-        forward = _forward(call)
-        again = forward.fed.get(call.layer) if forward is not None and _in_backward() else None
+        forward = call.forward
+        again = forward.fed.get(call.layer) if forward is not None and in_backward() else None
         pair = again or self.captured.keys.get(call.layer)
         name = call.session.layers[call.layer].name
         if pair is None:
@@ -121,9 +120,9 @@ class Feed:
                 f"feed: the other transformer's keys are {list(k.shape)} on {k.device}, those of {name} "
                 f"{list(here.shape)} on {here.device}; batch (or 1), heads, head dimension and device must agree"
             )
-        if call.recorded and forward is not None and not _in_backward():
+        if call.recorded and forward is not None and not in_backward():
             forward.fed[call.layer] = pair
-        return k, v
+        return k.to(here.dtype), v.to(here.dtype)
 
 
 class ExtraKeys:
@@ -143,7 +142,7 @@ class ExtraKeys:
         return new
 
     def __call__(self, call: HeadsCall, proceed: Callable[[], Tensor]) -> Tensor:
-        if self.captured is not None and not _in_backward():
+        if self.captured is not None and not in_backward():
             self.captured.take(call)
         feed, pair = self.feed, self.memory.get(call.layer)
 
@@ -165,15 +164,6 @@ def beside(call: HeadsCall, k: Tensor, v: Tensor, proceed: Callable[[], Tensor])
         return proceed()
     finally:
         call.segments = given
-
-
-def _forward(call: HeadsCall) -> Forward | None:
-    return call.session.forward_of(call.anchor) if call.anchor is not None else call.session.forward
-
-
-def _in_backward() -> bool:
-    """Whether gradient checkpointing runs a forward again."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def extra_keys(session: Session) -> ExtraKeys:

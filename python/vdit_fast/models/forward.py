@@ -17,10 +17,15 @@ if TYPE_CHECKING:
     from vdit_fast.models.row_shard import RowShard
     from vdit_fast.models.row_subset import RowRun
 
-__all__ = ["Forward"]
+__all__ = ["Forward", "in_backward"]
 
 Distinct = tuple[Tensor, Tensor, Tensor]
 """int64 [K] and [K]: batch item and token that have a timestep first; int32 [B, N]: which of the K each token has."""
+
+
+def in_backward() -> bool:
+    """Whether autograd is running: what runs a forward then is gradient checkpointing."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 @dataclass(eq=False)
@@ -47,6 +52,8 @@ class Forward:
     """How its blocks run on some of the tokens, or keep what later steps need to; None: they do neither."""
     memory: tuple[()] | tuple[Tensor | None] = ()
     """Its memory rows, made once per forward."""
+    modulation: Any = None
+    """Trace of what makes its blocks' modulation beside the timestep, where memory wants it; None: not known."""
     shard: RowShard | None = None
     """Which rows its blocks get on this rank; None: all."""
     fed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)

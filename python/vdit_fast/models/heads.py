@@ -17,6 +17,7 @@ from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
     from vdit_fast.context import HeadShard
+    from vdit_fast.models.forward import Forward
     from vdit_fast.models.session import Session
     from vdit_fast.plan import AttentionPlan
 
@@ -67,6 +68,11 @@ class HeadsCall:
                 (shard.own_keys(k), shard.own_keys(v)) if k.shape[2] == shard.kv_total else (k, v)
                 for k, v in self.segments
             ]
+
+    @property
+    def forward(self) -> Forward | None:
+        """The transformer's forward that it belongs to."""
+        return self.session.forward if self.anchor is None else self.session.forward_of(self.anchor)
 
     @property
     def recorded(self) -> bool:

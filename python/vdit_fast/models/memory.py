@@ -7,7 +7,7 @@ modulation and two projections of M rows per block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from vdit_fast.context import StepContext
 from vdit_fast.models.block_modules import BlockModules
 from vdit_fast.models.extra_keys import extra_keys
 from vdit_fast.models.qk import normed
+from vdit_fast.models.trace import Unknown, identity_of, trace_of
 
 if TYPE_CHECKING:
     from vdit_fast.models.base import ModelAdapter
@@ -29,6 +30,12 @@ __all__ = ["Memory", "MemoryFn", "MemoryLayout", "MemoryRows", "checked_rows", "
 MemoryFn = Callable[[StepContext], Tensor | None]
 """Memory rows of a step; None for none."""
 MemoryRows = Tensor | MemoryFn
+
+
+_BESIDE = ("norm", "patch", "proj", "rope")
+"""Beginnings of the names of a transformer's own modules, of its blocks apart, that no ``temb`` comes from."""
+_NOT_TEMB = ("hidden_states", "latents", "mask", "rotary")
+"""Parts of the names of a transformer's arguments that do not enter ``temb`` where branches share it."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,30 @@ class Memory:
         """Number of memory rows; None where a function makes them."""
         return self.source.shape[1] if isinstance(self.source, Tensor) else None
 
+    @staticmethod
+    def note(forward: Forward, root: nn.Module, lists: Sequence[str], arguments: Mapping[str, Any]) -> None:
+        """A forward begins: note what its ``temb`` is made of, beside the timestep. Nobody notes it where the
+        transformer is compiled as a whole, and branches share nothing then.
+
+        Args:
+            lists: names of the children that hold blocks.
+            arguments: of the transformer, by name.
+        """
+        parts = [part for name, part in root.named_children() if name not in lists and not name.startswith(_BESIDE)]
+        given = [
+            (name, value)
+            for name, value in arguments.items()
+            if name != "timestep" and not any(part in name for part in _NOT_TEMB)
+        ]
+        try:
+            forward.modulation = _trace_of_values(given), trace_of(parts)
+        except Unknown:
+            forward.modulation = None
+
+    def forget(self) -> None:
+        """Let go of keys and values: nobody will ask for them again."""
+        self._kept.clear()
+
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values held for the next guidance branch."""
@@ -170,7 +201,11 @@ class Memory:
             )
         one = _one_timestep(forward) and layout.timestep_only
         place = x.dtype, x.device
-        key = self._key(forward, place) if one and not torch.is_grad_enabled() else None
+        key = (
+            self._key(forward, call.module, layout, (*place, torch.is_autocast_enabled(x.device.type)))
+            if one and not torch.is_grad_enabled()
+            else None
+        )
         known = self._kept.get(layer)
         if key is not None and known is not None and known[0] == key and known[1] is rows:
             self.shared += 1
@@ -197,12 +232,31 @@ class Memory:
         return known[1]
 
     @staticmethod
-    def _key(forward: Forward | None, place: Any) -> Any:
-        """What guidance branches of a step have in common; None where it is not known."""
+    @torch.compiler.disable
+    def _key(forward: Forward | None, block: nn.Module, layout: MemoryLayout, place: Any) -> Any:
+        """What guidance branches of a step have in common, weights included; None where it is not known."""
         step = forward.step if forward is not None else None
-        if step is None or step.step < 0 or step.timestep is None:
+        if forward is None or step is None or step.step < 0 or step.timestep is None or forward.modulation is None:
             return None
-        return step.generation, step.step, step.timestep, step.expert, *place
+        attn = getattr(block, layout.attention)
+        parts = (getattr(attn, name, None) for name in ("to_k", "to_v", "to_qkv", "norm_k"))
+        own = {name: item for name, item in block._parameters.items() if item is not None}
+        try:
+            weights = _trace_of_values(own), trace_of((getattr(block, "norm1", None), *parts))
+        except Unknown:
+            return None
+        return step.generation, step.step, step.timestep, step.expert, place, forward.modulation, weights
+
+
+def _trace_of_values(value: Any) -> Any:
+    """What stays the same while a value, or what it consists of, does; ``Unknown`` where that cannot be told."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return [(key, _trace_of_values(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [_trace_of_values(item) for item in value]
+    return identity_of(value)
 
 
 def checked_rows(what: str, rows: Any) -> Tensor | None:

@@ -17,13 +17,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vdit_fast.caching.engine import FeatureCache
 from vdit_fast.config import Config
-from vdit_fast.context import LayerContext
 from vdit_fast.models.block_causal import block_causal_plan, is_block_causal
-from vdit_fast.models.forward import Forward
+from vdit_fast.models.forward import Forward, in_backward
 from vdit_fast.models.geometry import Geometry
 from vdit_fast.models.heads import AroundHeads, HeadsCall, enter_heads, execute
 from vdit_fast.models.hooks import Hooks
 from vdit_fast.models.kernels import missing_kernel
+from vdit_fast.models.layer_context import layer_context
 from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.linear_layers import StandIn, convert, converted, stand_in
 from vdit_fast.models.tracker import StepTracker
@@ -32,6 +32,7 @@ from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
     from vdit_fast.models.blocks import Around
+    from vdit_fast.models.memory import Memory
     from vdit_fast.models.qk import BeforeRotation
     from vdit_fast.models.rotary import PositionFn
     from vdit_fast.models.text_kv import TextKV
@@ -61,11 +62,6 @@ def session_by_id(number: int) -> Session:
             "call vdit_fast.accelerate on the model again"
         )
     return session
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running: what runs a forward then is gradient checkpointing."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _sample(q: Tensor) -> Tensor:
@@ -159,7 +155,7 @@ class Session:
         """A forward of the transformer begins."""
         step = self.tracker.observe(timestep, self.expert)
         if step.generation != self._generation:
-            self.state.clear()
+            self.forget()
             if self.text is not None:
                 self.text.clear()
             self._generation = step.generation
@@ -168,6 +164,13 @@ class Session:
         self.forward = self.cache.forward = Forward(geometry, step, timestep)
         self.forwards += 1
         self.steps.add((step.generation, step.step))
+
+    def forget(self) -> None:
+        """What planners remember, and what memory rows keep for another guidance branch, is out of date."""
+        self.state.clear()
+        memory = self.around.get("memory")
+        if memory is not None:
+            cast("Memory", memory).forget()
 
     def memory(self, frame_block: int | None) -> dict[Any, Any]:
         """What planners remember of a frame block, of the whole clip where there are none."""
@@ -181,7 +184,7 @@ class Session:
     def forward_of(self, anchor: Tensor) -> Forward | None:
         """The forward that a call belongs to: the running one, except inside backward. There gradient checkpointing
         runs an earlier one again, whichever has begun since; its anchor, a tensor made once per forward, tells."""
-        return self._anchors.get(anchor, self.forward) if _in_backward() else self.forward
+        return self._anchors.get(anchor, self.forward) if in_backward() else self.forward
 
     def anchor(self, tensor: Tensor, forward: Forward) -> None:
         """Note a tensor that is made once per forward."""
@@ -189,7 +192,7 @@ class Session:
 
     def forward_among(self, tensors: Iterable[Tensor]) -> Forward | None:
         """``forward_of`` a call that gets these tensors, where nobody knows which of them is the anchor."""
-        known = (self._anchors.get(tensor) for tensor in tensors) if _in_backward() else ()
+        known = (self._anchors.get(tensor) for tensor in tensors) if in_backward() else ()
         return next((forward for forward in known if forward is not None), self.forward)
 
     def begin_records(self) -> None:
@@ -198,7 +201,7 @@ class Session:
         self.steps.clear()
         self.forwards = 0
         self.unfused.clear()
-        self.state.clear()
+        self.forget()
         self.cache.forget()
 
     def reconfigure(self, config: Config) -> None:
@@ -237,7 +240,7 @@ class Session:
     def _heads(self, call: HeadsCall) -> Tensor:
         """``attend`` inside of everybody who stands around it."""
         run, layer = self.forward.subset if self.forward is not None else None, call.layer
-        if call.recorded and call.anchor is not None and self.forward is not None and not _in_backward():
+        if call.recorded and call.anchor is not None and self.forward is not None and not in_backward():
             self._anchors[call.anchor] = self.forward  # before any kind of attention: all of them may run again
         if run is not None:
             call.k, call.v, call.kv_len = run.attend(layer, call.k, call.v, call.kv_len)
@@ -245,10 +248,10 @@ class Session:
         if found is None:
             out = self._softmax(call)
         else:
-            out = stand_in(found, self.layers[layer], call, lambda: self._softmax(call), again=_in_backward())
+            out = stand_in(found, self.layers[layer], call, lambda: self._softmax(call), again=in_backward())
         if not self.hooks.at_heads(layer):
             return out
-        forward = self.forward_of(call.anchor) if call.anchor is not None else self.forward
+        forward = call.forward
         if self.layers[layer].linear:
             return self.hooks.heads(self, forward, layer, out, lambda plan: self._no_plan(layer))
         return self.hooks.heads(self, forward, layer, out, call.over)
@@ -296,7 +299,7 @@ class Session:
     ) -> Tensor:
         short, device = self._is_short(call), call.q.device
         grad = call.recorded
-        replay = grad and _in_backward()
+        replay = grad and in_backward()
         if replay and forward is not None and ledger.layer in forward.decisions:
             decision, seen = forward.decisions[ledger.layer]
             if seen is not None and not torch.equal(seen, _sample(call.q)):
@@ -354,7 +357,7 @@ class Session:
         if forward is not None and forward.subset is not None and forward.subset.partial:
             ledger.count(ledger.dense, SOME_ROWS)
             return Decision(reason=SOME_ROWS)
-        context, problem = self._context(ledger, forward, call)
+        context, problem = layer_context(self, ledger, forward, call)
         if context is None:
             self.fall_back(ledger.layer, problem, served_dense=True)
             return Decision(reason=problem)
@@ -370,37 +373,6 @@ class Session:
             if self.config.verbose:
                 self._tell(logging.INFO, f"{ledger.name} runs dense: {reason}")
         return decision
-
-    def _context(
-        self, ledger: LayerLedger, forward: Forward | None, call: HeadsCall
-    ) -> tuple[LayerContext | None, str]:
-        if forward is None:
-            return None, "called outside a forward of its transformer"
-        geometry = forward.geometry
-        if geometry is None:
-            return None, "the transformer's input has no known video grid"
-        rest = call.q.shape[1] - geometry.n_video - geometry.history
-        if rest < 0 or (geometry.text is not None and rest != geometry.text):
-            parts = f"the grid {geometry.grid} plus {geometry.text or 0} text tokens"
-            parts += f" plus {geometry.history} of history" if geometry.history else ""
-            return None, f"{call.q.shape[1]:,} tokens are not {parts}"
-        forward.geometry = replace(geometry, text=rest)
-        context = LayerContext(
-            layer=ledger.place,
-            num_layers=self.planned,
-            name=ledger.name,
-            grid=geometry.grid,
-            n_video=geometry.n_video,
-            text=rest + geometry.history,
-            text_first=geometry.text_first,
-            kv_len=call.kv_len,
-            step=forward.step,
-            state=self.memory(forward.step.frame_block),
-            family=self.family,
-            static=self.static,
-            heads=call.heads,
-        )
-        return context, ""
 
     # ------------------------------------------------------------------ what could not be done
     def fall_back(self, layer: int, reason: str, served_dense: bool = False) -> None:

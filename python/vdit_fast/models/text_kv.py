@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, set_processor
 from vdit_fast.models.forward import Forward
 from vdit_fast.models.session import Session
+from vdit_fast.models.trace import HOOKS, Unknown, identity_of, trace_of
 
 __all__ = ["TextKV", "TextKVProcessor", "attach", "detach"]
 
@@ -38,59 +39,6 @@ _KEY_SIDE = (
     ("add_k_proj", "norm_added_k", "add_v_proj", "to_added_kv"),
 )
 """Of the text and of the image: key projection, key norm, value projection, both projections fused."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook", "_diffusers_hook")
-
-
-class _Unknown(Exception):
-    """Whether a remembered answer still holds cannot be told; the message says why."""
-
-
-class _Same:
-    """A weak reference that equals another one of the same living tensor, whatever the tensors' contents."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.ref = weakref.ref(tensor)
-
-    def __eq__(self, other: object) -> bool:
-        held = self.ref()
-        return held is not None and isinstance(other, _Same) and held is other.ref()
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _trace(modules: Iterable[nn.Module | None]) -> list[Any]:
-    """Everything that decides what these modules compute; equal lists mean the same function.
-
-    Weights stand in it as weak references, so that another one at the same address is not taken for them.
-    """
-    found: list[Any] = []
-    for module in modules:
-        for part in module.modules() if module is not None else ():
-            if "forward" in part.__dict__ or any(part.__dict__.get(name) for name in _HOOKS):
-                raise _Unknown("hooks act on the projections (offloading, casting)")
-            for tensor in (*part._parameters.values(), *part._buffers.values()):
-                if tensor is None:
-                    continue
-                if tensor.device.type == "meta" or tensor.is_inference():
-                    raise _Unknown("the weights are offloaded or have no version counter")
-                found.append((_Same(tensor), tensor.data_ptr(), tensor._version))
-            if hasattr(part, "active_adapters"):
-                names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-                found.append(repr([getattr(part, name, None) for name in names]))
-    return found
-
-
-def _identity(tensor: Any) -> tuple[Any, ...] | None:
-    """What stays the same while a tensor argument has the same contents, None for no tensor."""
-    if tensor is None:
-        return None
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type == "meta" or tensor.layout != torch.strided:
-        raise _Unknown(f"the embeddings are no plain tensor but {type(tensor).__name__}")
-    if tensor.is_inference():
-        raise _Unknown("tensors made in inference mode have no version counter")
-    owner = tensor if tensor._base is None else tensor._base
-    place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor._version)
-    return _Same(owner), place
 
 
 @dataclass(eq=False)
@@ -143,8 +91,8 @@ class TextKV:
         self._prompts = [prompt for prompt in self._prompts if prompt.alive()]
         self._forward = forward
         try:
-            identity = [_identity(arguments.get(name)) for name in self.inputs]
-        except _Unknown as unknown:
+            identity = [identity_of(arguments.get(name)) for name in self.inputs]
+        except Unknown as unknown:
             self._reason = str(unknown)
             return
         self._prompt = next((prompt for prompt in self._prompts if prompt.identity == identity), None)
@@ -160,7 +108,7 @@ class TextKV:
         """What to answer from in this call, empty when it must be computed first; None: nothing is remembered."""
         try:
             known = self._find(processor, attn, text)
-        except _Unknown as unknown:
+        except Unknown as unknown:
             self.refused[str(unknown)] += 1
             return None
         if known:
@@ -172,27 +120,27 @@ class TextKV:
     def _find(self, processor: TextKVProcessor, attn: Any, text: Tensor) -> dict[str, Tensor]:
         prompt = self._prompt
         if self._forward is None or self._forward is not processor.session.forward:
-            raise _Unknown("called outside a forward of its transformer")
+            raise Unknown("called outside a forward of its transformer")
         if prompt is None:
-            raise _Unknown(self._reason)
+            raise Unknown(self._reason)
         if torch.is_grad_enabled() or attn.training:
-            raise _Unknown("training: gradients are recorded, or the module is in training mode")
+            raise Unknown("training: gradients are recorded, or the module is in training mode")
         if torch.is_autocast_enabled(text.device.type):
-            raise _Unknown("autocast is enabled")
+            raise Unknown("autocast is enabled")
         if processor._parallel_config is not None:
-            raise _Unknown("context parallelism is enabled")
-        if any(attn.__dict__.get(name) for name in _HOOKS):
-            raise _Unknown("hooks act on the projections (offloading, casting)")
+            raise Unknown("context parallelism is enabled")
+        if any(attn.__dict__.get(name) for name in HOOKS):
+            raise Unknown("hooks act on the projections (offloading, casting)")
         if self._text is None:
             root = processor.root()
-            trace = _trace(root.get_submodule(path) for path in self.embedders if _has(root, path))
+            trace = trace_of(root.get_submodule(path) for path in self.embedders if _has(root, path))
             if prompt.trace != trace:
                 prompt.layers.clear()
                 prompt.trace = trace
             self._text = weakref.ref(text)
         elif self._text() is not text:
-            raise _Unknown("the blocks of one forward get different text")
-        trace = _trace(getattr(attn, name, None) for names in _KEY_SIDE for name in names)
+            raise Unknown("the blocks of one forward get different text")
+        trace = trace_of(getattr(attn, name, None) for names in _KEY_SIDE for name in names)
         before, answers = prompt.layers.get(processor.layer, (None, {}))
         if before != trace:
             answers = {}

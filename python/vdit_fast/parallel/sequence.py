@@ -141,9 +141,7 @@ def unshared(session: Session) -> str | None:
 
 
 def _rows_of(call: HeadsCall) -> RowShard | None:
-    session = call.session
-    forward = session.forward_of(call.anchor) if call.anchor is not None else session.forward
-    return forward.shard if forward is not None else None
+    return call.forward.shard if call.forward is not None else None
 
 
 class SequenceParallel:

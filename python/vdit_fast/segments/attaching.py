@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor
 
 from vdit_fast.models.blocks import transformer_blocks
+from vdit_fast.models.callables import check_arguments
 from vdit_fast.models.extra_keys import Captured, Feed, FeedMode, extra_keys
 from vdit_fast.models.memory import Memory, checked_rows, memory_layers
 from vdit_fast.models.references import References
@@ -52,7 +52,7 @@ def set_memory(handle: Handle, rows: Any) -> None:
         return
     roots = _alive(handle, "memory")
     if callable(rows):
-        _check_arguments(rows)
+        check_arguments("memory", rows, "step")
         source = rows
     else:
         found = checked_rows("memory", rows)
@@ -156,14 +156,3 @@ def _refuse_linear(root: Root, name: str) -> None:
             f"{name}: layers of linear attention read the keys of the sequence only and would leave it out; set linear "
             "to null"
         )
-
-
-def _check_arguments(fn: Any) -> None:
-    try:
-        signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # a callable of C code
-        return
-    try:
-        signature.bind(None)
-    except TypeError as error:
-        raise TypeError(f"memory: the function is called with (step): {error}") from None

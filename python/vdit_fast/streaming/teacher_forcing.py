@@ -94,7 +94,7 @@ class _TeacherForcing:
         raise RuntimeError("a transformer cannot be copied inside of teacher_forcing")
 
     def __call__(self, call: HeadsCall, proceed: Callable[[], Tensor]) -> Tensor:
-        forward = call.session.forward_of(call.anchor) if call.anchor is not None else call.session.forward
+        forward = call.forward
         frames, tokens = self._sizes(forward.geometry if forward is not None else None)
         key = frames, tokens, call.q.device
         if key not in self._plans:
