@@ -128,6 +128,12 @@ class Session:
         """Number of layers that planners see."""
         return sum(ledger.planned for ledger in self.layers)
 
+    @property
+    def exchanged(self) -> bool:
+        """Whether somebody exchanges the positions or keys of whole clips."""
+        held = self.positions, self.before_rotation, self.regions, self.around_heads.get("streaming")
+        return any(item is not None for item in held)
+
     def add_layer(self, name: str, always_dense: str | None = None) -> int:
         """Register a layer by module path, and why no planner may see it; returns its index."""
         self.layers.append(LayerLedger(name, len(self.layers), self.planned, always_dense))
@@ -166,6 +172,7 @@ class Session:
             if len(self.static) > max(STATIC_ENTRIES, STATIC_PER_LAYER * len(self.layers)):
                 self.static.clear()
         self.forward = self.cache.forward = Forward(geometry, step, timestep)
+        self.cache.phase = None if self.regions is None else self.regions.phase
         self.forwards += 1
         self.steps.add((step.generation, step.step))
 

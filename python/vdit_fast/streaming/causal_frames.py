@@ -123,10 +123,13 @@ def causal_frames(handle: Handle, layout: CausalFrames | None = None) -> Callabl
     around = _CausalHeads(layout or CausalFrames())
     for session in sessions:
         session.around_heads[WHO] = around
+    handle.reset()  # what caches and planners remember was computed without
 
     def remove() -> None:
-        for session in sessions:
-            if session.around_heads.get(WHO) is around:
-                del session.around_heads[WHO]
+        standing = [session for session in sessions if session.around_heads.get(WHO) is around]
+        for session in standing:
+            del session.around_heads[WHO]
+        if standing:
+            handle.reset()
 
     return remove

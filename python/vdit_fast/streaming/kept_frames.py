@@ -89,7 +89,7 @@ class KeptFrames:
     def branch(self, number: int) -> Iterator[None]:
         """In force inside: the forward of these frames in one guidance branch."""
         session = self.session
-        if session.positions is not None or session.before_rotation is not None or "streaming" in session.around_heads:
+        if session.exchanged:
             raise RuntimeError(
                 "kept frames: positions, keys or the causal order of this transformer are exchanged by something else "
                 "already; kept frames bring their own order, take the other one off"

@@ -139,7 +139,7 @@ def teacher_forcing(
     root = handle.roots[0]
     check_family(module, root.adapter.family)
     session: Session = root.session
-    if session.positions is not None or session.before_rotation is not None or "streaming" in session.around_heads:
+    if session.exchanged:
         raise RuntimeError("teacher_forcing: positions or keys of this transformer are exchanged by something else")
     teacher_forcing_plan(chunk_frames, 1, chunk_frames=chunk_frames, cache_frames=cache_frames, sinks=sinks)
     around = _TeacherForcing(module, chunk_frames, cache_frames, sinks)

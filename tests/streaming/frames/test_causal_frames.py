@@ -131,6 +131,29 @@ def test_a_copy_stands_alone():
     assert torch.equal(tiny.run(twin, inputs), want) and not torch.equal(tiny.run(model, inputs), want)
 
 
+def test_caches_forget_when_the_order_comes_and_goes():
+    """In the middle of named steps, which no timestep divides into generations."""
+    model, inputs = tiny.wan()
+    stock = tiny.run(model, tiny.at(inputs, 500.0))
+    cache = {"method": "taylorseer", "granularity": "model", "first_full": 1, "interval": 99}
+    handle = accelerate(model, Config.from_dict({"cache": cache}))
+
+    def step(number, timestep):
+        with handle.step(number):
+            return tiny.run(model, tiny.at(inputs, timestep))
+
+    step(0, 900.0), step(1, 800.0)
+    remove = causal_frames(handle)
+    causal = step(2, 500.0)
+    remove()
+    assert tiny.relative(step(3, 500.0), stock) < 3e-6 < 1e-3 < tiny.relative(causal, stock)
+    assert handle.stats()["cache"]["forecast"] == {1: 1}
+    generations = handle.stats()["generations"]
+    remove()
+    step(4, 400.0)
+    assert handle.stats()["generations"] == generations
+
+
 def test_what_is_refused():
     from families.skyreels_v2 import skyreels
 
