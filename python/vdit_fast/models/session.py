@@ -152,7 +152,8 @@ class Session:
         new.cache = self.cache.fresh()
         new.around = {name: new.cache if item is self.cache else item.fresh() for name, item in self.around.items()}
         new.around_attention = {layer: item.fresh() for layer, item in self.around_attention.items()}
-        new.around_heads = {who: item.fresh() for who, item in self.around_heads.items()}
+        copies = {who: item.fresh() for who, item in self.around_heads.items()}
+        new.around_heads = {who: item for who, item in copies.items() if item is not None}
         new.regions = cast("RegionRun | None", new.around_heads.get("regions"))
         new.hooks = self.hooks.fresh()
         if self.text is not None:

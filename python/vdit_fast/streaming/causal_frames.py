@@ -95,8 +95,8 @@ class _CausalHeads(AroundHeads):
         call.plan, call.planned = static[key], "causal frames: planners know full attention only"
         return proceed()
 
-    def fresh(self) -> _CausalHeads:
-        return self
+    def fresh(self) -> None:
+        """What takes the order off knows nothing of a copy, so that none has it."""
 
 
 def causal_frames(handle: Handle, layout: CausalFrames | None = None) -> Callable[[], None]:
@@ -109,7 +109,7 @@ def causal_frames(handle: Handle, layout: CausalFrames | None = None) -> Callabl
         layout: see ``CausalFrames``; frame by frame by default.
 
     Returns:
-        what takes it off again.
+        what takes it off again. A copy of the model does not have the order.
 
     Raises:
         RuntimeError: the handle was removed or something else stands there; at a call, where the tokens are not those

@@ -127,8 +127,13 @@ def test_a_copy_stands_alone():
     handle = accelerate(model)
     remove = causal_frames(handle)
     want, twin = tiny.run(model, inputs), copy.deepcopy(model)
+    free = tiny.run(twin, inputs)
+    off = causal_frames(accelerate(twin))
+    assert torch.equal(tiny.run(twin, inputs), want)
     remove()
-    assert torch.equal(tiny.run(twin, inputs), want) and not torch.equal(tiny.run(model, inputs), want)
+    assert torch.equal(tiny.run(twin, inputs), want) and torch.equal(tiny.run(model, inputs), free)
+    off()
+    assert torch.equal(tiny.run(twin, inputs), free) and not torch.equal(free, want)
 
 
 def test_caches_forget_when_the_order_comes_and_goes():
