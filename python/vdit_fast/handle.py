@@ -226,7 +226,8 @@ class Handle:
             what holds them: ``stop()`` ends it, ``nbytes`` says how much is held.
 
         Raises:
-            RuntimeError: the handle has several transformers, or was removed; at a forward on some of the tokens.
+            RuntimeError: the handle has several transformers, or was removed, or a stream or causal order stands around
+                its attention; at a forward on some of the tokens.
         """
         return capture(self)
 

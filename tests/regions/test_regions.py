@@ -212,6 +212,26 @@ def test_caches_do_not_forecast_over_the_end_of_a_phase(kind: str) -> None:
     assert tiny.relative(got[12], plain) < 3e-6 < 1e-3 < tiny.relative(got[11], plain)
 
 
+def test_prompts_of_two_sizes_in_one_handle() -> None:
+    """Whoever is called with a batch or a dtype of its own gets the two prompts alike, not those of the call before."""
+    model, inputs = build("wan_t2v")
+    regions = Regions(BOXES, text(), text(), position_steps=0, text_steps=99)
+    twice = {k: torch.cat((v, v)) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    handle = accelerate(model).regions(regions)
+    want = tiny.run(model, inputs)
+    handle.reset()
+    assert tiny.relative(tiny.run(model, twice), torch.cat((want, want))) < 3e-6
+    handle.reset()
+    assert torch.equal(tiny.run(model, inputs), want)
+    model.bfloat16()
+    low = {k: v.bfloat16() if k != "timestep" and isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    handle.reset()
+    assert tiny.relative(tiny.run(model, low).float(), want) < 0.05
+    handle.reset()
+    with pytest.raises(ValueError, match="encode it alike"):
+        tiny.run(model, low | {"encoder_hidden_states": low["encoder_hidden_states"][:, 1:]})
+
+
 def test_caches_forget_when_regions_come_and_go() -> None:
     """In the middle of named steps, which no timestep divides into generations."""
     model, inputs = build("wan_t2v")

@@ -28,6 +28,7 @@ from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.linear_layers import StandIn, convert, converted, stand_in
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.ops.short_attention import MAX_SHORT_KEYS
+from vdit_fast.plan.memo import remembered
 from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
@@ -348,9 +349,7 @@ class Session:
         if self.config.attention is not None:
             ledger.count(ledger.dense, "block-causal frames: planners know full attention only")
         key = "block-causal", geometry, device
-        if key not in self.static:
-            self.static[key] = block_causal_plan(geometry, device)
-        return Decision(self.static[key])
+        return Decision(remembered(self.static, key, lambda: block_causal_plan(geometry, device)))
 
     def _decide(self, ledger: LayerLedger, forward: Forward | None, call: HeadsCall) -> Decision:
         planner = self.config.attention

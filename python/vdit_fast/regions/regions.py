@@ -14,6 +14,7 @@ from torch import Tensor
 from vdit_fast.models.forward import Forward
 from vdit_fast.models.heads import AroundHeads, HeadsCall
 from vdit_fast.plan import AttentionPlan
+from vdit_fast.plan.memo import remembered
 from vdit_fast.positions.boxes import Box, box_rows, check_steps, early
 from vdit_fast.regions.labels import region_labels, region_plan
 
@@ -134,12 +135,12 @@ class RegionRun(AroundHeads):
                 f"grid {geometry.grid} and its text; run whole videos, without a subset of tokens or cached frames"
             )
         first = geometry.history + (context - geometry.history if geometry.text_first else 0)
-        key = geometry.grid, context, first, call.q.device
-        if key not in self._plans:
-            with torch.inference_mode(False):
-                labels = region_labels(geometry.grid, self.regions.boxes)
-                self._plans[key] = region_plan(labels, context, first=first, device=call.q.device)
-        plan = self._plans[key]
+        grid, device = geometry.grid, call.q.device
+
+        def made() -> AttentionPlan | None:
+            return region_plan(region_labels(grid, self.regions.boxes), context, first=first, device=device)
+
+        plan = remembered(self._plans, (grid, context, first, device), made)
         if plan is None:
             return proceed()
         if call.plan is not None or call.mask is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vdit_fast.caching.checks import choice, count
 from vdit_fast.models.heads import AroundHeads, HeadsCall
 from vdit_fast.plan import AttentionPlan
+from vdit_fast.plan.memo import remembered
 
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
@@ -87,12 +88,11 @@ class _CausalHeads(AroundHeads):
                 f"the grid {geometry.grid} and its context; run whole frames, without a subset of tokens"
             )
         key = "causal frames", self.layout, geometry.grid, context, geometry.text_first, call.q.device
-        static = call.session.static
-        if key not in static:
-            static[key] = self.layout.plan(
-                geometry.grid, context, context_first=geometry.text_first, device=call.q.device
-            )
-        call.plan, call.planned = static[key], "causal frames: planners know full attention only"
+        grid, first, device = geometry.grid, geometry.text_first, call.q.device
+        call.plan = remembered(
+            call.session.static, key, lambda: self.layout.plan(grid, context, context_first=first, device=device)
+        )
+        call.planned = "causal frames: planners know full attention only"
         return proceed()
 
     def fresh(self) -> None:

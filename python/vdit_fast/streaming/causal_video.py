@@ -246,7 +246,7 @@ class CausalVideo:
                 "says how many there are"
             )
         self._seen.clear()
-        table: Tensor = module.temp_pos_embed  # read anew: the model may have been moved or cast
+        table: Any = module.temp_pos_embed  # read anew: the model may have been moved or cast
         if self._rows is None or self._rows[1] is not table:
             self._rows = table[:, list(self.ids)], table
         if latents.shape[2] > 1:  # the model adds none to a single frame

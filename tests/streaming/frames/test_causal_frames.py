@@ -120,6 +120,22 @@ def test_gradients_are_those_of_the_mask():
     remove()
 
 
+@pytest.mark.parametrize("kind", ["wan, causal frames", "skyreels by its configuration"])
+def test_training_after_a_forward_in_inference_mode(kind):
+    """The plan is made once: autograd must be able to save it whoever came first."""
+    from families.skyreels_v2 import skyreels
+
+    model, inputs = tiny.wan() if kind.startswith("wan") else skyreels(frame_block=2)
+    handle = accelerate(model)
+    if kind.startswith("wan"):
+        causal_frames(handle)
+    with torch.inference_mode():
+        tiny.run(model, inputs)
+    model.requires_grad_(True)
+    model(**inputs)[0].square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.blocks[0].attn1.parameters())
+
+
 def test_a_copy_stands_alone():
     import copy
 
