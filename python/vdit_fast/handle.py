@@ -164,8 +164,9 @@ class Handle:
     def regions(self, regions: Regions | None) -> Handle:
         """Let an object follow a box through the frames, from the next forward on; None ends it.
 
-        Sets positions, too. In steps with a mask of self-attention planners are not asked. ``stats()["regions"]``
-        counts forwards.
+        Sets positions, too, and begins a new generation: caches forecast nothing over the change, nor over the end of
+        the mask or of the two prompts. In steps with a mask of self-attention planners are not asked.
+        ``stats()["regions"]`` counts forwards.
 
         Returns:
             this handle.

@@ -100,7 +100,8 @@ class _CausalHeads(AroundHeads):
 
 
 def causal_frames(handle: Handle, layout: CausalFrames | None = None) -> Callable[[], None]:
-    """Make the attention of an accelerated model causal over frames, from the next call on.
+    """Make the attention of an accelerated model causal over frames, from the next call on, which begins a new
+    generation.
 
     For models trained so whose diffusers class has no mask for it. SkyReels-V2 has its own (``num_frame_per_block``).
 
