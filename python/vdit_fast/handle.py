@@ -153,8 +153,9 @@ class Handle:
     def regions(self, regions: Regions | None) -> Handle:
         """Let an object follow a box through the frames, from the next forward on; None ends it.
 
-        Sets positions, too. In steps with a mask of self-attention planners are not asked. ``stats()["regions"]``
-        counts forwards.
+        Sets positions, too, and begins a new generation: caches forecast nothing over the change, nor over the end of
+        the mask or of the two prompts. In steps with a mask of self-attention planners are not asked.
+        ``stats()["regions"]`` counts forwards.
 
         Returns:
             this handle.
@@ -215,7 +216,8 @@ class Handle:
             what holds them: ``stop()`` ends it, ``nbytes`` says how much is held.
 
         Raises:
-            RuntimeError: the handle has several transformers, or was removed; at a forward on some of the tokens.
+            RuntimeError: the handle has several transformers, or was removed, or a stream or causal order stands around
+                its attention; at a forward on some of the tokens.
         """
         return capture(self)
 

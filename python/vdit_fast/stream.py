@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from vdit_fast.streaming.forward import ChunkModel, StreamedChunk
 from vdit_fast.streaming.self_forcing import SelfForcing
 
 __all__ = ["stream"]
+
+_streams: WeakKeyDictionary[Handle, int] = WeakKeyDictionary()
+"""Handles that streams have made -> the streams that use them now; the last one takes the acceleration off."""
 
 
 def stream(
@@ -98,7 +102,10 @@ def _stream(
     decode: Callable[[Tensor], Any] | None,
     arguments: dict[str, Any],
 ) -> Iterator[StreamedChunk]:
-    handle, own = _handle_of(target)
+    handle = _handle_of(target)
+    shared = handle in _streams
+    if shared:
+        _streams[handle] += 1
     try:
         root = _root_of(handle)
         module = root.module()
@@ -131,18 +138,22 @@ def _stream(
             yield StreamedChunk(index, at, latents, None if decode is None else decode(latents))
             at += latents.shape[2]
     finally:
-        if own:
-            handle.remove()
+        if shared:
+            _streams[handle] -= 1
+            if not _streams[handle]:
+                handle.remove()
 
 
-def _handle_of(target: Any) -> tuple[Handle, bool]:
-    """The target's handle, and whether it was made for this stream."""
+def _handle_of(target: Any) -> Handle:
+    """The target's handle, which is one of ``_streams`` where it is made here."""
     if isinstance(target, Handle):
-        return target, False
+        return target
     known = existing_handles(target)
     if len(known) == 1:
-        return known[0], False
-    return accelerate(target, Config(text_kv=True)), True
+        return known[0]
+    handle = accelerate(target, Config(text_kv=True))
+    _streams.setdefault(handle, 0)
+    return handle
 
 
 def _root_of(handle: Handle) -> Root:

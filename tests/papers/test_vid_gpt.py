@@ -253,6 +253,85 @@ def test_guidance_branches_have_their_own_past(model):
     handle.remove()
 
 
+def test_a_branch_that_is_left_out_of_the_clean_pass_is_an_error(model):
+    """Its pages hold keys of the last noisy step, which the next chunk would read as the prefix."""
+    built, inputs = model
+    with vdit_fast.accelerate(built, "exact") as handle:
+        video, x = CausalVideo(handle, chunk=CHUNK), torch.randn(2, 4, CHUNK, 8, 8)
+        run = sampler(built, inputs)[1]
+        video.begin()
+        for timestep in STEPS[:2]:
+            for _ in range(2):
+                built(x, timestep=torch.full((2,), timestep), **inputs)
+        with video.clean():
+            run(x)
+        with pytest.raises(RuntimeError, match=r"guidance branch 1 did not run on the clean frames"):
+            video.begin()
+        with video.clean():
+            run(x), run(x)
+        built(x, timestep=torch.full((2,), STEPS[2]), **inputs)
+        with pytest.raises(RuntimeError, match=r"guidance branch 0 did not run"):  # written, and overwritten
+            video.begin()
+        with video.clean():
+            run(x), run(x)
+        video.begin()
+
+
+def test_the_clean_pass_at_the_timestep_of_the_last_step(model):
+    """No other guidance branch: it writes over the keys of the same one."""
+    built, inputs = model
+    handle = vdit_fast.accelerate(built, "exact")
+    video, x = CausalVideo(handle, chunk=CHUNK), torch.randn(2, 4, CHUNK, 8, 8)
+    write = sampler(built, inputs)[1]
+    video.begin()
+    for timestep in (500, 0):
+        built(torch.randn_like(x), timestep=torch.full((2,), timestep), **inputs)
+    with video.clean():
+        want = write(x)
+    assert list(video.caches) == [0]
+    video.begin()
+    got = write(x)
+    video.reset()
+    video.begin()
+    with video.clean():
+        assert torch.equal(write(x), want)
+    video.begin()
+    assert torch.equal(write(x), got)
+    handle.remove()
+
+
+@pytest.mark.parametrize("frames", [1, CHUNK])
+def test_the_model_may_be_cast_between_chunks(model, frames):
+    built, inputs = model
+    handle = vdit_fast.accelerate(built, "exact")
+    video = CausalVideo(handle, chunk=CHUNK)
+    x = torch.randn(2, 4, frames, 8, 8)
+    want = built.temp_pos_embed.bfloat16()
+    text = inputs["encoder_hidden_states"]
+    for dtype in (torch.float32, torch.bfloat16):
+        built.to(dtype)
+        video.reset()
+        video.begin(frames)
+        with video.clean():
+            sampler(built, inputs | {"encoder_hidden_states": text.to(dtype)})[1](x.to(dtype))
+        assert built.temp_pos_embed.dtype == dtype
+    video.close()
+    assert torch.equal(built.temp_pos_embed, want)
+
+
+def test_a_copy_may_stream_too(model):
+    built, inputs = model
+    noise = torch.randn(2, 4, 2 * CHUNK, 8, 8)
+    handle = vdit_fast.accelerate(built, "exact")
+    video = CausalVideo(handle, chunk=CHUNK)
+    twin = copy.deepcopy(built)
+    want = video.roll_out(*sampler(built, inputs), noise)
+    own = CausalVideo(vdit_fast.accelerate(twin, "exact"), chunk=CHUNK)
+    assert torch.equal(own.roll_out(*sampler(twin, inputs), noise), want)
+    handle.remove()
+    own.close()
+
+
 def test_the_model_is_whole_again(model):
     built, inputs = model
     clip = torch.randn(2, 4, MAX, 8, 8)

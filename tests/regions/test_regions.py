@@ -183,6 +183,99 @@ def test_planners_wait_until_the_mask_is_gone() -> None:
     assert handle.stats()["layers"][0]["dense"] == {"regions: box tokens do not read redundant ones": 2}
 
 
+CACHES = ["taylorseer model", "taylorseer block", "taylorseer module", "teacache span"]
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_caches_do_not_forecast_over_the_end_of_a_phase(kind: str) -> None:
+    """7 steps with the mask, 12 with two prompts, of 16 named ones: the first step behind each is computed, and is what
+    it were if there had never been any regions."""
+    method, granularity = kind.split()
+    model, inputs = build("wan_t2v")
+    settings: dict[str, Any] = {"method": method, "granularity": granularity, "first_full": 3, "last_full": 0}
+    settings |= {"interval": 99} | ({"threshold": 1e9} if method == "teacache" else {})
+    handle = accelerate(model, Config.from_dict({"cache": settings}))
+    handle.regions(Regions(BOXES, text(), text(), position_steps=7, text_steps=12))
+
+    def run(steps: range) -> list[torch.Tensor]:
+        found = []
+        for number in steps:
+            with handle.step(number, num_steps=16):
+                found.append(tiny.run(model, tiny.at(inputs, 1000.0 - 50 * number)))
+        return found
+
+    got = run(range(16))
+    skipped = handle.stats()["cache"]["forecast"]
+    assert set(skipped) == set(range(16)) - {0, 1, 2, 7, 12}
+    handle.remove()
+    plain = tiny.run(model, tiny.at(inputs, 1000.0 - 50 * 12))
+    assert tiny.relative(got[12], plain) < 3e-6 < 1e-3 < tiny.relative(got[11], plain)
+
+
+def test_prompts_of_two_sizes_in_one_handle() -> None:
+    """Whoever is called with a batch or a dtype of its own gets the two prompts alike, not those of the call before."""
+    model, inputs = build("wan_t2v")
+    regions = Regions(BOXES, text(), text(), position_steps=0, text_steps=99)
+    twice = {k: torch.cat((v, v)) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    handle = accelerate(model).regions(regions)
+    want = tiny.run(model, inputs)
+    handle.reset()
+    assert tiny.relative(tiny.run(model, twice), torch.cat((want, want))) < 3e-6
+    handle.reset()
+    assert torch.equal(tiny.run(model, inputs), want)
+    model.bfloat16()
+    low = {k: v.bfloat16() if k != "timestep" and isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    handle.reset()
+    assert tiny.relative(tiny.run(model, low).float(), want) < 0.05
+    handle.reset()
+    with pytest.raises(ValueError, match="encode it alike"):
+        tiny.run(model, low | {"encoder_hidden_states": low["encoder_hidden_states"][:, 1:]})
+
+
+def test_caches_forget_when_regions_come_and_go() -> None:
+    """In the middle of named steps, which no timestep divides into generations."""
+    model, inputs = build("wan_t2v")
+    steps = [tiny.at(inputs, 900.0 - 100 * number) for number in range(6)]
+    want = tiny.run(model, steps[3])
+    cache = {"method": "taylorseer", "granularity": "model", "first_full": 1, "interval": 99}
+    handle = accelerate(model, Config.from_dict({"cache": cache}))
+
+    def step(number: int) -> torch.Tensor:
+        with handle.step(number):
+            return tiny.run(model, steps[number])
+
+    step(0), step(1)
+    handle.regions(Regions(BOXES, position_steps=99))
+    masked = step(2)
+    assert handle.stats()["cache"]["forecast"] == {1: 1} and handle.stats()["regions"]["masked"] == {2: 1}
+    handle.regions(None)
+    assert tiny.relative(step(3), want) < 3e-6 and tiny.relative(masked, want) > 1e-3
+    step(4)
+    generations = handle.stats()["generations"]
+    handle.regions(None)
+    step(5)
+    assert handle.stats()["generations"] == generations, "nothing was taken off"
+
+
+def test_no_anchored_positions_ask_for_no_step() -> None:
+    """position_steps=0: nothing depends on a step or a grid where there are no prompts either."""
+    model, inputs = build("wan_t2v")
+    handle = accelerate(model).regions(Regions(BOXES, position_steps=0))
+    stock = tiny.run(model, inputs)
+    with handle.step(None):
+        assert torch.equal(tiny.run(model, inputs), stock)
+
+
+def test_boxes_are_the_users_no_longer() -> None:
+    model, inputs = build("wan_t2v")
+    boxes = torch.tensor(BOXES)
+    regions = Regions(boxes, position_steps=99), Regions(rows := list(BOXES), position_steps=99)
+    boxes.zero_()
+    rows.clear()
+    outs = [tiny.run(model, inputs) for each in regions if accelerate(model).regions(each)]
+    assert torch.equal(*outs)
+
+
 def test_reconfigure_keeps_the_regions_and_the_memory_of_keys_underneath() -> None:
     model, inputs = build("wan_t2v")
     handle = accelerate(model)

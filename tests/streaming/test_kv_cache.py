@@ -354,6 +354,11 @@ def test_forks_share_the_frozen_prefix(cache, draw, store):
     ring.thaw()
     with pytest.raises(RuntimeError, match="thawed"):
         forks[0].attend(0, q, k, v, keys=keys)
+    ring.write(0, draw(1), draw(1))
+    ring.freeze()
+    with pytest.raises(RuntimeError, match="thawed"):  # the same frames with other keys
+        forks[0].attend(0, q, k, v, keys=keys)
+    ring.fork().attend(0, q, k, v, keys=keys)
     empty = cache(2, store=store)
     empty.freeze()
     if store == "post_rope":

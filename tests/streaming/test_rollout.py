@@ -227,6 +227,19 @@ def test_gradients_of_teacher_forcing_reach_the_frames_before_a_chunk() -> None:
         torch.autograd.grad(out[:, :, 2:4].square().sum(), clean)
 
 
+def test_teacher_forcing_after_a_forward_in_inference_mode() -> None:
+    model, rest = model_of("wan_t2v")
+    handle = accelerate(model)
+    clean, noisy = torch.randn(2, 1, 4, 4, *SIZE)
+    with teacher_forcing(handle, chunk_frames=2):
+        with torch.inference_mode():
+            want = forced(handle, rest, clean, noisy)
+        out = forced(handle, rest, clean, noisy.requires_grad_())
+        torch.testing.assert_close(out, want.clone(), atol=1e-5, rtol=1e-5)
+        out.square().sum().backward()
+    assert noisy.grad is not None and noisy.grad.isfinite().all()
+
+
 def test_what_teacher_forcing_refuses() -> None:
     model, rest = model_of("wan_t2v")
     handle = accelerate(model)

@@ -17,7 +17,8 @@ from vdit_fast.caching import TaylorSeer
 from vdit_fast.config import Config
 from vdit_fast.models.base import ServedProcessor
 from vdit_fast.planners import Window
-from vdit_fast.streaming import KVCache, SelfForcing
+from vdit_fast.regions import Regions
+from vdit_fast.streaming import KVCache, SelfForcing, causal_frames
 from vdit_fast.subset import RAS
 
 SETTINGS = SelfForcing(cache_frames=6, timesteps=(1000, 500))
@@ -89,6 +90,49 @@ def test_the_model_serves_others_between_two_chunks() -> None:
     assert not session.around_heads and session.before_rotation is None and session.positions is None
     dense = [layer["dense"] for layer in handle.stats()["layers"]]
     assert all("streaming: every frame that is held is read" in reasons for reasons in dense)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_streams_of_a_model_that_nobody_accelerated(first: int) -> None:
+    """Whichever ends first leaves the acceleration to the other one, which takes it off."""
+    model, rest = model_of("wan_t2v")
+    want, stock = clip_of(model, SETTINGS, rest, 9, seed=8), plain(model, rest)
+    streams = [chunks_of(model, SETTINGS, rest, 9, seed=8) for _ in range(2)]
+    got = [[next(chunks).latents] for chunks in streams]
+    streams[first].close()
+    got[1 - first] += [chunk.latents for chunk in streams[1 - first]]
+    assert torch.equal(torch.cat(got[1 - first], 2), want)
+    assert torch.equal(plain(model, rest), stock)
+    assert not isinstance(model.blocks[0].attn1.processor, ServedProcessor)
+
+
+def test_what_is_handed_out_may_be_written_over() -> None:
+    model, rest = model_of("wan_t2v")
+    handle = accelerate(model)
+    want = clip_of(handle, SETTINGS, rest, 9)
+    got = []
+    for chunk in chunks_of(handle, SETTINGS, rest, 9, decode=lambda latents: latents.clone()):
+        got.append(chunk.frames)
+        chunk.latents.zero_()
+    assert torch.equal(torch.cat(got, 2), want)
+
+
+def test_captures_and_streams_exclude_each_other() -> None:
+    """The keys of a call are rows of the ring: a capture that begins between two chunks would take those of others."""
+    model, rest = model_of("wan_t2v")
+    handle = accelerate(model)
+    chunks = chunks_of(handle, SETTINGS, rest, 9)
+    next(chunks)
+    captured = handle.capture()
+    with pytest.raises(RuntimeError, match="capture: CachedAttention stands around attention"):
+        next(chunks)
+    assert not captured.keys
+    captured.stop()
+    remove = causal_frames(handle)
+    with pytest.raises(RuntimeError, match="capture: _CausalHeads stands around attention"):
+        handle.capture()
+    remove()
+    handle.capture().stop()
 
 
 def test_an_error_inside_a_forward_leaves_nothing_behind() -> None:
@@ -243,7 +287,10 @@ def test_positions_of_the_user() -> None:
     handle = accelerate(model).positions(lambda step, geometry, tables: None)
     with pytest.raises(RuntimeError, match="exchanged by something else"):
         next(chunks_of(handle, SETTINGS, rest, 3))
-    handle.positions(None)
+    handle.positions(None).regions(Regions([(0, 0, 2, 2)] * 3, position_steps=0))
+    with pytest.raises(RuntimeError, match="exchanged by something else"):
+        next(chunks_of(handle, SETTINGS, rest, 3))
+    handle.regions(None)
     next(chunks_of(handle, SETTINGS, rest, 3))
 
 

@@ -79,8 +79,11 @@ class FeatureCache:
         """What is kept of blocks; None at granularity "model"."""
         self.modulated: Callable[[BlockCall], Tensor] | None = None
         """The timestep-modulated input of a block's attention, where a policy looks at it."""
+        self.phase: Callable[[StepContext], Hashable] | None = None
+        """What the forwards of a step compute, where that changes with steps: features of one phase say nothing of
+        another's. The session sets it."""
         self._generation: int | None = None
-        self._streams: dict[tuple[str, int, int | None], tuple[Hashable, Stream]] = {}
+        self._streams: dict[tuple[str, int, int | None], tuple[tuple[Hashable, Hashable], Stream]] = {}
         self._verdicts: dict[tuple[str, int | None], tuple[int, str | None]] = {}
 
     @property
@@ -109,15 +112,18 @@ class FeatureCache:
 
     # ------------------------------------------------------------------ one forward
     def stream(self, step: StepContext, signature: Hashable) -> Stream:
-        """What is remembered of this guidance branch: nothing in a new generation, or where sizes have changed."""
+        """What is remembered of this guidance branch: nothing in a new generation, or where sizes have changed; where
+        the phase has, no more than the step it began with."""
         if step.generation != self._generation:
             self._generation = step.generation
             self.forget()
         key = (step.expert, step.branch, step.frame_block)  # one transformer may run under several names
+        whole = signature, self.phase(step) if self.phase is not None and step.step >= 0 else None
         known = self._streams.get(key)
-        if known is None or known[0] != signature:
+        if known is None or known[0] != whole:
             self._streams.pop(key, None)  # its memory before the new one's
-            known = self._streams[key] = signature, Stream()
+            goes_on = known is not None and known[0][1] != whole[1]  # with the phase, sizes may have changed
+            known = self._streams[key] = whole, Stream(first=known[1].first if known and goes_on else -1)
         return known[1]
 
     def reason(self, step: StepContext, stream: Stream) -> str | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vdit_fast.models.heads import HeadsCall
     from vdit_fast.models.session import Session
 
-__all__ = ["Captured", "ExtraKeys", "Feed", "FeedMode", "extra_keys"]
+__all__ = ["Captured", "ExtraKeys", "Feed", "FeedMode", "extra_keys", "refuse_capture"]
 
 FeedMode = Literal["concat", "sum"]
 Pair = tuple[Tensor, Tensor]
@@ -52,10 +52,7 @@ class Captured:
             raise RuntimeError("capture: a step computes some of the tokens only; set subset to null")
         geometry = forward.geometry if forward is not None else None
         k, v = call.k, call.v
-        if k.shape[1] != call.q.shape[1]:
-            raise RuntimeError(
-                "capture: a K/V cache puts keys of other frames beside the video's; end the stream first"
-            )
+        refuse_capture(call.session)
         if geometry is not None:
             text = k.shape[1] - geometry.n_video - geometry.history
             first = text if geometry.text_first else geometry.history
@@ -67,6 +64,16 @@ class Captured:
             )
         # a copy: a compiled graph uses its buffers again
         self.keys[call.layer] = k.clone(), v.clone()
+
+
+def refuse_capture(session: Session) -> None:
+    """Raise while somebody streams: the keys of a call are then rows of a cache, or follow an order of their own."""
+    found = session.around_heads.get("streaming")
+    if found is not None:
+        raise RuntimeError(
+            f"capture: {type(found).__name__} stands around attention, whose keys are not those of one whole clip; end "
+            "the stream first"
+        )
 
 
 @dataclass(frozen=True, eq=False)

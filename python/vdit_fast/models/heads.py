@@ -98,8 +98,8 @@ class AroundHeads(Protocol):
         """[B, Lq, H, D] for the q that the call came with; ``proceed()`` computes the call as it is then."""
         ...
 
-    def fresh(self) -> AroundHeads:
-        """The same settings without records, for a copied model."""
+    def fresh(self) -> AroundHeads | None:
+        """The same settings without records, for a copied model; None: it does not stand in a copy."""
         ...
 
 

@@ -28,6 +28,7 @@ from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.models.linear_layers import StandIn, convert, converted, stand_in
 from vdit_fast.models.tracker import StepTracker
 from vdit_fast.ops.short_attention import MAX_SHORT_KEYS
+from vdit_fast.plan.memo import remembered
 from vdit_fast.planners.base import Decision
 
 if TYPE_CHECKING:
@@ -124,6 +125,12 @@ class Session:
         """Number of layers that planners see."""
         return sum(ledger.planned for ledger in self.layers)
 
+    @property
+    def exchanged(self) -> bool:
+        """Whether somebody exchanges the positions or keys of whole clips."""
+        held = self.positions, self.before_rotation, self.regions, self.around_heads.get("streaming")
+        return any(item is not None for item in held)
+
     def add_layer(self, name: str, always_dense: str | None = None) -> int:
         """Register a layer by module path, and why no planner may see it; returns its index."""
         self.layers.append(LayerLedger(name, len(self.layers), self.planned, always_dense))
@@ -142,7 +149,8 @@ class Session:
         new.cache = self.cache.fresh()
         new.around = {name: new.cache if item is self.cache else item.fresh() for name, item in self.around.items()}
         new.around_attention = {layer: item.fresh() for layer, item in self.around_attention.items()}
-        new.around_heads = {who: item.fresh() for who, item in self.around_heads.items()}
+        copies = {who: item.fresh() for who, item in self.around_heads.items()}
+        new.around_heads = {who: item for who, item in copies.items() if item is not None}
         new.regions = cast("RegionRun | None", new.around_heads.get("regions"))
         new.hooks = self.hooks.fresh()
         if self.text is not None:
@@ -162,6 +170,7 @@ class Session:
             if len(self.static) > max(STATIC_ENTRIES, STATIC_PER_LAYER * len(self.layers)):
                 self.static.clear()
         self.forward = self.cache.forward = Forward(geometry, step, timestep)
+        self.cache.phase = None if self.regions is None else self.regions.phase
         self.forwards += 1
         self.steps.add((step.generation, step.step))
 
@@ -343,9 +352,7 @@ class Session:
         if self.config.attention is not None:
             ledger.count(ledger.dense, "block-causal frames: planners know full attention only")
         key = "block-causal", geometry, device
-        if key not in self.static:
-            self.static[key] = block_causal_plan(geometry, device)
-        return Decision(self.static[key])
+        return Decision(remembered(self.static, key, lambda: block_causal_plan(geometry, device)))
 
     def _decide(self, ledger: LayerLedger, forward: Forward | None, call: HeadsCall) -> Decision:
         planner = self.config.attention

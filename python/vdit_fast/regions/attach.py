@@ -79,6 +79,7 @@ def detach(module: nn.Module, session: Session) -> None:
 def set_regions(handle: Handle, regions: Regions | None) -> None:
     """See ``Handle.regions``."""
     roots = [(root, module) for root in handle.roots if (module := root.module()) is not None]
+    had = any(root.session.regions is not None for root, _ in roots)
     if regions is not None:
         for root, module in roots:
             _check(handle, root.session, root.adapter, module, regions)
@@ -93,9 +94,12 @@ def set_regions(handle: Handle, regions: Regions | None) -> None:
             continue
         session.regions = RegionRun(regions, next(iter(root.adapter.text_inputs), None))
         session.around_heads[WHO] = session.regions
-        session.positions = AnchoredBoxes(regions.boxes, regions.position_steps)
+        if regions.position_steps:
+            session.positions = AnchoredBoxes(regions.boxes, regions.position_steps)
         session.repositioned.clear()
         attach(module, session, root.adapter)
+    if had or regions is not None:
+        handle.reset()  # what caches and planners remember was computed with others
 
 
 def _check(handle: Handle, session: Session, adapter: ModelAdapter, module: nn.Module, regions: Regions) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,12 @@ from torch import Tensor
 from vdit_fast.models.forward import Forward
 from vdit_fast.models.heads import AroundHeads, HeadsCall
 from vdit_fast.plan import AttentionPlan
+from vdit_fast.plan.memo import remembered
 from vdit_fast.positions.boxes import Box, box_rows, check_steps, early
 from vdit_fast.regions.labels import region_labels, region_plan
+
+if TYPE_CHECKING:
+    from vdit_fast.context import StepContext
 
 __all__ = ["RegionRun", "Regions"]
 
@@ -49,6 +54,7 @@ class Regions:
     branch: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "boxes", copy.deepcopy(self.boxes))  # the caller's list may change
         check_steps("position_steps", self.position_steps)
         check_steps("text_steps", self.text_steps)
         if isinstance(self.branch, bool) or not isinstance(self.branch, int) or self.branch < 0:
@@ -96,10 +102,25 @@ class RegionRun(AroundHeads):
         self.prompted.clear()
         self._forward = self._counted = None
 
+    def phase(self, step: StepContext) -> tuple[bool, bool]:
+        """Whether a step's forward has the mask of self-attention, and two prompts."""
+        regions = self.regions
+        masked = bool(regions.position_steps) and early("regions", "position_steps", regions.position_steps, step)
+        return masked, self._prompted(step)
+
+    def _prompted(self, step: StepContext) -> bool:
+        regions = self.regions
+        return (
+            regions.foreground is not None
+            and self._input is not None
+            and early("regions", "text_steps", regions.text_steps, step)
+            and step.branch == regions.branch
+        )
+
     # ------------------------------------------------------------------ self-attention
     def __call__(self, call: HeadsCall, proceed: Callable[[], Tensor]) -> Tensor:
         ledger = call.session.layers[call.layer]
-        if ledger.always_dense is not None:  # not a layer over the video
+        if ledger.always_dense is not None or not self.regions.position_steps:  # not a layer over the video, or never
             return proceed()
         forward = call.session.forward if call.anchor is None else call.session.forward_of(call.anchor)
         if forward is None or forward.geometry is None:
@@ -114,12 +135,12 @@ class RegionRun(AroundHeads):
                 f"grid {geometry.grid} and its text; run whole videos, without a subset of tokens or cached frames"
             )
         first = geometry.history + (context - geometry.history if geometry.text_first else 0)
-        key = geometry.grid, context, first, call.q.device
-        if key not in self._plans:
-            labels = region_labels(geometry.grid, self.regions.boxes)
-            with torch.inference_mode(False):
-                self._plans[key] = region_plan(labels, context, first=first, device=call.q.device)
-        plan = self._plans[key]
+        grid, device = geometry.grid, call.q.device
+
+        def made() -> AttentionPlan | None:
+            return region_plan(region_labels(grid, self.regions.boxes), context, first=first, device=device)
+
+        plan = remembered(self._plans, (grid, context, first, device), made)
         if plan is None:
             return proceed()
         if call.plan is not None or call.mask is not None:
@@ -137,12 +158,9 @@ class RegionRun(AroundHeads):
     def exchange(self, forward: Forward | None, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a forward that begins: the two prompts, background first, in place of the one."""
         self._forward = None
-        regions = self.regions
-        if regions.foreground is None or regions.background is None or forward is None or self._input is None:
+        if forward is None or not self._prompted(forward.step):
             return {}
-        late = not early("regions", "text_steps", regions.text_steps, forward.step)
-        if late or forward.step.branch != regions.branch:
-            return {}
+        assert self._input is not None
         prompt = arguments.get(self._input)
         if not isinstance(prompt, Tensor) or prompt.ndim != 3:
             raise RuntimeError(f"regions: the transformer is called without text embeddings ({self._input})")

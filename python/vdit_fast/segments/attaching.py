@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vdit_fast.models.blocks import transformer_blocks
 from vdit_fast.models.callables import check_arguments
-from vdit_fast.models.extra_keys import Captured, Feed, FeedMode, extra_keys
+from vdit_fast.models.extra_keys import Captured, Feed, FeedMode, extra_keys, refuse_capture
 from vdit_fast.models.memory import Memory, checked_rows, memory_layers
 from vdit_fast.models.references import References
 
@@ -90,6 +90,7 @@ def set_references(handle: Handle, rows: Any) -> None:
 def capture(handle: Handle) -> Captured:
     """See ``Handle.capture``."""
     (root,) = _one(handle, "capture")
+    refuse_capture(root.session)
     found = extra_keys(root.session)
     if found.captured is not None:
         found.captured.stop()

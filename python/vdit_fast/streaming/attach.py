@@ -104,10 +104,10 @@ class CachedAttention:
             RuntimeError: something else holds the transformer's keys or positions, or a layer did not come by.
         """
         session = self.session
-        if session.positions is not None or session.before_rotation is not None or "streaming" in session.around_heads:
+        if session.exchanged:
             raise RuntimeError(
                 "stream: positions or keys of this transformer are exchanged by something else already; switch it off "
-                "(handle.positions(None)), or end it"
+                "(handle.positions(None), handle.regions(None)), or end it"
             )
         self._branch, self._causal = number, causal
         self._written.clear()

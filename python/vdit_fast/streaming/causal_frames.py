@@ -12,6 +12,7 @@ from torch import Tensor
 from vdit_fast.caching.checks import choice, count
 from vdit_fast.models.heads import AroundHeads, HeadsCall
 from vdit_fast.plan import AttentionPlan
+from vdit_fast.plan.memo import remembered
 
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
@@ -87,20 +88,20 @@ class _CausalHeads(AroundHeads):
                 f"the grid {geometry.grid} and its context; run whole frames, without a subset of tokens"
             )
         key = "causal frames", self.layout, geometry.grid, context, geometry.text_first, call.q.device
-        static = call.session.static
-        if key not in static:
-            static[key] = self.layout.plan(
-                geometry.grid, context, context_first=geometry.text_first, device=call.q.device
-            )
-        call.plan, call.planned = static[key], "causal frames: planners know full attention only"
+        grid, first, device = geometry.grid, geometry.text_first, call.q.device
+        call.plan = remembered(
+            call.session.static, key, lambda: self.layout.plan(grid, context, context_first=first, device=device)
+        )
+        call.planned = "causal frames: planners know full attention only"
         return proceed()
 
-    def fresh(self) -> _CausalHeads:
-        return self
+    def fresh(self) -> None:
+        """What takes the order off knows nothing of a copy, so that none has it."""
 
 
 def causal_frames(handle: Handle, layout: CausalFrames | None = None) -> Callable[[], None]:
-    """Make the attention of an accelerated model causal over frames, from the next call on.
+    """Make the attention of an accelerated model causal over frames, from the next call on, which begins a new
+    generation.
 
     For models trained so whose diffusers class has no mask for it. SkyReels-V2 has its own (``num_frame_per_block``).
 
@@ -109,7 +110,7 @@ def causal_frames(handle: Handle, layout: CausalFrames | None = None) -> Callabl
         layout: see ``CausalFrames``; frame by frame by default.
 
     Returns:
-        what takes it off again.
+        what takes it off again. A copy of the model does not have the order.
 
     Raises:
         RuntimeError: the handle was removed or something else stands there; at a call, where the tokens are not those
@@ -123,10 +124,13 @@ def causal_frames(handle: Handle, layout: CausalFrames | None = None) -> Callabl
     around = _CausalHeads(layout or CausalFrames())
     for session in sessions:
         session.around_heads[WHO] = around
+    handle.reset()  # what caches and planners remember was computed without
 
     def remove() -> None:
-        for session in sessions:
-            if session.around_heads.get(WHO) is around:
-                del session.around_heads[WHO]
+        standing = [session for session in sessions if session.around_heads.get(WHO) is around]
+        for session in standing:
+            del session.around_heads[WHO]
+        if standing:
+            handle.reset()
 
     return remove

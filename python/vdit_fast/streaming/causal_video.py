@@ -75,8 +75,7 @@ class CausalVideo:
         present = self.session.around_heads.get("streaming")
         if present is not None:
             raise ValueError(f"{type(present).__name__} streams with this model already; close it first")
-        self._table: Tensor = module.temp_pos_embed
-        table = self._table.shape[1]
+        table = module.temp_pos_embed.shape[1]
         max_frames = table if max_frames is None else max_frames
         count("max_frames", max_frames, 2)
         count("chunk", chunk, 1)
@@ -89,8 +88,11 @@ class CausalVideo:
         self._ring = Ring(max_frames, 0)
         self._pages: list[int] = []
         self._seen: set[int] = set()
-        self._writing, self._written = False, True
-        self._rows = self._table
+        self._writing = False
+        self._written: set[int] = set()  # guidance branches whose keys are those of the clean chunk
+        self._branch = 0
+        self._stock: Tensor | None = None  # the model's table while a forward has another one
+        self._rows: tuple[Tensor, Tensor] | None = None  # the chunk's, and the table that they are of
         self.session.around_heads["streaming"] = self
         self._hooks = [
             module.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
@@ -114,18 +116,24 @@ class CausalVideo:
         """The next forwards are the next ``frames`` frames (``chunk`` by default); old frames leave where they must.
 
         Raises:
-            RuntimeError: the frames before were not written in a clean pass.
+            RuntimeError: the frames before were not written in a clean pass, by every guidance branch.
         """
         frames = self.chunk if frames is None else frames
         count("frames", frames, 1)
-        if not self._written:
+        if self._ring.chunk and not self._written:
             raise RuntimeError("begin: the frames before were not written; run the model on them inside clean()")
+        left = sorted(self.caches.keys() - self._written)
+        if left:
+            raise RuntimeError(
+                f"begin: guidance branch {', '.join(map(str, left))} did not run on the clean frames and holds keys of "
+                "noisy ones; run every branch inside clean()"
+            )
         self._ring.advance(frames)
         self._pages.append(frames)
         for cache in self.caches.values():
             cache.reserve(frames)
-        self._rows = self._table[:, list(self.ids)]
-        self._written = False
+        self._rows = None
+        self._written.clear()
         self.session.tracker.reset()  # guidance branches are counted anew
 
     @contextmanager
@@ -173,7 +181,7 @@ class CausalVideo:
         self._ring.reset()
         self._pages.clear()
         self.caches.clear()
-        self._written = True
+        self._written.clear()
 
     def close(self) -> None:
         """Let the model run whole clips again."""
@@ -201,13 +209,12 @@ class CausalVideo:
         reads = torch.ones(rows, held, dtype=torch.bool, device=keys.device).tril(held - rows)
         return dense_attention(call.q, keys, values, None, call.scale, reads[None, None])
 
-    def fresh(self) -> Any:
+    def fresh(self) -> None:
         """A copied model runs whole clips."""
-        return _Plain()
 
     def _cache(self, call: HeadsCall) -> KVCache:
         forward = call.session.forward
-        branch = forward.step.branch if forward is not None else 0
+        branch = self._branch = forward.step.branch if forward is not None else 0
         found = self.caches.get(branch)
         if found is None:
             if len(self._pages) > 1:
@@ -239,18 +246,22 @@ class CausalVideo:
                 "says how many there are"
             )
         self._seen.clear()
+        table: Any = module.temp_pos_embed  # read anew: the model may have been moved or cast
+        if self._rows is None or self._rows[1] is not table:
+            self._rows = table[:, list(self.ids)], table
         if latents.shape[2] > 1:  # the model adds none to a single frame
-            module.temp_pos_embed = self._rows
+            self._stock, module.temp_pos_embed = table, self._rows[0]
 
     def _before_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self.session.active or self._ring.chunk != 1:
+        if not self.session.active or self._ring.chunk != 1 or self._rows is None:
             return None
-        return (args[0] + self._rows.to(args[0].dtype), *args[1:]), kwargs
+        return (args[0] + self._rows[0].to(args[0].dtype), *args[1:]), kwargs
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        module.temp_pos_embed = self._table
+        if self._stock is not None:
+            module.temp_pos_embed, self._stock = self._stock, None
         if not self.session.active or out is None:  # None: an error is on its way
             return
         if len(self._seen) != len(self._layers):
@@ -258,17 +269,10 @@ class CausalVideo:
                 f"{len(self._layers) - len(self._seen)} of {len(self._layers)} temporal layers ran without the cache; "
                 "see the fallbacks in report()"
             )
-        self._written = self._written or self._writing
-
-
-class _Plain:
-    """Stands around attention and does nothing."""
-
-    def __call__(self, call: HeadsCall, proceed: Callable[[], Tensor]) -> Tensor:
-        return proceed()
-
-    def fresh(self) -> _Plain:
-        return self
+        if self._writing:
+            self._written.add(self._branch)
+        else:  # a noisy step after the clean pass overwrites its keys
+            self._written.discard(self._branch)
 
 
 class _Hook:

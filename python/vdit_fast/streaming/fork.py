@@ -23,7 +23,7 @@ class KVFork:
     """
 
     def __init__(self, cache: KVCache) -> None:
-        self._cache, self._state = cache, cache.frames
+        self._cache, self._frames, self._thaws = cache, cache.frames, cache.thaws
 
     def attend(
         self,
@@ -47,11 +47,11 @@ class KVFork:
             RuntimeError: the cache was thawed since.
         """
         cache = self._cache
-        if not cache.frozen or cache.frames != self._state:
+        if not cache.frozen or cache.thaws != self._thaws:
             raise RuntimeError("fork: the cache was thawed; freeze it and fork it again")
         stored, values = cache.keys_values(layer)
         cache.check_keys("attend", keys)
-        if not self._state:
+        if not self._frames:
             return attention(q, k, v, scale=scale, return_lse=return_lse)
         prefix = stored if keys is None else keys
         return attention(q, prefix, values, scale=scale, segments=[(k, v)], return_lse=return_lse)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vdit_fast.models.heads import HeadsCall
 from vdit_fast.models.session import Geometry, Session
 from vdit_fast.plan import AttentionPlan
+from vdit_fast.plan.memo import remembered
 from vdit_fast.streaming.families import FrameTables, Tables
 from vdit_fast.streaming.kv_cache import KVCache
 
@@ -63,7 +64,7 @@ class KeptFrames:
         self._frames = range(0)
         self._branch = 0
         self._written: set[int] = set()
-        self._plan: AttentionPlan | None = None
+        self._plans: dict[torch.device, AttentionPlan] = {}
 
     @property
     def nbytes(self) -> int:
@@ -82,14 +83,14 @@ class KeptFrames:
             for cache in self.caches.values():
                 cache.reserve(self._new)
         self.kept = finished
-        self._plan = None
+        self._plans.clear()
         return self._frames
 
     @contextmanager
     def branch(self, number: int) -> Iterator[None]:
         """In force inside: the forward of these frames in one guidance branch."""
         session = self.session
-        if session.positions is not None or session.before_rotation is not None or "streaming" in session.around_heads:
+        if session.exchanged:
             raise RuntimeError(
                 "kept frames: positions, keys or the causal order of this transformer are exchanged by something else "
                 "already; kept frames bring their own order, take the other one off"
@@ -129,11 +130,9 @@ class KeptFrames:
                 cache.write(call.layer, call.k[:, :new], call.v[:, :new])
             call.segments = [*call.segments, cache.keys_values(call.layer)]
         call.k, call.v = call.k[:, new:], call.v[:, new:]
-        if self._plan is None or self._plan.device != call.q.device:
-            numbers = range(0, frames - self._new, self._block)
-            live = [min(self._block, frames - self._new - first) * page for first in numbers]
-            self._plan = live_plan(new, live, call.q.device)
-        call.plan, call.planned = self._plan, PLANNED
+        device, changing = call.q.device, frames - self._new
+        live = [min(self._block, changing - first) * page for first in range(0, changing, self._block)]
+        call.plan, call.planned = remembered(self._plans, device, lambda: live_plan(new, live, device)), PLANNED
         call.mask = None  # of a model that is causal by its configuration: the same order
         self._written.add(call.layer)
         return proceed()

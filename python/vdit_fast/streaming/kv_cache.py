@@ -88,6 +88,7 @@ class KVCache:
         self.batch, self.heads, self.head_dim = batch, heads, head_dim
         self.store, self.positions, self.table = store, positions, table
         self.frozen = False
+        self.thaws = 0  # forks of an earlier freeze are void
         self._ring = Ring(capacity, sinks)
         self._memo: dict[Any, Any] = {}
         rows = (batch, capacity * page, heads, head_dim)
@@ -196,8 +197,9 @@ class KVCache:
         self.frozen = True
 
     def thaw(self) -> None:
-        """Allow changes again."""
+        """Allow changes again; forks that were made before are void."""
         self.frozen = False
+        self.thaws += 1
 
     def fork(self) -> KVFork:
         """A reader of the frozen prefix for chunks whose keys are not to enter it, such as noisy ones.

@@ -115,7 +115,7 @@ class SelfForcing:
             model.reserve(length)
             finished = self._denoise(model, (*shape[:2], length, *shape[2:]), generator, device)
             done += length
-            yield finished
+            yield finished.clone()  # what is written for the next chunk is nobody else's
 
     def prefill(self, model: ChunkModel, clip: Tensor) -> None:
         """Write the frames of a clip: those that the cache holds at once in one block-causal forward.

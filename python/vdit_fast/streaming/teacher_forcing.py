@@ -20,6 +20,7 @@ from vdit_fast.models.session import Geometry, Session
 from vdit_fast.plan import AttentionPlan
 from vdit_fast.plan.args import cut
 from vdit_fast.plan.builders import compile_map
+from vdit_fast.plan.memo import remembered
 from vdit_fast.streaming.families import FrameTables, Tables, check_family
 
 if TYPE_CHECKING:
@@ -96,10 +97,13 @@ class _TeacherForcing:
     def __call__(self, call: HeadsCall, proceed: Callable[[], Tensor]) -> Tensor:
         forward = call.forward
         frames, tokens = self._sizes(forward.geometry if forward is not None else None)
-        key = frames, tokens, call.q.device
-        if key not in self._plans:
-            self._plans[key] = teacher_forcing_plan(frames, tokens, **self.settings).to(call.q.device)  # type: ignore[arg-type]
-        call.plan, call.planned, call.mask = self._plans[key], PLANNED, None
+        device = call.q.device
+        call.plan = remembered(
+            self._plans,
+            (frames, tokens, device),
+            lambda: teacher_forcing_plan(frames, tokens, **self.settings).to(device),  # type: ignore[arg-type]
+        )
+        call.planned, call.mask = PLANNED, None
         return proceed()
 
     def positions(self, step: StepContext, geometry: Geometry, stock: Tables) -> Tables:
@@ -139,7 +143,7 @@ def teacher_forcing(
     root = handle.roots[0]
     check_family(module, root.adapter.family)
     session: Session = root.session
-    if session.positions is not None or session.before_rotation is not None or "streaming" in session.around_heads:
+    if session.exchanged:
         raise RuntimeError("teacher_forcing: positions or keys of this transformer are exchanged by something else")
     teacher_forcing_plan(chunk_frames, 1, chunk_frames=chunk_frames, cache_frames=cache_frames, sinks=sinks)
     around = _TeacherForcing(module, chunk_frames, cache_frames, sinks)

@@ -120,6 +120,22 @@ def test_gradients_are_those_of_the_mask():
     remove()
 
 
+@pytest.mark.parametrize("kind", ["wan, causal frames", "skyreels by its configuration"])
+def test_training_after_a_forward_in_inference_mode(kind):
+    """The plan is made once: autograd must be able to save it whoever came first."""
+    from families.skyreels_v2 import skyreels
+
+    model, inputs = tiny.wan() if kind.startswith("wan") else skyreels(frame_block=2)
+    handle = accelerate(model)
+    if kind.startswith("wan"):
+        causal_frames(handle)
+    with torch.inference_mode():
+        tiny.run(model, inputs)
+    model.requires_grad_(True)
+    model(**inputs)[0].square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.blocks[0].attn1.parameters())
+
+
 def test_a_copy_stands_alone():
     import copy
 
@@ -127,8 +143,36 @@ def test_a_copy_stands_alone():
     handle = accelerate(model)
     remove = causal_frames(handle)
     want, twin = tiny.run(model, inputs), copy.deepcopy(model)
+    free = tiny.run(twin, inputs)
+    off = causal_frames(accelerate(twin))
+    assert torch.equal(tiny.run(twin, inputs), want)
     remove()
-    assert torch.equal(tiny.run(twin, inputs), want) and not torch.equal(tiny.run(model, inputs), want)
+    assert torch.equal(tiny.run(twin, inputs), want) and torch.equal(tiny.run(model, inputs), free)
+    off()
+    assert torch.equal(tiny.run(twin, inputs), free) and not torch.equal(free, want)
+
+
+def test_caches_forget_when_the_order_comes_and_goes():
+    """In the middle of named steps, which no timestep divides into generations."""
+    model, inputs = tiny.wan()
+    stock = tiny.run(model, tiny.at(inputs, 500.0))
+    cache = {"method": "taylorseer", "granularity": "model", "first_full": 1, "interval": 99}
+    handle = accelerate(model, Config.from_dict({"cache": cache}))
+
+    def step(number, timestep):
+        with handle.step(number):
+            return tiny.run(model, tiny.at(inputs, timestep))
+
+    step(0, 900.0), step(1, 800.0)
+    remove = causal_frames(handle)
+    causal = step(2, 500.0)
+    remove()
+    assert tiny.relative(step(3, 500.0), stock) < 3e-6 < 1e-3 < tiny.relative(causal, stock)
+    assert handle.stats()["cache"]["forecast"] == {1: 1}
+    generations = handle.stats()["generations"]
+    remove()
+    step(4, 400.0)
+    assert handle.stats()["generations"] == generations
 
 
 def test_what_is_refused():

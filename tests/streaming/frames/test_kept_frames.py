@@ -61,13 +61,27 @@ def test_the_clip_is_that_of_causal_attention(build, frames, block, ar_step):
     assert "streaming" not in handle.roots[0].session.around_heads
 
 
-def test_a_model_that_is_causal_by_its_configuration(build):
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_model_that_is_causal_by_its_configuration(build, kernel, monkeypatch):
+    """Where there is no kernel, attention is dense over mask and plan: the model's own mask, of all rows and keys, must
+    be gone."""
     model, conditions = build("skyreels", frame_block=2)
+    if not kernel:
+        monkeypatch.setattr("vdit_fast.models.session.missing_kernel", lambda q, short=False: "no kernel in this test")
     frame_model = FrameModel(accelerate(model), conditions)
     schedule = ARSchedule(6, STEPS, 2, block=2)
     want = ARDiffusion(frame_model, schedule, SAMPLER)(noise(6))
     got = ARDiffusion(frame_model, schedule, SAMPLER, keep=True)(noise(6))
     assert tiny.relative(got, want) < 2e-6
+
+
+def test_its_plan_is_no_inference_tensor(build):
+    model, conditions = build("wan")
+    draw = ARDiffusion(FrameModel(accelerate(model), conditions), ARSchedule(3, STEPS, 2), SAMPLER, keep=True)
+    with torch.inference_mode():
+        draw(noise(3))
+    (plan,) = draw.kept._plans.values()
+    assert not plan.tiles.is_inference()
 
 
 def test_finished_frames_run_once_more_and_never_again(build):
