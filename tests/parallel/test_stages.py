@@ -58,7 +58,7 @@ def split(model, ranks, config="exact", options=None, **other):
         pipeline = StagePipeline(handle, transport=ring, release=True, **(options or {}))
         return dict(generate(pipeline, **other)), pipeline
 
-    return run_ranks(work, ranks)
+    return run_ranks(work, ranks) if ranks > 1 else [work(Alone())]
 
 
 def assert_equal(got, want):
@@ -287,6 +287,25 @@ def test_a_checkpoint_gives_the_same_video(model, tmp_path):
     checkpoint.file.write_bytes(b"no state")
     with pytest.raises(ValueError, match="cannot be read"):
         alone(model, blocks=4, checkpoint=checkpoint, resume=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_crash_loses_no_finished_block(model, tmp_path, ranks):
+    """The state that counts a block as finished is not there before the block is."""
+
+    class Crashing(Checkpoint):
+        def keep(self, index, latents):
+            if index == 2:
+                raise OSError("no space left")
+            super().keep(index, latents)
+
+    one = alone(model, blocks=5)
+    with pytest.raises((OSError, RuntimeError)):
+        split(model, ranks, blocks=5, checkpoint=Crashing(tmp_path))
+    checkpoint = Checkpoint(tmp_path)
+    rest = alone(model, blocks=5, checkpoint=checkpoint, resume=True)
+    assert list(rest) == [2, 3, 4]
+    assert_equal({index: checkpoint.block(index) for index in range(5)}, one)
 
 
 def test_what_is_remembered_elsewhere_is_no_checkpoint(model, tmp_path):

@@ -59,10 +59,16 @@ class BlockQueue:
         sampler: denoises blocks; it has ``schedule.steps`` timesteps.
         noise: what blocks start from.
         device: of the latents.
+        keep: called with every finished block before a snapshot counts it as finished.
     """
 
     def __init__(
-        self, schedule: Schedule, sampler: BlockSampler, noise: NoisePool, device: torch.device | str = "cpu"
+        self,
+        schedule: Schedule,
+        sampler: BlockSampler,
+        noise: NoisePool,
+        device: torch.device | str = "cpu",
+        keep: Callable[[FrameBlock], None] | None = None,
     ) -> None:
         if len(sampler.timesteps) != schedule.steps:
             raise ValueError(f"sampler: it has {len(sampler.timesteps)} timesteps, the schedule {schedule.steps} steps")
@@ -70,6 +76,7 @@ class BlockQueue:
         self.sampler = sampler
         self.noise = noise
         self.device = torch.device(device)
+        self._keep = keep
         self.blocks: dict[int, FrameBlock] = {}
         self.iteration = 0
         """The next one to begin."""
@@ -127,6 +134,8 @@ class BlockQueue:
         block.latents = self.sampler.step(block.state, prediction, block.latents, block.done)
         block.done += 1
         gone = block.done == self.schedule.steps
+        if gone and self._keep is not None:
+            self._keep(block)
         if gone:
             del self.blocks[index]
             self.finished += 1

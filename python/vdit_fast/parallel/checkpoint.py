@@ -88,6 +88,11 @@ class Checkpoint:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # a state must not be there before the blocks that it counts
+        finally:
+            os.close(folder)
 
 
 def _same(a: dict[str, Any], b: dict[str, Any], key: str) -> bool:

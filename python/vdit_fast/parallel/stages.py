@@ -217,7 +217,8 @@ class StagePipeline:
             self._serve(run)
             return
         noise = NoisePool(shape, num_per_block, num_cat, seed)
-        self.queue = queue = BlockQueue(run.schedule, sampler, noise, self.stage.device)
+        keep = None if checkpoint is None else lambda block: checkpoint.keep(block.index, block.latents)
+        self.queue = queue = BlockQueue(run.schedule, sampler, noise, self.stage.device, keep)
         if state is not None:
             queue.load(state)
         yield from self._lead(run, queue, checkpoint, settings)
@@ -253,16 +254,16 @@ class StagePipeline:
                     queue.snapshot(save)
                 for item in queue.begin():
                     while not queue.ready(item.block) or (under_way and self.transport.there()):
-                        yield from self._finished(self._take(run, queue, under_way.popleft()), checkpoint)
+                        yield from _finished(self._take(run, queue, under_way.popleft()))
                     out = self._compute(run, queue.inputs(item.block), item)
                     if self.stage.last:
-                        yield from self._finished(self._apply(queue, out, item), checkpoint)
+                        yield from _finished(self._apply(queue, out, item))
                     else:
                         self._send(self.packing.pack, out, item)
                         under_way.append(item)
                         sent += 1
             while under_way:
-                yield from self._finished(self._take(run, queue, under_way.popleft()), checkpoint)
+                yield from _finished(self._take(run, queue, under_way.popleft()))
         except GeneratorExit:
             if sent != schedule.count(run.first):
                 self.transport.stop(sent, self._wire(run))
@@ -322,12 +323,6 @@ class StagePipeline:
         with self.trace.during("step", item):
             return queue.apply(item.block, prediction)
 
-    def _finished(self, block: FrameBlock | None, checkpoint: Checkpoint | None) -> Iterator[tuple[int, Tensor]]:
-        if block is not None:
-            if checkpoint is not None:
-                checkpoint.keep(block.index, block.latents)
-            yield block.index, block.latents
-
     def _refuse_memory(self) -> None:
         """Raise where something besides the queue is remembered between steps, which no checkpoint has."""
         session = self.stage.session
@@ -352,6 +347,11 @@ class StagePipeline:
             return run.result(item, self.stage.device) if self.rank == 0 else self._wire(run)
 
         return empty
+
+
+def _finished(block: FrameBlock | None) -> Iterator[tuple[int, Tensor]]:
+    if block is not None:
+        yield block.index, block.latents
 
 
 def _flat(x: Tensor) -> Tensor:
