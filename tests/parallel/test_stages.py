@@ -313,11 +313,45 @@ def test_what_is_remembered_elsewhere_is_no_checkpoint(model, tmp_path):
         alone(model, CACHED, num_cat=0, checkpoint=Checkpoint(tmp_path))
     with pytest.raises(ValueError, match="num_cat"):
         alone(model, CACHED)
-    looking = vdit_fast.Config(attention=vdit_fast.Window(tile=(2, 2, 2), min_tokens=0, dense_steps=0, heads="auto"))
-    try:
-        alone(model, looking, checkpoint=Checkpoint(tmp_path))
-    except ValueError as error:
-        assert "window" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("planner", "steps"),
+    [
+        (vdit_fast.Window(tile=(2, 2, 2), min_tokens=0, dense_steps=0, heads="auto"), {}),
+        (vdit_fast.planners.AdaSpa(block=8, sparsity=0.5, search=(2,), dense_steps=1, dense_layers=2), {"steps": 6}),
+    ],
+    ids=["window", "adaspa"],
+)
+def test_planners_that_remember_have_no_checkpoint(model, tmp_path, planner, steps):
+    """Refused before anything is drawn, also where the first rank's layers are dense."""
+    drawn = []
+
+    def work(ring):
+        pipeline = StagePipeline(vdit_fast.accelerate(models[ring.rank], config), transport=ring)
+        pipeline.stage.run = lambda *_: drawn.append(ring.rank)
+        return dict(generate(pipeline, checkpoint=Checkpoint(tmp_path), **steps)) if ring.rank == 0 else None
+
+    models, config = [copy.deepcopy(model) for _ in range(2)], vdit_fast.Config(attention=planner)
+    with pytest.raises(ValueError, match=rf"checkpoint: planner '{planner.name}' remembers"):
+        run_ranks(work, 2)
+    assert not drawn and not list(tmp_path.iterdir())
+
+
+def test_a_planner_that_does_not_remember_has_a_checkpoint(model, tmp_path):
+    fixed = vdit_fast.Window(tile=(2, 2, 2), min_tokens=0, dense_steps=0, heads="spatial")
+    config, checkpoint = vdit_fast.Config(attention=fixed), Checkpoint(tmp_path, every=5)
+    one = alone(model, config, checkpoint=checkpoint)
+    assert_equal(alone(model, config, checkpoint=checkpoint, resume=True), {2: one[2]})
+
+
+def test_what_a_planner_remembers_unsaid_is_seen(model, tmp_path):
+    class Hidden(vdit_fast.Window):
+        remembers = False
+
+    hidden = vdit_fast.Config(attention=Hidden(tile=(2, 2, 2), min_tokens=0, dense_steps=0, heads="auto"))
+    with pytest.raises(ValueError, match="remembers earlier steps"):
+        alone(model, hidden, checkpoint=Checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize(

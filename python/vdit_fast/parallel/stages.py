@@ -235,6 +235,9 @@ class StagePipeline:
                 f"checkpoint: cache {cache.name!r} remembers earlier steps, which a checkpoint has not; run without "
                 "checkpoints, or set cache to null in the configuration"
             )
+        planner = self.stage.session.config.attention
+        if planner is not None and planner.remembers and checkpoint is not None:
+            raise self._has_memory()
 
     def _lead(
         self, run: Run, queue: BlockQueue, checkpoint: Checkpoint | None, settings: dict[str, Any]
@@ -324,14 +327,17 @@ class StagePipeline:
             return queue.apply(item.block, prediction)
 
     def _refuse_memory(self) -> None:
-        """Raise where something besides the queue is remembered between steps, which no checkpoint has."""
-        session = self.stage.session
-        planner = session.config.attention
-        if any(session.memory(block) for block in (self.queue.blocks if self.queue is not None else ())):
-            raise ValueError(
-                f"checkpoint: planner {planner.name if planner else '?'!r} remembers earlier steps, which a checkpoint "
-                "has not; take a planner that does not, or run without checkpoints"
-            )
+        """Raise where a planner that says otherwise remembers something between steps, which no checkpoint has."""
+        memory = self.stage.session.memory
+        if any(memory(block) for block in (self.queue.blocks if self.queue is not None else ())):
+            raise self._has_memory()
+
+    def _has_memory(self) -> ValueError:
+        planner = self.stage.session.config.attention
+        return ValueError(
+            f"checkpoint: planner {planner.name if planner else '?'!r} remembers earlier steps, which a checkpoint "
+            "has not; take a planner that does not, or run without checkpoints"
+        )
 
     def _wire(self, run: Run) -> Tensor:
         return self.packing.empty(*run.stream, self.stage.device)
