@@ -164,6 +164,50 @@ def test_layers_can_be_given(model):
     assert_equal(split(model, 2, options={"layers_per_stage": (3, 1)})[0][0], one)
 
 
+@pytest.mark.parametrize(
+    ("what", "first", "other"),
+    [
+        ("layers_per_stage", {"layers_per_stage": (3, 1)}, {}),
+        ("packing", {}, {"packing": Compressed("bf16")}),
+        ("packing", {"packing": Compressed("e4m3", 32)}, {"packing": Compressed("e4m3", 64)}),
+    ],
+)
+def test_ranks_of_different_settings_end(model, what, first, other):
+    error = _error_of_rank_1([model, copy.deepcopy(model)], ["exact"] * 2, [first, other])
+    assert str(error).startswith(f"{what}: ") and "on rank 1" in str(error)
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_ranks_of_different_models_end(model, release):
+    """Weights where both ranks have them; with release=True no rank has the other's."""
+    changed, longer, options = copy.deepcopy(model), tiny_wan(layers=5), [{"release": release}] * 2
+    changed.blocks[3].ffn.net[2].bias += 1
+    error = _error_of_rank_1([model, changed], ["exact"] * 2, options)
+    assert error is None if release else "1 parameters, the first is blocks.3.ffn.net.2.bias" in str(error)
+    error = _error_of_rank_1([model, longer], ["exact"] * 2, [{"layers_per_stage": n} for n in ((2, 2), (2, 3))])
+    assert "layers_per_stage: [2, 3] on rank 1" in str(error)
+    wide = copy.deepcopy(model)
+    wide.register_to_config(rope_max_seq_len=32)
+    assert str(_error_of_rank_1([model, wide], ["exact"] * 2, options)).startswith("model: WanTransformer3DModel ")
+    assert str(_error_of_rank_1([model, copy.deepcopy(model)], ["exact", PLANNED], options)).startswith("config: ")
+
+
+def _error_of_rank_1(models, configs, options):
+    errors = {}
+
+    def work(ring):
+        handle = vdit_fast.accelerate(models[ring.rank], configs[ring.rank])
+        try:
+            with handle:
+                dict(generate(StagePipeline(handle, transport=ring, **options[ring.rank]), blocks=1))
+        except (ValueError, RuntimeError) as error:
+            errors[ring.rank] = error
+
+    run_ranks(work, 2)
+    assert set(errors) in (set(), {0, 1})  # both end, or none
+    return errors.get(1)
+
+
 def test_without_context_a_block_is_a_short_clip_of_its_own(model):
     """num_cat = 0: independent clips, each the same as a video of one block from the same noise."""
     video, noise = alone(model, num_cat=0), NoisePool(SHAPE, 4, 0, SETTINGS["seed"])
@@ -306,6 +350,86 @@ def test_a_crash_loses_no_finished_block(model, tmp_path, ranks):
     rest = alone(model, blocks=5, checkpoint=checkpoint, resume=True)
     assert list(rest) == [2, 3, 4]
     assert_equal({index: checkpoint.block(index) for index in range(5)}, one)
+
+
+@pytest.mark.parametrize("what", ["argument", "weights", "config", "sampler", "packing", "model"])
+def test_a_checkpoint_is_of_one_run(model, tmp_path, what):
+    """With and without resume; the message names what differs."""
+    run = {"arguments": prompt(2), "sampler": SchedulerSampler(unipc(4)), "config": "exact", "packing": None}
+
+    def draw(model, arguments, sampler, config, packing, count=None, **options):
+        with vdit_fast.accelerate(model, config) as handle:
+            pipeline = StagePipeline(handle, packing=packing)
+            stream = pipeline.generate(sampler, SHAPE, arguments, **SETTINGS, **options)
+            video = dict(itertools.islice(stream, count))
+            stream.close()
+            pipeline.close()
+        return video
+
+    draw(model, **run, count=1, checkpoint=Checkpoint(tmp_path))
+    if what == "argument":
+        run["arguments"] = {"encoder_hidden_states": run["arguments"]["encoder_hidden_states"].clone()}
+        run["arguments"]["encoder_hidden_states"][1, 6, 15] += 1e-6
+    elif what == "weights":
+        model = copy.deepcopy(model)
+        model.blocks[1].attn1.to_q.weight.mul_(1.001)
+    elif what == "config":
+        run["config"] = vdit_fast.Config(fuse="off")
+    elif what == "sampler":
+        run["sampler"] = SchedulerSampler(unipc(4), convert=lambda prediction, latents, step: prediction)
+    elif what == "packing":
+        run["packing"] = Compressed("bf16")
+    else:
+        model = copy.deepcopy(model)
+        model.register_to_config(eps=1e-3)
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=rf"another run: {what}[^;]*; run with"):
+            draw(model, **run, checkpoint=Checkpoint(tmp_path), resume=resume)
+
+
+def test_weights_of_other_ranks_are_those_of_the_checkpoint(model, tmp_path):
+    """A run on one rank goes on on two, of which the second has other weights."""
+    with vdit_fast.accelerate(model, "exact") as handle:
+        pipeline = StagePipeline(handle)
+        stream = generate(pipeline, checkpoint=Checkpoint(tmp_path))
+        next(stream)
+        stream.close()
+        pipeline.close()
+    changed = copy.deepcopy(model)
+    changed.blocks[3].attn1.to_q.weight.mul_(1.001)
+    models, errors = [changed, copy.deepcopy(changed)], []
+
+    def work(ring):
+        handle = vdit_fast.accelerate(models[ring.rank], "exact")
+        try:
+            checkpoint = Checkpoint(tmp_path)
+            dict(generate(StagePipeline(handle, transport=ring, release=True), checkpoint=checkpoint, resume=True))
+        except ValueError as error:
+            errors.append(str(error))
+        except RuntimeError:
+            assert ring.rank == 0
+
+    run_ranks(work, 2)
+    assert len(errors) == 1 and errors[0].startswith("weights: those of rank 1 and of the first one")
+    with vdit_fast.accelerate(model, "exact") as handle:
+        assert list(dict(generate(StagePipeline(handle), checkpoint=Checkpoint(tmp_path), resume=True))) == [0, 1, 2]
+
+
+def test_blocks_of_an_earlier_run_are_not_this_ones(model, tmp_path):
+    """A folder whose run kept no state: its blocks are replaced, and not given out before that."""
+    alone(model, seed=1, checkpoint=Checkpoint(tmp_path, every=99))
+    checkpoint = Checkpoint(tmp_path, every=4)
+    with vdit_fast.accelerate(model, "exact") as handle:
+        pipeline = StagePipeline(handle)
+        stream = generate(pipeline, checkpoint=checkpoint)
+        first = next(stream)[1]
+        next(stream)
+        stream.close()
+        pipeline.close()
+    for reader in (checkpoint, Checkpoint(tmp_path)):
+        assert torch.equal(reader.block(0), first)
+        with pytest.raises(ValueError, match=r"block000002\.pt is of an earlier run"):
+            reader.block(2)
 
 
 def test_what_is_remembered_elsewhere_is_no_checkpoint(model, tmp_path):

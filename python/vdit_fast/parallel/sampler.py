@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from vdit_fast.parallel.identity import digest
+
 __all__ = ["BlockSampler", "SchedulerSampler"]
 
 Convert = Callable[[Tensor, Tensor, int], Tensor]
@@ -15,7 +17,8 @@ Convert = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class BlockSampler(Protocol):
-    """A denoising schedule for many blocks that are at different steps of it."""
+    """A denoising schedule for many blocks that are at different steps of it. A ``description`` (str) tells a
+    checkpoint whether it is of the same schedule."""
 
     @property
     def timesteps(self) -> list[float]:
@@ -70,6 +73,14 @@ class SchedulerSampler:
     @property
     def timesteps(self) -> list[float]:
         return self._timesteps
+
+    @property
+    def description(self) -> str:
+        """The scheduler's class and a digest of its configuration; the names of the functions around it."""
+        config = dict(getattr(self._scheduler, "config", None) or {})
+        own = {key: item for key, item in config.items() if not key.startswith("_")}
+        around = [getattr(f, "__qualname__", type(f).__qualname__) for f in (self._convert, self._last)]
+        return f"{type(self._scheduler).__name__} {digest([own, around])}"
 
     def fresh(self) -> Any:
         state = copy.deepcopy(self._scheduler)
