@@ -253,6 +253,57 @@ def test_a_video_without_end_at_constant_memory(model):
         pipeline.close()
 
 
+def test_the_trace_of_a_video_without_end_is_bounded(model, monkeypatch):
+    """At the same number of events, with the seconds of all."""
+    monkeypatch.setattr(vdit_fast.parallel.trace.Trace.bound, "__defaults__", (20,))
+    with vdit_fast.accelerate(model, "exact") as handle:
+        pipeline = StagePipeline(handle)
+        stream = generate(pipeline, blocks=None)
+        lengths, seconds = [], []
+        for _ in itertools.islice(stream, 8):
+            lengths.append(len(pipeline.trace.events))
+            seconds.append(pipeline.trace.seconds("compute"))
+        stream.close()
+        assert set(lengths[3:]) == {20} and seconds == sorted(set(seconds))
+        kept = sum(end - begin for kind, *_, begin, end in pipeline.trace.events if kind == "compute")
+        assert kept < pipeline.trace.seconds("compute")
+        dict(generate(pipeline, blocks=8))  # one with an end keeps all
+        assert len(pipeline.trace.events) == 2 * 8 * 4
+        pipeline.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("kind", ["planner", "cache"])
+def test_nothing_is_remembered_of_blocks_left_under_way(model, kind, fails):
+    """Where a run is dropped, or ends by an error, on all ranks."""
+    auto = vdit_fast.Config(attention=vdit_fast.Window(tile=(2, 2, 2), min_tokens=0, dense_steps=0))
+    models, held = [copy.deepcopy(model) for _ in range(2)], {}
+
+    def work(ring):
+        pipeline = StagePipeline(
+            vdit_fast.accelerate(models[ring.rank], auto if kind == "planner" else CACHED), transport=ring
+        )
+        session = pipeline.stage.session
+        if ring.rank == 0:
+            stream = generate(pipeline, blocks=None, num_cat=0)
+            next(stream)
+            assert session.state if kind == "planner" else session.cache.nbytes
+            if fails:
+                pipeline.stage.run = lambda *_: 1 / 0
+                with pytest.raises(ZeroDivisionError):
+                    next(stream)
+            stream.close()
+        else:
+            try:
+                list(generate(pipeline, blocks=None))
+            except RuntimeError:
+                assert fails
+        held[ring.rank] = len(session.state) + session.cache.nbytes
+
+    run_ranks(work, 2)
+    assert held == {0: 0, 1: 0}
+
+
 def test_it_stops_early_on_all_ranks(model):
     one = dict(itertools.islice(_stream(model), 2))
     models = [copy.deepcopy(model) for _ in range(3)]

@@ -262,6 +262,11 @@ class Stage:
             self.session.release(item.block)
         return out
 
+    def rest(self) -> None:
+        """A run is over: release what planners and the cache remember of blocks that were left under way."""
+        self.session.state.clear()
+        self.session.cache.forget()
+
     def _named(self, latents: Tensor, timestep: float, batch: int, arguments: dict[str, Any]) -> dict[str, Any]:
         t = torch.full((batch,), timestep, dtype=torch.float32, device=self.device)
         return {"hidden_states": latents, "timestep": t, **arguments, "return_dict": False}

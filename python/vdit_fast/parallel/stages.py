@@ -179,6 +179,7 @@ class StagePipeline:
             raise
         finally:
             self._drawing = False
+            self.stage.rest()
             self.trace.finish()
 
     def _generate(
@@ -217,6 +218,8 @@ class StagePipeline:
         run = self.transport.share(run, "the first rank to begin")
         assert run is not None
         self._run = run
+        if run.schedule.blocks is None:
+            self.trace.bound()
         if self.rank != 0:
             run.check(self.rank, self._options(), weight_digests(self.stage.module))
         self.stage.load(run.conditions, run.timesteps, run.arguments, run.shape, run.schedule.num_cat)
