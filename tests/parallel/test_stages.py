@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import deque
+from types import SimpleNamespace
 
 import dualparal_reference
 import pytest
@@ -481,6 +483,49 @@ def test_blocks_of_an_earlier_run_are_not_this_ones(model, tmp_path):
         assert torch.equal(reader.block(0), first)
         with pytest.raises(ValueError, match=r"block000002\.pt is of an earlier run"):
             reader.block(2)
+
+
+def test_a_checkpoint_is_read_on_the_cpu(tmp_path, monkeypatch):
+    """Files of a run on a GPU, on a machine that may have none."""
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine where CUDA tensors cannot be loaded")
+    checkpoint, run = Checkpoint(tmp_path), {"weights": {}}
+    checkpoint.begin(run, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        checkpoint.save({"latents": torch.arange(3.0)})
+        checkpoint.keep(0, torch.arange(2.0))
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(checkpoint.file, weights_only=True)
+    state = Checkpoint(tmp_path).begin(run, True)
+    assert torch.equal(state["latents"], torch.arange(3.0)) and torch.equal(checkpoint.block(0), torch.arange(2.0))
+
+
+def test_a_scheduler_that_cannot_be_kept_has_no_checkpoint(model, tmp_path):
+    """One with an object that changes in its steps; one that stays as it is may be there."""
+
+    def scheduler(changes):
+        made = unipc(4)
+        made.constant, made.history = SimpleNamespace(a=[1.0, torch.ones(2)]), deque([0.0])
+        step = type(made).step
+
+        class Own(type(made)):
+            def step(self, model_output, *args, **kwargs):
+                if changes:
+                    self.history.append(1.0)
+                return step(self, model_output, *args, **kwargs)
+
+        made.__class__ = Own
+        return made
+
+    checkpoint = Checkpoint(tmp_path)
+    alone(model, scheduler=lambda steps: scheduler(False), checkpoint=checkpoint)
+    assert_equal(
+        alone(model, scheduler=lambda steps: scheduler(False), checkpoint=checkpoint, resume=True),
+        {2: alone(model)[2]},
+    )
+    with pytest.raises(ValueError, match=r"scheduler: Own\.history changes in its steps and is a deque"):
+        alone(model, scheduler=lambda steps: scheduler(True), checkpoint=Checkpoint(tmp_path / "other"))
 
 
 def test_what_is_remembered_elsewhere_is_no_checkpoint(model, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vdit_fast.parallel.identity import other_weights
+from vdit_fast.parallel.nests import mapped
 
 __all__ = ["Checkpoint"]
 
@@ -76,13 +77,15 @@ class Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state of the run that has begun."""
-        self._write(self.file, {"version": VERSION, "id": self._id, "run": self.run, "state": state})
+        self._write(
+            self.file, {"version": VERSION, "id": self._id, "run": self.run, "state": mapped(state, Tensor.cpu)}
+        )
 
     def _read(self) -> dict[str, Any] | None:
         if not self.file.is_file():
             return None
         try:
-            found: dict[str, Any] = torch.load(self.file, weights_only=True)
+            found: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
             version = found["version"]
         except Exception as error:
             raise ValueError(f"checkpoint: {self.file} cannot be read ({error})") from error
@@ -100,7 +103,7 @@ class Checkpoint:
         Raises:
             ValueError: the file is of a run before the one that has the state.
         """
-        found = torch.load(self._block(index), weights_only=True)
+        found = torch.load(self._block(index), map_location="cpu", weights_only=True)
         if self._id is None:
             state = self._read()
             self._id = state["id"] if state is not None else None
