@@ -34,6 +34,26 @@ def batched(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     return [part for t in TIMES for part in tiny.run(model, tiny.at(rows, t)).chunk(2)]
 
 
+MEMORY = [
+    *((planner, {}) for planner in PLANNERS),
+    ("svg1", {"refresh": 0}),
+    ("window", {"refresh": 1}),
+    ("window", {"heads": "spatial"}),
+]
+
+
+@pytest.mark.parametrize(("planner", "knobs"), MEMORY)
+def test_planners_say_whether_they_remember(planner: str, knobs: dict[str, Any]) -> None:
+    """By what is kept after two steps, of which one is sparse."""
+    model, inputs = build("wan")
+    settings = config(planner, **knobs)
+    handle = plugged(model, settings)
+    for t in TIMES[:2]:
+        tiny.run(model, tiny.at(inputs, t))
+    assert settings.attention is not None
+    assert settings.attention.remembers == bool(handle.roots[0].session.state)
+
+
 def check_sparse(handle: Handle) -> None:
     for layer in handle.stats()["layers"]:
         assert not layer["fallbacks"] and layer["sparse_calls"] > 0, layer

@@ -153,3 +153,37 @@ def test_a_snapshot_gives_the_same_video(at):
 def test_the_schedule_must_fit_the_sampler():
     with pytest.raises(ValueError, match="3 timesteps"):
         BlockQueue(Schedule(4, 2, 4, 2), Counting(), NoisePool(SHAPE, 4, 2))
+
+
+class Remembering(Counting):
+    """Keeps the last prediction where the latents are, and a table on the CPU."""
+
+    def fresh(self):
+        return [0, None, torch.ones(2)]
+
+    def step(self, state, prediction, latents, step):
+        state[1] = prediction
+        return super().step(state, prediction, latents, step)
+
+    def save(self, state):
+        return {"count": state[0], "last": [state[1]], "table": state[2]}
+
+    def load(self, saved):
+        return [saved["count"], *saved["last"], saved["table"]]
+
+
+def test_a_state_is_loaded_to_the_device_of_the_queue():
+    """What was with the latents comes to where they are now; what a schedule has on the CPU stays there."""
+    schedule, kept = Schedule(3, 5, 4, 2), []
+    queue = BlockQueue(schedule, Remembering(), NoisePool(SHAPE, 4, 2), "meta")
+    advance(queue)
+    advance(queue)
+    queue.snapshot(lambda snapshot: kept.append(snapshot.state_dict()))
+    assert [block["here"] for block in kept[0]["blocks"]] == [[True, False]] * 2
+    host = [block | {"latents": torch.ones(block["latents"].shape)} for block in kept[0]["blocks"]]
+    for block in host:
+        block["state"] = block["state"] | {"last": [torch.ones(block["latents"].shape)]}
+    queue.load(kept[0] | {"blocks": host})
+    for block in queue.blocks.values():
+        assert block.latents.is_meta and block.state[1].is_meta and block.state[2].device.type == "cpu"
+    advance(queue)

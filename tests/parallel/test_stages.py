@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import deque
+from types import SimpleNamespace
 
 import dualparal_reference
 import pytest
@@ -58,7 +60,7 @@ def split(model, ranks, config="exact", options=None, **other):
         pipeline = StagePipeline(handle, transport=ring, release=True, **(options or {}))
         return dict(generate(pipeline, **other)), pipeline
 
-    return run_ranks(work, ranks)
+    return run_ranks(work, ranks) if ranks > 1 else [work(Alone())]
 
 
 def assert_equal(got, want):
@@ -164,6 +166,50 @@ def test_layers_can_be_given(model):
     assert_equal(split(model, 2, options={"layers_per_stage": (3, 1)})[0][0], one)
 
 
+@pytest.mark.parametrize(
+    ("what", "first", "other"),
+    [
+        ("layers_per_stage", {"layers_per_stage": (3, 1)}, {}),
+        ("packing", {}, {"packing": Compressed("bf16")}),
+        ("packing", {"packing": Compressed("e4m3", 32)}, {"packing": Compressed("e4m3", 64)}),
+    ],
+)
+def test_ranks_of_different_settings_end(model, what, first, other):
+    error = _error_of_rank_1([model, copy.deepcopy(model)], ["exact"] * 2, [first, other])
+    assert str(error).startswith(f"{what}: ") and "on rank 1" in str(error)
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_ranks_of_different_models_end(model, release):
+    """Weights where both ranks have them; with release=True no rank has the other's."""
+    changed, longer, options = copy.deepcopy(model), tiny_wan(layers=5), [{"release": release}] * 2
+    changed.blocks[3].ffn.net[2].bias += 1
+    error = _error_of_rank_1([model, changed], ["exact"] * 2, options)
+    assert error is None if release else "1 parameters, the first is blocks.3.ffn.net.2.bias" in str(error)
+    error = _error_of_rank_1([model, longer], ["exact"] * 2, [{"layers_per_stage": n} for n in ((2, 2), (2, 3))])
+    assert "layers_per_stage: [2, 3] on rank 1" in str(error)
+    wide = copy.deepcopy(model)
+    wide.register_to_config(rope_max_seq_len=32)
+    assert str(_error_of_rank_1([model, wide], ["exact"] * 2, options)).startswith("model: WanTransformer3DModel ")
+    assert str(_error_of_rank_1([model, copy.deepcopy(model)], ["exact", PLANNED], options)).startswith("config: ")
+
+
+def _error_of_rank_1(models, configs, options):
+    errors = {}
+
+    def work(ring):
+        handle = vdit_fast.accelerate(models[ring.rank], configs[ring.rank])
+        try:
+            with handle:
+                dict(generate(StagePipeline(handle, transport=ring, **options[ring.rank]), blocks=1))
+        except (ValueError, RuntimeError) as error:
+            errors[ring.rank] = error
+
+    run_ranks(work, 2)
+    assert set(errors) in (set(), {0, 1})  # both end, or none
+    return errors.get(1)
+
+
 def test_without_context_a_block_is_a_short_clip_of_its_own(model):
     """num_cat = 0: independent clips, each the same as a video of one block from the same noise."""
     video, noise = alone(model, num_cat=0), NoisePool(SHAPE, 4, 0, SETTINGS["seed"])
@@ -207,6 +253,57 @@ def test_a_video_without_end_at_constant_memory(model):
         stream.close()
         assert len(sizes) == 8 and len(set(sizes)) == 1, sizes
         pipeline.close()
+
+
+def test_the_trace_of_a_video_without_end_is_bounded(model, monkeypatch):
+    """At the same number of events, with the seconds of all."""
+    monkeypatch.setattr(vdit_fast.parallel.trace.Trace.bound, "__defaults__", (20,))
+    with vdit_fast.accelerate(model, "exact") as handle:
+        pipeline = StagePipeline(handle)
+        stream = generate(pipeline, blocks=None)
+        lengths, seconds = [], []
+        for _ in itertools.islice(stream, 8):
+            lengths.append(len(pipeline.trace.events))
+            seconds.append(pipeline.trace.seconds("compute"))
+        stream.close()
+        assert set(lengths[3:]) == {20} and seconds == sorted(set(seconds))
+        kept = sum(end - begin for kind, *_, begin, end in pipeline.trace.events if kind == "compute")
+        assert kept < pipeline.trace.seconds("compute")
+        dict(generate(pipeline, blocks=8))  # one with an end keeps all
+        assert len(pipeline.trace.events) == 2 * 8 * 4
+        pipeline.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("kind", ["planner", "cache"])
+def test_nothing_is_remembered_of_blocks_left_under_way(model, kind, fails):
+    """Where a run is dropped, or ends by an error, on all ranks."""
+    auto = vdit_fast.Config(attention=vdit_fast.Window(tile=(2, 2, 2), min_tokens=0, dense_steps=0))
+    models, held = [copy.deepcopy(model) for _ in range(2)], {}
+
+    def work(ring):
+        pipeline = StagePipeline(
+            vdit_fast.accelerate(models[ring.rank], auto if kind == "planner" else CACHED), transport=ring
+        )
+        session = pipeline.stage.session
+        if ring.rank == 0:
+            stream = generate(pipeline, blocks=None, num_cat=0)
+            next(stream)
+            assert session.state if kind == "planner" else session.cache.nbytes
+            if fails:
+                pipeline.stage.run = lambda *_: 1 / 0
+                with pytest.raises(ZeroDivisionError):
+                    next(stream)
+            stream.close()
+        else:
+            try:
+                list(generate(pipeline, blocks=None))
+            except RuntimeError:
+                assert fails
+        held[ring.rank] = len(session.state) + session.cache.nbytes
+
+    run_ranks(work, 2)
+    assert held == {0: 0, 1: 0}
 
 
 def test_it_stops_early_on_all_ranks(model):
@@ -289,16 +386,192 @@ def test_a_checkpoint_gives_the_same_video(model, tmp_path):
         alone(model, blocks=4, checkpoint=checkpoint, resume=True)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_crash_loses_no_finished_block(model, tmp_path, ranks):
+    """The state that counts a block as finished is not there before the block is."""
+
+    class Crashing(Checkpoint):
+        def keep(self, index, latents):
+            if index == 2:
+                raise OSError("no space left")
+            super().keep(index, latents)
+
+    one = alone(model, blocks=5)
+    with pytest.raises((OSError, RuntimeError)):
+        split(model, ranks, blocks=5, checkpoint=Crashing(tmp_path))
+    checkpoint = Checkpoint(tmp_path)
+    rest = alone(model, blocks=5, checkpoint=checkpoint, resume=True)
+    assert list(rest) == [2, 3, 4]
+    assert_equal({index: checkpoint.block(index) for index in range(5)}, one)
+
+
+@pytest.mark.parametrize("what", ["argument", "weights", "config", "sampler", "packing", "model"])
+def test_a_checkpoint_is_of_one_run(model, tmp_path, what):
+    """With and without resume; the message names what differs."""
+    run = {"arguments": prompt(2), "sampler": SchedulerSampler(unipc(4)), "config": "exact", "packing": None}
+
+    def draw(model, arguments, sampler, config, packing, count=None, **options):
+        with vdit_fast.accelerate(model, config) as handle:
+            pipeline = StagePipeline(handle, packing=packing)
+            stream = pipeline.generate(sampler, SHAPE, arguments, **SETTINGS, **options)
+            video = dict(itertools.islice(stream, count))
+            stream.close()
+            pipeline.close()
+        return video
+
+    draw(model, **run, count=1, checkpoint=Checkpoint(tmp_path))
+    if what == "argument":
+        run["arguments"] = {"encoder_hidden_states": run["arguments"]["encoder_hidden_states"].clone()}
+        run["arguments"]["encoder_hidden_states"][1, 6, 15] += 1e-6
+    elif what == "weights":
+        model = copy.deepcopy(model)
+        model.blocks[1].attn1.to_q.weight.mul_(1.001)
+    elif what == "config":
+        run["config"] = vdit_fast.Config(fuse="off")
+    elif what == "sampler":
+        run["sampler"] = SchedulerSampler(unipc(4), convert=lambda prediction, latents, step: prediction)
+    elif what == "packing":
+        run["packing"] = Compressed("bf16")
+    else:
+        model = copy.deepcopy(model)
+        model.register_to_config(eps=1e-3)
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=rf"another run: {what}[^;]*; run with"):
+            draw(model, **run, checkpoint=Checkpoint(tmp_path), resume=resume)
+
+
+def test_weights_of_other_ranks_are_those_of_the_checkpoint(model, tmp_path):
+    """A run on one rank goes on on two, of which the second has other weights."""
+    with vdit_fast.accelerate(model, "exact") as handle:
+        pipeline = StagePipeline(handle)
+        stream = generate(pipeline, checkpoint=Checkpoint(tmp_path))
+        next(stream)
+        stream.close()
+        pipeline.close()
+    changed = copy.deepcopy(model)
+    changed.blocks[3].attn1.to_q.weight.mul_(1.001)
+    models, errors = [changed, copy.deepcopy(changed)], []
+
+    def work(ring):
+        handle = vdit_fast.accelerate(models[ring.rank], "exact")
+        try:
+            checkpoint = Checkpoint(tmp_path)
+            dict(generate(StagePipeline(handle, transport=ring, release=True), checkpoint=checkpoint, resume=True))
+        except ValueError as error:
+            errors.append(str(error))
+        except RuntimeError:
+            assert ring.rank == 0
+
+    run_ranks(work, 2)
+    assert len(errors) == 1 and errors[0].startswith("weights: those of rank 1 and of the first one")
+    with vdit_fast.accelerate(model, "exact") as handle:
+        assert list(dict(generate(StagePipeline(handle), checkpoint=Checkpoint(tmp_path), resume=True))) == [0, 1, 2]
+
+
+def test_blocks_of_an_earlier_run_are_not_this_ones(model, tmp_path):
+    """A folder whose run kept no state: its blocks are replaced, and not given out before that."""
+    alone(model, seed=1, checkpoint=Checkpoint(tmp_path, every=99))
+    checkpoint = Checkpoint(tmp_path, every=4)
+    with vdit_fast.accelerate(model, "exact") as handle:
+        pipeline = StagePipeline(handle)
+        stream = generate(pipeline, checkpoint=checkpoint)
+        first = next(stream)[1]
+        next(stream)
+        stream.close()
+        pipeline.close()
+    for reader in (checkpoint, Checkpoint(tmp_path)):
+        assert torch.equal(reader.block(0), first)
+        with pytest.raises(ValueError, match=r"block000002\.pt is of an earlier run"):
+            reader.block(2)
+
+
+def test_a_checkpoint_is_read_on_the_cpu(tmp_path, monkeypatch):
+    """Files of a run on a GPU, on a machine that may have none."""
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine where CUDA tensors cannot be loaded")
+    checkpoint, run = Checkpoint(tmp_path), {"weights": {}}
+    checkpoint.begin(run, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        checkpoint.save({"latents": torch.arange(3.0)})
+        checkpoint.keep(0, torch.arange(2.0))
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(checkpoint.file, weights_only=True)
+    state = Checkpoint(tmp_path).begin(run, True)
+    assert torch.equal(state["latents"], torch.arange(3.0)) and torch.equal(checkpoint.block(0), torch.arange(2.0))
+
+
+def test_a_scheduler_that_cannot_be_kept_has_no_checkpoint(model, tmp_path):
+    """One with an object that changes in its steps; one that stays as it is may be there."""
+
+    def scheduler(changes):
+        made = unipc(4)
+        made.constant, made.history = SimpleNamespace(a=[1.0, torch.ones(2)]), deque([0.0])
+        step = type(made).step
+
+        class Own(type(made)):
+            def step(self, model_output, *args, **kwargs):
+                if changes:
+                    self.history.append(1.0)
+                return step(self, model_output, *args, **kwargs)
+
+        made.__class__ = Own
+        return made
+
+    checkpoint = Checkpoint(tmp_path)
+    alone(model, scheduler=lambda steps: scheduler(False), checkpoint=checkpoint)
+    assert_equal(
+        alone(model, scheduler=lambda steps: scheduler(False), checkpoint=checkpoint, resume=True),
+        {2: alone(model)[2]},
+    )
+    with pytest.raises(ValueError, match=r"scheduler: Own\.history changes in its steps and is a deque"):
+        alone(model, scheduler=lambda steps: scheduler(True), checkpoint=Checkpoint(tmp_path / "other"))
+
+
 def test_what_is_remembered_elsewhere_is_no_checkpoint(model, tmp_path):
     with pytest.raises(ValueError, match="taylorseer"):
         alone(model, CACHED, num_cat=0, checkpoint=Checkpoint(tmp_path))
     with pytest.raises(ValueError, match="num_cat"):
         alone(model, CACHED)
-    looking = vdit_fast.Config(attention=vdit_fast.Window(tile=(2, 2, 2), min_tokens=0, dense_steps=0, heads="auto"))
-    try:
-        alone(model, looking, checkpoint=Checkpoint(tmp_path))
-    except ValueError as error:
-        assert "window" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("planner", "steps"),
+    [
+        (vdit_fast.Window(tile=(2, 2, 2), min_tokens=0, dense_steps=0, heads="auto"), {}),
+        (vdit_fast.planners.AdaSpa(block=8, sparsity=0.5, search=(2,), dense_steps=1, dense_layers=2), {"steps": 6}),
+    ],
+    ids=["window", "adaspa"],
+)
+def test_planners_that_remember_have_no_checkpoint(model, tmp_path, planner, steps):
+    """Refused before anything is drawn, also where the first rank's layers are dense."""
+    drawn = []
+
+    def work(ring):
+        pipeline = StagePipeline(vdit_fast.accelerate(models[ring.rank], config), transport=ring)
+        pipeline.stage.run = lambda *_: drawn.append(ring.rank)
+        return dict(generate(pipeline, checkpoint=Checkpoint(tmp_path), **steps)) if ring.rank == 0 else None
+
+    models, config = [copy.deepcopy(model) for _ in range(2)], vdit_fast.Config(attention=planner)
+    with pytest.raises(ValueError, match=rf"checkpoint: planner '{planner.name}' remembers"):
+        run_ranks(work, 2)
+    assert not drawn and not list(tmp_path.iterdir())
+
+
+def test_a_planner_that_does_not_remember_has_a_checkpoint(model, tmp_path):
+    fixed = vdit_fast.Window(tile=(2, 2, 2), min_tokens=0, dense_steps=0, heads="spatial")
+    config, checkpoint = vdit_fast.Config(attention=fixed), Checkpoint(tmp_path, every=5)
+    one = alone(model, config, checkpoint=checkpoint)
+    assert_equal(alone(model, config, checkpoint=checkpoint, resume=True), {2: one[2]})
+
+
+def test_what_a_planner_remembers_unsaid_is_seen(model, tmp_path):
+    class Hidden(vdit_fast.Window):
+        remembers = False
+
+    hidden = vdit_fast.Config(attention=Hidden(tile=(2, 2, 2), min_tokens=0, dense_steps=0, heads="auto"))
+    with pytest.raises(ValueError, match="remembers earlier steps"):
+        alone(model, hidden, checkpoint=Checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdit_fast.parallel.nests import mapped, tensors
 from vdit_fast.parallel.noise import NoisePool
 from vdit_fast.parallel.sampler import BlockSampler
 from vdit_fast.parallel.schedule import Item, Schedule
@@ -59,10 +60,16 @@ class BlockQueue:
         sampler: denoises blocks; it has ``schedule.steps`` timesteps.
         noise: what blocks start from.
         device: of the latents.
+        keep: called with every finished block before a snapshot counts it as finished.
     """
 
     def __init__(
-        self, schedule: Schedule, sampler: BlockSampler, noise: NoisePool, device: torch.device | str = "cpu"
+        self,
+        schedule: Schedule,
+        sampler: BlockSampler,
+        noise: NoisePool,
+        device: torch.device | str = "cpu",
+        keep: Callable[[FrameBlock], None] | None = None,
     ) -> None:
         if len(sampler.timesteps) != schedule.steps:
             raise ValueError(f"sampler: it has {len(sampler.timesteps)} timesteps, the schedule {schedule.steps} steps")
@@ -70,6 +77,7 @@ class BlockQueue:
         self.sampler = sampler
         self.noise = noise
         self.device = torch.device(device)
+        self._keep = keep
         self.blocks: dict[int, FrameBlock] = {}
         self.iteration = 0
         """The next one to begin."""
@@ -127,6 +135,8 @@ class BlockQueue:
         block.latents = self.sampler.step(block.state, prediction, block.latents, block.done)
         block.done += 1
         gone = block.done == self.schedule.steps
+        if gone and self._keep is not None:
+            self._keep(block)
         if gone:
             del self.blocks[index]
             self.finished += 1
@@ -160,14 +170,19 @@ class BlockQueue:
         self.blocks = {}
         for saved in state["blocks"]:
             index, done, latents = saved["index"], saved["done"], saved["latents"].to(self.device)
-            self.blocks[index] = FrameBlock(index, latents, self.sampler.load(saved["state"]), done, done)
+            here = iter(saved["here"])
+            own = mapped(saved["state"], lambda x: x.to(self.device) if next(here) else x)  # noqa: B023
+            self.blocks[index] = FrameBlock(index, latents, self.sampler.load(own), done, done)
 
     def _scalars(self) -> dict[str, Any]:
         return {"finished": self.finished, "end": self._end}
 
     def _saved(self, block: FrameBlock) -> dict[str, Any]:
+        """``here``: which tensors of the sampler's state are on the device of the latents, in the order in which they
+        come; a file has them all on the CPU."""
         state = self.sampler.save(block.state)
-        return {"index": block.index, "done": block.done, "latents": block.latents, "state": state}
+        here = [x.device == block.latents.device for x in tensors(state)]
+        return {"index": block.index, "done": block.done, "latents": block.latents, "state": state, "here": here}
 
     def _settle(self) -> None:
         complete = [entry for entry in self._open if not entry[0].missing]

@@ -15,7 +15,8 @@ __all__ = ["Compressed", "Packing", "Plain"]
 
 
 class Packing(Protocol):
-    """How the stream between two stages is sent."""
+    """How the stream between two stages is sent. A ``description`` (str), where it has settings, tells two of a class
+    apart: all ranks must have the same."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """A buffer of one dimension that a message of this shape and dtype comes in."""
@@ -32,6 +33,8 @@ class Packing(Protocol):
 
 class Plain:
     """As it is."""
+
+    description = "as it is"
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
         return torch.empty(math.prod(shape), dtype=dtype, device=device)
@@ -57,6 +60,7 @@ class Compressed:
                 f'vdit_fast: compression {compression!r}, block {block}; expected "bf16" or "e4m3", and 32, 64 or 128'
             )
         self.compression, self.block = compression, block
+        self.description = f"{compression}, block {block}"
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
         (count,) = packed_sizes(shape, compression=self.compression, block=self.block)

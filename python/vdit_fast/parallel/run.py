@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdit_fast.parallel.identity import other_weights
 from vdit_fast.parallel.packing import Packing, Plain
 from vdit_fast.parallel.schedule import Item, Schedule
 from vdit_fast.parallel.stage import Conditions
@@ -33,6 +34,29 @@ class Run:
     conditions: Conditions
     stream: tuple[tuple[int, ...], torch.dtype]
     """Shape and dtype of what one stage hands to the next."""
+    options: dict[str, Any]
+    """What the pipelines of all ranks must have in common."""
+    weights: dict[str, str]
+    """Digests of parameters that are the first rank's, or were in the run that goes on."""
+
+    def check(self, rank: int, options: dict[str, Any], weights: dict[str, str]) -> None:
+        """Compare with what another rank has.
+
+        Raises:
+            ValueError: something differs; the message says what.
+        """
+        for name, value in self.options.items():
+            if options[name] != value:
+                raise ValueError(
+                    f"{name}: {options[name]} on rank {rank}, but {value} on the first one; make the pipelines of all "
+                    "ranks with the same settings of the same model"
+                )
+        different = other_weights(self.weights, weights)
+        if different is not None:
+            raise ValueError(
+                f"weights: those of rank {rank} and of the first one, or of the checkpoint, differ in {different}; "
+                "load the same on all ranks, or release=True where a rank has only those of its blocks"
+            )
 
     @property
     def branches(self) -> int:

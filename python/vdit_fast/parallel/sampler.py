@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from vdit_fast.parallel.identity import digest
 
 __all__ = ["BlockSampler", "SchedulerSampler"]
 
@@ -15,7 +20,8 @@ Convert = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class BlockSampler(Protocol):
-    """A denoising schedule for many blocks that are at different steps of it."""
+    """A denoising schedule for many blocks that are at different steps of it. A ``description`` (str) tells a
+    checkpoint whether it is of the same schedule."""
 
     @property
     def timesteps(self) -> list[float]:
@@ -71,6 +77,14 @@ class SchedulerSampler:
     def timesteps(self) -> list[float]:
         return self._timesteps
 
+    @property
+    def description(self) -> str:
+        """The scheduler's class and a digest of its configuration; the names of the functions around it."""
+        config = dict(getattr(self._scheduler, "config", None) or {})
+        own = {key: item for key, item in config.items() if not key.startswith("_")}
+        around = [getattr(f, "__qualname__", type(f).__qualname__) for f in (self._convert, self._last)]
+        return f"{type(self._scheduler).__name__} {digest([own, around])}"
+
     def fresh(self) -> Any:
         state = copy.deepcopy(self._scheduler)
         if hasattr(state, "set_begin_index"):
@@ -85,7 +99,20 @@ class SchedulerSampler:
         return new
 
     def save(self, state: Any) -> dict[str, Any]:
-        return {name: copy.deepcopy(value) for name, value in vars(state).items() if _plain(value)}
+        """As in ``BlockSampler``.
+
+        Raises:
+            ValueError: the steps have changed something in the scheduler that cannot be kept.
+        """
+        fresh = vars(self.fresh())
+        saved = {name: copy.deepcopy(value) for name, value in vars(state).items() if _plain(value)}
+        for name, value in vars(state).items():
+            if name not in saved and (name not in fresh or not _same(value, fresh[name])):
+                raise ValueError(
+                    f"scheduler: {type(state).__name__}.{name} changes in its steps and is a {type(value).__name__}, "
+                    "which a checkpoint cannot keep; run without checkpoints, or take another scheduler"
+                )
+        return saved
 
     def load(self, saved: dict[str, Any]) -> Any:
         state = self.fresh()
@@ -99,3 +126,24 @@ def _plain(value: Any) -> bool:
     if type(value) is dict:
         return all(isinstance(key, str) and _plain(item) for key, item in value.items())
     return value is None or type(value) in (Tensor, bool, int, float, str)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether a copy still has what its original has."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, list | tuple | deque):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Generator):
+        return torch.equal(a.get_state(), b.get_state())
+    if getattr(a, "__dict__", None):
+        return _same(vars(a), vars(b))
+    return bool(a == b)

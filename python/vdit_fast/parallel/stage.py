@@ -18,6 +18,7 @@ from vdit_fast.forwards import ForwardStandIn
 from vdit_fast.models.blocks import BlockCall, transformer_blocks
 from vdit_fast.models.session import Session
 from vdit_fast.parallel.neighbours import NeighbourKeys
+from vdit_fast.parallel.nests import mapped
 from vdit_fast.parallel.refusals import staged_root
 from vdit_fast.parallel.schedule import Item
 
@@ -182,8 +183,8 @@ class Stage:
         """Get ready for a run: what ``record`` returned and was called with, and the latent frames that blocks see of
         their noisier neighbour."""
         known: dict[int, Tensor] = {}
-        self._conditions = _mapped(conditions, lambda x: known.setdefault(id(x), x.to(self.device)))
-        self._arguments = _mapped(arguments, lambda x: x.to(self.device))
+        self._conditions = mapped(conditions, lambda x: known.setdefault(id(x), x.to(self.device)))
+        self._arguments = mapped(arguments, lambda x: x.to(self.device))
         self._timesteps, self._shape = timesteps, shape
         self.handle.reset()  # an earlier run may have been left with blocks under way
         self._forget_neighbours()
@@ -214,7 +215,7 @@ class Stage:
             if path == self.layout.patch:
                 return inner()
             out = inner()
-            self._recorded.setdefault(path, []).append(_mapped(out, lambda x: x.detach().cpu()))
+            self._recorded.setdefault(path, []).append(mapped(out, lambda x: x.detach().cpu()))
             return out
         if not self._running or (path == self.layout.patch and self.first):
             return inner()
@@ -262,6 +263,11 @@ class Stage:
             self.session.release(item.block)
         return out
 
+    def rest(self) -> None:
+        """A run is over: release what planners and the cache remember of blocks that were left under way."""
+        self.session.state.clear()
+        self.session.cache.forget()
+
     def _named(self, latents: Tensor, timestep: float, batch: int, arguments: dict[str, Any]) -> dict[str, Any]:
         t = torch.full((batch,), timestep, dtype=torch.float32, device=self.device)
         return {"hidden_states": latents, "timestep": t, **arguments, "return_dict": False}
@@ -289,17 +295,6 @@ class _Copied:
 
     def fresh(self) -> _Copied:
         return self
-
-
-def _mapped(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
-    """A nest of lists, tuples and dicts with its tensors exchanged."""
-    if isinstance(value, Tensor):
-        return of(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, of) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(item, of) for item in value)
-    return value
 
 
 def _shared(value: Any, before: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vdit_fast.models.blocks import transformer_blocks
 from vdit_fast.parallel.block_queue import BlockQueue, FrameBlock, Snapshot
 from vdit_fast.parallel.checkpoint import Checkpoint
+from vdit_fast.parallel.identity import described, digest, model_digest, weight_digests
 from vdit_fast.parallel.noise import NoisePool
 from vdit_fast.parallel.packing import Packing, Plain
 from vdit_fast.parallel.refusals import staged_root
@@ -32,8 +33,9 @@ __all__ = ["StagePipeline"]
 class StagePipeline:
     """Splits an accelerated transformer's blocks over ranks and draws long videos with it.
 
-    Every rank makes one of its own transformer, with the same weights in the blocks that the rank has, and calls
-    ``generate``; the finished frame blocks come out on the first rank.
+    Every rank makes one of its own transformer, with the same weights (in all parameters that are not on "meta" or
+    released), configuration, ``layers_per_stage`` and ``packing``, and calls ``generate``; the finished frame blocks
+    come out on the first rank.
 
     Args:
         handle: what ``accelerate`` returned for the transformer. Its planner and cache are in force in every block.
@@ -148,7 +150,7 @@ class StagePipeline:
             num_cat: latent frames that a block sees of its neighbours; the first block is longer by them.
             guidance: classifier-free guidance scale; 1 switches it off.
             seed: of the noise.
-            checkpoint: where states and finished blocks are kept.
+            checkpoint: where states and finished blocks are kept; a state in its folder must be of the same run.
             resume: go on from the checkpoint's newest state, if it has one. Blocks that it has finished come out no
                 more: ``checkpoint.block`` has them.
 
@@ -177,6 +179,7 @@ class StagePipeline:
             raise
         finally:
             self._drawing = False
+            self.stage.rest()
             self.trace.finish()
 
     def _generate(
@@ -194,33 +197,50 @@ class StagePipeline:
     ) -> Iterator[tuple[int, Tensor]]:
         run: Run | None = None
         state: dict[str, Any] | None = None
-        settings: dict[str, Any] = {}
         if self.rank == 0:
             schedule = Schedule(len(sampler.timesteps), blocks, num_per_block, num_cat)
             branches = 1 if guidance == 1 else 2
             whole = (branches, shape[0], schedule.frames, *shape[1:])
-            settings = {**asdict(schedule), "shape": list(whole), "guidance": float(guidance), "seed": seed}
-            settings |= {"timesteps": sampler.timesteps, "layers": self.layers[-1].stop}
+            settings: dict[str, Any] = asdict(schedule) | {"shape": list(whole), "guidance": float(guidance)}
+            options, weights = self._options(), weight_digests(self.stage.module)
+            settings |= {"seed": seed, "timesteps": sampler.timesteps, "sampler": described(sampler)}
+            settings |= {key: item for key, item in options.items() if key != "layers_per_stage"}
+            settings |= {f"argument {name}": digest(value) for name, value in arguments.items()} | {"weights": weights}
             self._check(num_cat, checkpoint)
-            if checkpoint is not None and resume:
-                state = checkpoint.load(settings)
+            if checkpoint is not None:
+                state = checkpoint.begin(settings, resume)
+                weights = checkpoint.run["weights"]
             first = state["iteration"] if state is not None else 0
             conditions, stream = self.stage.record(sampler.timesteps, arguments, whole)
             told = (tuple(stream.shape), stream.dtype)
-            run = Run(schedule, whole, guidance, first, sampler.timesteps, _on_cpu(arguments), conditions, told)
+            kept = _on_cpu(arguments)
+            run = Run(schedule, whole, guidance, first, sampler.timesteps, kept, conditions, told, options, weights)
         run = self.transport.share(run, "the first rank to begin")
         assert run is not None
         self._run = run
+        if run.schedule.blocks is None:
+            self.trace.bound()
+        if self.rank != 0:
+            run.check(self.rank, self._options(), weight_digests(self.stage.module))
         self.stage.load(run.conditions, run.timesteps, run.arguments, run.shape, run.schedule.num_cat)
         self.transport.open(self._buffers(run))
         if self.rank != 0:
             self._serve(run)
             return
         noise = NoisePool(shape, num_per_block, num_cat, seed)
-        self.queue = queue = BlockQueue(run.schedule, sampler, noise, self.stage.device)
+        keep = None if checkpoint is None else lambda block: checkpoint.keep(block.index, block.latents)
+        self.queue = queue = BlockQueue(run.schedule, sampler, noise, self.stage.device, keep)
         if state is not None:
             queue.load(state)
-        yield from self._lead(run, queue, checkpoint, settings)
+        yield from self._lead(run, queue, checkpoint)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "layers_per_stage": [len(layers) for layers in self.layers],
+            "packing": described(self.packing),
+            "model": model_digest(self.stage.module),
+            "config": self.stage.session.config.digest(),
+        }
 
     def _check(self, num_cat: int, checkpoint: Checkpoint | None) -> None:
         cache = self.stage.session.config.cache
@@ -234,10 +254,11 @@ class StagePipeline:
                 f"checkpoint: cache {cache.name!r} remembers earlier steps, which a checkpoint has not; run without "
                 "checkpoints, or set cache to null in the configuration"
             )
+        planner = self.stage.session.config.attention
+        if planner is not None and planner.remembers and checkpoint is not None:
+            raise self._has_memory()
 
-    def _lead(
-        self, run: Run, queue: BlockQueue, checkpoint: Checkpoint | None, settings: dict[str, Any]
-    ) -> Iterator[tuple[int, Tensor]]:
+    def _lead(self, run: Run, queue: BlockQueue, checkpoint: Checkpoint | None) -> Iterator[tuple[int, Tensor]]:
         """The first rank's loop: the queue, and the first stage."""
         schedule, under_way, sent = run.schedule, deque[Item](), 0
 
@@ -245,7 +266,7 @@ class StagePipeline:
             assert checkpoint is not None
             with self.trace.during("save", Item(snapshot.iteration, 0, 0)):
                 self._refuse_memory()
-                checkpoint.save(snapshot.state_dict(), settings)
+                checkpoint.save(snapshot.state_dict())
 
         try:
             while schedule.iterations is None or queue.iteration < schedule.iterations:
@@ -253,16 +274,16 @@ class StagePipeline:
                     queue.snapshot(save)
                 for item in queue.begin():
                     while not queue.ready(item.block) or (under_way and self.transport.there()):
-                        yield from self._finished(self._take(run, queue, under_way.popleft()), checkpoint)
+                        yield from _finished(self._take(run, queue, under_way.popleft()))
                     out = self._compute(run, queue.inputs(item.block), item)
                     if self.stage.last:
-                        yield from self._finished(self._apply(queue, out, item), checkpoint)
+                        yield from _finished(self._apply(queue, out, item))
                     else:
                         self._send(self.packing.pack, out, item)
                         under_way.append(item)
                         sent += 1
             while under_way:
-                yield from self._finished(self._take(run, queue, under_way.popleft()), checkpoint)
+                yield from _finished(self._take(run, queue, under_way.popleft()))
         except GeneratorExit:
             if sent != schedule.count(run.first):
                 self.transport.stop(sent, self._wire(run))
@@ -322,21 +343,18 @@ class StagePipeline:
         with self.trace.during("step", item):
             return queue.apply(item.block, prediction)
 
-    def _finished(self, block: FrameBlock | None, checkpoint: Checkpoint | None) -> Iterator[tuple[int, Tensor]]:
-        if block is not None:
-            if checkpoint is not None:
-                checkpoint.keep(block.index, block.latents)
-            yield block.index, block.latents
-
     def _refuse_memory(self) -> None:
-        """Raise where something besides the queue is remembered between steps, which no checkpoint has."""
-        session = self.stage.session
-        planner = session.config.attention
-        if any(session.memory(block) for block in (self.queue.blocks if self.queue is not None else ())):
-            raise ValueError(
-                f"checkpoint: planner {planner.name if planner else '?'!r} remembers earlier steps, which a checkpoint "
-                "has not; take a planner that does not, or run without checkpoints"
-            )
+        """Raise where a planner that says otherwise remembers something between steps, which no checkpoint has."""
+        memory = self.stage.session.memory
+        if any(memory(block) for block in (self.queue.blocks if self.queue is not None else ())):
+            raise self._has_memory()
+
+    def _has_memory(self) -> ValueError:
+        planner = self.stage.session.config.attention
+        return ValueError(
+            f"checkpoint: planner {planner.name if planner else '?'!r} remembers earlier steps, which a checkpoint "
+            "has not; take a planner that does not, or run without checkpoints"
+        )
 
     def _wire(self, run: Run) -> Tensor:
         return self.packing.empty(*run.stream, self.stage.device)
@@ -352,6 +370,11 @@ class StagePipeline:
             return run.result(item, self.stage.device) if self.rank == 0 else self._wire(run)
 
         return empty
+
+
+def _finished(block: FrameBlock | None) -> Iterator[tuple[int, Tensor]]:
+    if block is not None:
+        yield block.index, block.latents
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ One JSON document per rank:
 ``began``, ``ended``
     of the whole run, seconds of ``time.monotonic``, which processes of one Linux machine share.
 ``events``
-    [kind, iteration, block, begin, end] in order, seconds after ``began``. Kinds: ``receive`` (waits for the input of a
+    [kind, iteration, block, begin, end] in order, seconds after ``began``; of a video without end the last 10,000.
+    Kinds: ``receive`` (waits for the input of a
     stage), ``unpack``, ``compute`` (the rank's blocks, and the head on the last one), ``pack``, ``send`` (waits until
     the message may be handed over: at most two are under way), ``result`` (rank 0 waits for what the last rank made),
     ``step`` (scheduler), ``save`` (a checkpoint).
@@ -27,6 +28,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +39,9 @@ from vdit_fast.parallel.schedule import Item
 __all__ = ["KINDS", "Trace", "read_traces"]
 
 KINDS = ("receive", "unpack", "compute", "pack", "send", "result", "step", "save")
+ENDLESS = 10_000
+"""Events that are kept of a video without end."""
+
 FORMAT, VERSION = "vdit_fast.parallel.trace", 1
 
 
@@ -45,7 +50,8 @@ class Trace:
 
     def __init__(self) -> None:
         self.began = self.ended = time.monotonic()
-        self.events: list[tuple[str, int, int, float, float]] = []
+        self.events: deque[tuple[str, int, int, float, float]] = deque()
+        self._seconds = dict.fromkeys(KINDS, 0.0)
 
     @contextmanager
     def during(self, kind: str, item: Item) -> Iterator[None]:
@@ -53,11 +59,17 @@ class Trace:
         try:
             yield
         finally:
-            self.events.append((kind, item.iteration, item.block, begin - self.began, time.monotonic() - self.began))
+            end = time.monotonic()
+            self.events.append((kind, item.iteration, item.block, begin - self.began, end - self.began))
+            self._seconds[kind] += end - begin
+
+    def bound(self, events: int = ENDLESS) -> None:
+        """Keep the last events only, as they come without end."""
+        self.events = deque(self.events, events)
 
     def seconds(self, kind: str) -> float:
-        """Of all events of a kind."""
-        return sum(end - begin for name, _, _, begin, end in self.events if name == kind)
+        """Of all events of a kind, also those that were not kept."""
+        return self._seconds[kind]
 
     def finish(self) -> None:
         self.ended = time.monotonic()

@@ -30,9 +30,11 @@ def choice(
 
     0: once per generation. 1: at every call, also while the step is unknown.
     """
+    if refresh == 1:
+        return choose()
     key, same, step = slot(word, planner, ctx), layout(q, ctx), ctx.step.step
     known = ctx.state.get(key)
-    if known is None or known[0] != same or refresh == 1 or (refresh and step - known[1] >= refresh):
+    if known is None or known[0] != same or (refresh and step - known[1] >= refresh):
         known = ctx.state[key] = (same, step, choose())
     chosen: Tensor = known[2]
     return chosen

@@ -129,6 +129,10 @@ class AdaSpa(Planner):
         first = dense if isinstance(dense, int) else math.floor(dense * (total or 0) + 1e-9)
         return {max(place, first) for place in places}
 
+    @property
+    def remembers(self) -> bool:
+        return True
+
     # ------------------------------------------------------------------ one call
     @torch.no_grad()
     def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:

@@ -168,6 +168,12 @@ class Planner:
         such steps. The answer depends on the step and the knobs alone."""
         return None
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a call depends on what an earlier step of the generation left in `ctx.state`. A run cannot be taken
+        up in its middle then."""
+        return False
+
     # ------------------------------------------------------------------ planning
     def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
         """What this call does: ``plan`` unless ``decide`` keeps it dense. This is what a session calls.

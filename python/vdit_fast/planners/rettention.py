@@ -87,6 +87,10 @@ class Rettention(Planner):
         _checks.switch("clamp", self.clamp)
         self._set("max_bytes", _checks.count("max_bytes", self.max_bytes))
 
+    @property
+    def remembers(self) -> bool:
+        return True
+
     # ------------------------------------------------------------------ one call
     def decide(self, ctx: LayerContext) -> str | None:
         reason = super().decide(ctx)

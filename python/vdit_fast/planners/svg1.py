@@ -111,6 +111,10 @@ class SVG1(Planner):
         """W, half the width of the band in frames; all tokens where everything is kept."""
         return band_width(self.sparsity, ctx) / (ctx.grid[1] * ctx.grid[2])
 
+    @property
+    def remembers(self) -> bool:
+        return self.refresh != 1
+
     # ------------------------------------------------------------------ plan
     def decision(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Decision:
         reason = self.decide(ctx)

@@ -181,6 +181,10 @@ class SVG2(Planner):
         inside[..., 0] = True
         return torch.zeros_like(inside).scatter_(-1, order, inside) | mass.isnan()
 
+    @property
+    def remembers(self) -> bool:
+        return True
+
     # ------------------------------------------------------------------ clusters
     def clusters(self, q: Tensor, k: Tensor, ctx: LayerContext) -> tuple[Clusters, Clusters]:
         """Clusters of the video's queries, and of its keys outside of the sink frames; the centroids are kept."""

@@ -35,5 +35,9 @@ class Watching(Planner):
     def observes(self, step: StepContext) -> str | None:
         return self.inner.observes(step)
 
+    @property
+    def remembers(self) -> bool:
+        return self.inner.remembers
+
     def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
         return self.inner.plan(q, k, ctx)

@@ -108,6 +108,10 @@ class Window(Planner):
             found[kind] = min(options, key=lambda w: (abs(density(axes, w) - target), -density(axes, w)))
         return found
 
+    @property
+    def remembers(self) -> bool:
+        return self.heads == "auto" and self.refresh != 1
+
     # ------------------------------------------------------------------ plan
     @torch.no_grad()
     def plan(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttentionPlan:
