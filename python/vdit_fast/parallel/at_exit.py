@@ -1,4 +1,4 @@
-"""What must be closed before the interpreter ends: from then on daemon threads stand still, and nobody answers a wait."""
+"""What must be closed before the interpreter ends: then daemon threads stand still, and nobody answers a wait."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vdit_fast.parallel.hops import Counts, Incoming, Outgoing
-from vdit_fast.parallel.watch import Watch, reach
+from vdit_fast.parallel.watch import INTERVAL, Watch, reach
 
 __all__ = ["Alone", "Ring", "Transport"]
 
@@ -151,7 +152,7 @@ class Ring:
             raise ValueError("group: it has one rank; a ring needs two")
         self.sent, self.received = Counts(), Counts()
         self._device = torch.device(device)
-        store = dist.distributed_c10d._get_default_store()
+        store: Any = dist.distributed_c10d._get_default_store()
         name = f"vdit_fast/{everybody}"
 
         def connect() -> dist.Store:
@@ -159,12 +160,13 @@ class Ring:
             number = own.add(f"{name}/made/{self.rank}", 1)  # of the rings of these ranks, the same on all
             return dist.PrefixStore(f"{name}/{number}", own)
 
-        self.watch = Watch(reach(connect, patience), self.rank, self.ranks, patience, timeout)
+        shared = reach(connect, patience)
+        self.watch = Watch(shared, self.rank, self.ranks, patience, timeout)
         weakref.finalize(self, self.watch.close).atexit = False  # then it closes by itself, in the right order
         self._host = dist.get_backend(group) != "nccl"
         self._groups: list[dist.ProcessGroup] = []
         try:
-            self._all = self.watch.run(lambda: self._connect(everybody), "the other ranks to connect")
+            self._all = self.watch.run(lambda: self._connect(everybody, shared), "the other ranks to connect")
         except BaseException as error:
             self.fail(error)
             raise
@@ -172,8 +174,17 @@ class Ring:
         self._out: Outgoing | None = None
         self._in: Incoming | None = None
 
-    def _connect(self, everybody: list[int]) -> dist.ProcessGroup:
-        # All ranks are in every group: torch names the groups of a part by how many groups a rank has had.
+    def _connect(self, everybody: list[int], store: dist.Store) -> dist.ProcessGroup:
+        # All ranks are in every group: torch names the groups of a part by how many groups a rank has had. Who has had
+        # fewer makes some of its own, where some of these ranks had a ring before.
+        count = len(dist.distributed_c10d._world.pg_names)
+        store.set(f"groups/{self.rank}", str(count))
+        keys = [f"groups/{other}" for other in range(self.ranks)]
+        while not store.check(keys):  # store.wait would hold up the watch's signs of life
+            self.watch.check()
+            time.sleep(INTERVAL / 10)
+        for _ in range(max(int(store.get(key)) for key in keys) - count):
+            dist.new_group([everybody[self.rank]], use_local_synchronization=True)
         for _ in range(self.ranks):
             self._groups.append(dist.new_group(everybody, timeout=FOREVER, use_local_synchronization=True))
         return dist.new_group(everybody, timeout=FOREVER, use_local_synchronization=True)

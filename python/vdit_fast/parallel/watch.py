@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from vdit_fast.parallel.at_exit import close_at_exit
@@ -268,10 +269,8 @@ class Watch:
                 print(f"[rank {self.rank}] {self.failure}", file=sys.stderr, flush=True)
                 os._exit(1)
         if self.failure is None:
-            try:
+            with suppress(Exception):  # the store may be gone
                 self._store.set(f"beat/{self.rank}", CLOSED)
-            except Exception:  # the store is gone
-                pass
 
     def _beat(self, beat: int) -> None:
         self._store.set(f"beat/{self.rank}", f"{beat}{ASIDE if self.aside else ''}")
