@@ -30,6 +30,16 @@ def test_there_and_back(packing: Packing, bound: float, dtype: torch.dtype) -> N
         assert packing.empty((2, 37, 128), dtype, "cpu").numel() < 2 * 37 * 128 * 1.04
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_message_is_not_the_models_own_memory() -> None:
+    """A CUDA graph writes its next result to the same place."""
+    for x in (torch.randn(2, 3, 8, device="cuda"), torch.randn(2, 8, 3, device="cuda").mT):
+        message, want = Plain().pack(x), x.clone()
+        x.zero_()
+        assert torch.equal(message.view(want.shape), want)
+
+
 def test_unknown_compressions() -> None:
     with pytest.raises(RuntimeError, match="compression 'e5m2'"):
         Compressed("e5m2")  # type: ignore[arg-type]

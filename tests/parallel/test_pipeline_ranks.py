@@ -118,3 +118,19 @@ def test_an_error_of_one_rank_is_shown_by_all(tmp_path):
     assert ranks.wait(90) == [1, 1]
     assert "ZeroDivisionError: a bug of this rank" in ranks.log(1)
     assert "rank 1 of the pipeline failed" in ranks.log(0) and "ZeroDivisionError: a bug of this rank" in ranks.log(0)
+
+
+def test_the_callers_time_is_nobodys_wait(tmp_path):
+    """Slow consumers and rests between runs; a failure in a later run is told at once, with its reason."""
+    ranks = forked_ranks.start("pipeline_workers:resting", tmp_path, 2, steps=2, seconds=1.5)
+    assert ranks.wait(60) == [1, 1]
+    assert "ValueError: num_cat: 99" in ranks.log(0)
+    assert "rank 0 of the pipeline failed" in ranks.log(1) and "ValueError: num_cat: 99" in ranks.log(1)
+
+
+def test_an_error_of_the_caller_leaves_the_block_on_all_ranks(tmp_path):
+    ranks = forked_ranks.start("pipeline_workers:late", tmp_path, 3, steps=2)
+    assert ranks.wait(60) == [1, 1, 1]
+    for rank in range(3):
+        assert "MemoryError: decode failed" in ranks.log(rank), ranks.log(rank)
+    assert "RankFailed: rank 0 of the pipeline failed" in ranks.log(1)

@@ -6,6 +6,7 @@ import copy
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +31,12 @@ class LocalRing:
         boxes: list[queue.Queue[Any]] = [queue.Queue() for _ in range(ranks)]
         failed = threading.Event()
         return [cls(rank, ranks, boxes, failed) for rank in range(ranks)]
+
+    def begin(self) -> None:
+        self.check()
+
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def share(self, value: Any, what: str) -> Any:
         if self.rank == 0:
@@ -79,6 +86,7 @@ class LocalRing:
         self._failed.set()
 
     def finish(self) -> None: ...
+    def close(self) -> None: ...
 
 
 def run_ranks(work: Callable[[LocalRing], Any], ranks: int) -> list[Any]:

@@ -76,3 +76,30 @@ def slow(folder: Path, steps: int, blocks: int, raise_on: int | None = None) -> 
     pipeline.stage.run = pass_  # type: ignore[method-assign]
     checkpoint = Checkpoint(folder / "check")
     dict(draw(pipeline, steps, blocks=blocks, checkpoint=checkpoint))
+
+
+def resting(folder: Path, steps: int, seconds: float) -> None:
+    """Ranks that come, decode and rest for longer than ``seconds``, which is all that is waited for; then a bad
+    argument of the first rank's in the third run."""
+    pipeline = pipeline_of(tiny_wan(), patience=seconds, timeout=seconds)
+    for _ in range(2):
+        for index, _latents in draw(pipeline, steps, blocks=3):
+            if index == 1:
+                time.sleep(2 * seconds)
+        if dist.get_rank() == 1:
+            time.sleep(2 * seconds)
+    draw(pipeline, steps, num_cat=99).send(None)
+
+
+def late(folder: Path, steps: int) -> None:
+    """The second rank comes late, and has been in a smaller pipeline before; then an error of the caller's."""
+    small = dist.new_group([0, 1])
+    if dist.get_rank() < 2:
+        dict(draw(pipeline_of(first := tiny_wan(), group=small), steps, blocks=2))
+        del first
+    if dist.get_rank() == 1:
+        time.sleep(3)
+    with pipeline_of(tiny_wan(), patience=1.5) as pipeline:
+        for index, _latents in draw(pipeline, steps, blocks=None):
+            if index == 1:
+                raise MemoryError("decode failed")

@@ -75,7 +75,7 @@ class Outgoing:
         event = None
         if self._device.stream is not None:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._device.stream.device))  # not that of the current device
         self._waiting.put((buffer, event))
 
     def finish(self) -> None:

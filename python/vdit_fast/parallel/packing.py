@@ -32,7 +32,11 @@ class Packing(Protocol):
 
 
 class Plain:
-    """As it is."""
+    """As it is.
+
+    On a GPU a copy: a compiled model's output may be memory of a CUDA graph, which the next pass overwrites while the
+    message is under way.
+    """
 
     description = "as it is"
 
@@ -40,7 +44,8 @@ class Plain:
         return torch.empty(math.prod(shape), dtype=dtype, device=device)
 
     def pack(self, x: Tensor) -> Tensor:
-        return x.contiguous().view(-1)
+        flat = x.contiguous().view(-1)
+        return flat.clone() if flat.is_cuda and x.is_contiguous() else flat
 
     def unpack(self, buffer: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return buffer.view(tuple(shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vdit_fast.models.blocks import transformer_blocks
+from vdit_fast.parallel.at_exit import closed_at_exit
 from vdit_fast.parallel.block_queue import BlockQueue, FrameBlock, Snapshot
 from vdit_fast.parallel.checkpoint import Checkpoint
 from vdit_fast.parallel.identity import described, digest, model_digest, weight_digests
@@ -45,7 +46,8 @@ class StagePipeline:
         packing: how the stream between stages is sent.
         release: give up the weights that this rank does not need. The transformer works in this pipeline only then.
         patience: seconds without a sign of life after which a rank counts as dead, and all others end.
-        timeout: most seconds to wait for one message of a living rank.
+        timeout: most seconds to wait for the other ranks to come, and for one message of a living rank; the time that
+            a rank is in the caller's code does not count.
         transport: something else than torch.distributed that connects the ranks.
 
     Raises:
@@ -94,8 +96,24 @@ class StagePipeline:
         return self.transport.rank
 
     def close(self) -> None:
-        """Take everything off the transformer; weights that were released stay so."""
+        """Take everything off the transformer; weights that were released stay so. The other ranks need not wait for
+        this one any more: in a run they raise."""
         self.stage.close()
+        self.transport.close()
+
+    def __enter__(self) -> StagePipeline:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """All ranks wait for each other, and close; where one leaves by an error, the others raise RankFailed."""
+        try:
+            if error is not None:
+                self.transport.fail(error)
+            else:
+                self.transport.begin()
+                self.transport.finish()
+        finally:
+            self.close()
 
     # ------------------------------------------------------------------ what there is to tell
     def facts(self) -> dict[str, Any]:
@@ -122,6 +140,7 @@ class StagePipeline:
         return self._run.expected(self.rank, self.transport.ranks, self.packing)
 
     # ------------------------------------------------------------------ generation
+    @closed_at_exit
     def generate(
         self,
         sampler: BlockSampler,
@@ -135,10 +154,11 @@ class StagePipeline:
         seed: int = 0,
         checkpoint: Checkpoint | None = None,
         resume: bool = False,
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Generator[tuple[int, Tensor], None, None]:
         """Draw a long video; every rank calls it, and what the first rank is given counts.
 
-        Memory does not depend on the video's length. Where the iterator is dropped early, all ranks stop.
+        Memory does not depend on the video's length. Where the iterator is dropped early, for whatever reason, all
+        ranks stop as at the video's end; ``with pipeline:`` around the loop tells them of an error in it.
 
         Args:
             sampler: the schedule of every block.
@@ -166,6 +186,7 @@ class StagePipeline:
             raise RuntimeError("generate: this pipeline is drawing a video; finish or close that one first")
         self._drawing = True
         try:
+            self.transport.begin()
             self.trace = Trace()
             yield from self._generate(
                 sampler, shape, arguments, blocks, num_per_block, num_cat, guidance, seed, checkpoint, resume
@@ -274,16 +295,16 @@ class StagePipeline:
                     queue.snapshot(save)
                 for item in queue.begin():
                     while not queue.ready(item.block) or (under_way and self.transport.there()):
-                        yield from _finished(self._take(run, queue, under_way.popleft()))
+                        yield from self._finished(self._take(run, queue, under_way.popleft()))
                     out = self._compute(run, queue.inputs(item.block), item)
                     if self.stage.last:
-                        yield from _finished(self._apply(queue, out, item))
+                        yield from self._finished(self._apply(queue, out, item))
                     else:
                         self._send(self.packing.pack, out, item)
                         under_way.append(item)
                         sent += 1
             while under_way:
-                yield from _finished(self._take(run, queue, under_way.popleft()))
+                yield from self._finished(self._take(run, queue, under_way.popleft()))
         except GeneratorExit:
             if sent != schedule.count(run.first):
                 self.transport.stop(sent, self._wire(run))
@@ -304,7 +325,7 @@ class StagePipeline:
             with self.trace.during("unpack", item):
                 x = self.packing.unpack(buffer, *run.stream)
             out = self._compute(run, x, item)
-            self._send(_flat if self.stage.last else self.packing.pack, out, item)
+            self._send(Plain().pack if self.stage.last else self.packing.pack, out, item)
 
     def _compute(self, run: Run, x: Tensor, item: Item) -> Tensor:
         """This rank's part of an item; on the last rank the prediction for the block's own frames, after guidance."""
@@ -343,6 +364,11 @@ class StagePipeline:
         with self.trace.during("step", item):
             return queue.apply(item.block, prediction)
 
+    def _finished(self, block: FrameBlock | None) -> Iterator[tuple[int, Tensor]]:
+        if block is not None:
+            with self.transport.aside():
+                yield block.index, block.latents
+
     def _refuse_memory(self) -> None:
         """Raise where a planner that says otherwise remembers something between steps, which no checkpoint has."""
         memory = self.stage.session.memory
@@ -370,15 +396,6 @@ class StagePipeline:
             return run.result(item, self.stage.device) if self.rank == 0 else self._wire(run)
 
         return empty
-
-
-def _finished(block: FrameBlock | None) -> Iterator[tuple[int, Tensor]]:
-    if block is not None:
-        yield block.index, block.latents
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.contiguous().view(-1)
 
 
 def _on_cpu(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import itertools
-from collections.abc import Callable
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -12,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vdit_fast.parallel.hops import Counts, Incoming, Outgoing
-from vdit_fast.parallel.watch import Watch
+from vdit_fast.parallel.watch import INTERVAL, Watch, reach
 
 __all__ = ["Alone", "Ring", "Transport"]
 
-_number = itertools.count()
 ENDED = "ended"
+FOREVER = datetime.timedelta(days=7)
+"""Timeout of the process groups. Waits are ended by the watch, which knows whether the others still live."""
 
 
 class Transport(Protocol):
@@ -28,8 +31,17 @@ class Transport(Protocol):
     sent: Counts
     received: Counts
 
+    def begin(self) -> None:
+        """A run begins; ends with ``finish`` or ``fail``. Raises where a rank has failed since the run before."""
+        ...
+
+    def aside(self) -> AbstractContextManager[None]:
+        """In it the caller's code runs, for as long as it likes: the others' waits do not count, and a failure of
+        theirs is raised behind it."""
+        ...
+
     def share(self, value: Any, what: str) -> Any:
-        """The first rank's value, on every rank; tensors in it on the CPU. A run begins with it."""
+        """The first rank's value, on every rank; tensors in it on the CPU."""
         ...
 
     def open(self, empty: Callable[[int], Tensor | None]) -> None:
@@ -69,6 +81,10 @@ class Transport(Protocol):
         """Wait until all messages have left and all ranks are done."""
         ...
 
+    def close(self) -> None:
+        """No further runs."""
+        ...
+
 
 class Alone:
     """One rank, which sends nothing."""
@@ -81,9 +97,14 @@ class Alone:
     def share(self, value: Any, what: str) -> Any:
         return value
 
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def begin(self) -> None: ...
     def check(self) -> None: ...
     def fail(self, error: BaseException) -> None: ...
     def finish(self) -> None: ...
+    def close(self) -> None: ...
     def stop(self, sent: int, last: Tensor | None) -> None: ...
     def open(self, empty: Callable[[int], Tensor | None]) -> None: ...
 
@@ -103,13 +124,17 @@ class Alone:
 class Ring:
     """The hops between the ranks of a process group (NCCL, gloo).
 
-    Every rank of the group must make one, in the same order where there are several.
+    Every rank of the group must make one, in the same order where there are several of the same ranks.
 
     Args:
         group: None: all ranks.
         device: of the model.
-        patience: seconds without a sign of life after which a rank counts as dead.
-        timeout: most seconds to wait for one message.
+        patience: seconds without a sign of life after which a rank counts as dead, once it has given its first.
+        timeout: most seconds to wait for the others to come, and for one message; time that a rank is in the caller's
+            code does not count.
+
+    Raises:
+        RankFailed: a rank has failed, or has not come.
     """
 
     def __init__(
@@ -127,33 +152,57 @@ class Ring:
             raise ValueError("group: it has one rank; a ring needs two")
         self.sent, self.received = Counts(), Counts()
         self._device = torch.device(device)
-        name = f"vdit_fast/{everybody}/{next(_number)}"
-        self._runs = itertools.count()
-        self._new_watch = lambda: Watch(
-            dist.PrefixStore(f"{name}/{next(self._runs)}", dist.distributed_c10d._get_default_store()),
-            self.rank,
-            self.ranks,
-            patience,
-            timeout,
-        )
-        self.watch = self._new_watch()
+        store: Any = dist.distributed_c10d._get_default_store()
+        name = f"vdit_fast/{everybody}"
+
+        def connect() -> dist.Store:
+            own = store.clone()
+            number = own.add(f"{name}/made/{self.rank}", 1)  # of the rings of these ranks, the same on all
+            return dist.PrefixStore(f"{name}/{number}", own)
+
+        shared = reach(connect, patience)
+        self.watch = Watch(shared, self.rank, self.ranks, patience, timeout)
+        weakref.finalize(self, self.watch.close).atexit = False  # then it closes by itself, in the right order
         self._host = dist.get_backend(group) != "nccl"
         self._groups: list[dist.ProcessGroup] = []
-        self._all = self.watch.run(lambda: self._connect(everybody, timeout), "the other ranks to connect")
+        try:
+            self._all = self.watch.run(lambda: self._connect(everybody, shared), "the other ranks to connect")
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self.watch.aside = True
         self._out: Outgoing | None = None
         self._in: Incoming | None = None
 
-    def _connect(self, everybody: list[int], timeout: float) -> dist.ProcessGroup:
-        limit = datetime.timedelta(seconds=timeout + 60)  # the watch ends waits before that
-        # All ranks are in every group: torch names the groups of a part by how many groups a rank has had.
+    def _connect(self, everybody: list[int], store: dist.Store) -> dist.ProcessGroup:
+        # All ranks are in every group: torch names the groups of a part by how many groups a rank has had. Who has had
+        # fewer makes some of its own, where some of these ranks had a ring before.
+        count = len(dist.distributed_c10d._world.pg_names)
+        store.set(f"groups/{self.rank}", str(count))
+        keys = [f"groups/{other}" for other in range(self.ranks)]
+        while not store.check(keys):  # store.wait would hold up the watch's signs of life
+            self.watch.check()
+            time.sleep(INTERVAL / 10)
+        for _ in range(max(int(store.get(key)) for key in keys) - count):
+            dist.new_group([everybody[self.rank]], use_local_synchronization=True)
         for _ in range(self.ranks):
-            self._groups.append(dist.new_group(everybody, timeout=limit, use_local_synchronization=True))
-        return dist.new_group(everybody, timeout=limit, use_local_synchronization=True)
+            self._groups.append(dist.new_group(everybody, timeout=FOREVER, use_local_synchronization=True))
+        return dist.new_group(everybody, timeout=FOREVER, use_local_synchronization=True)
+
+    def begin(self) -> None:
+        self._out = self._in = None
+        self.watch.begin()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        self.watch.aside = True
+        try:
+            yield
+        finally:
+            self.watch.aside = False
+        self.watch.check()
 
     def share(self, value: Any, what: str) -> Any:
-        if self.watch.left:  # an earlier run has ended
-            self.watch.check()
-            self.watch = self._new_watch()
         box = [value if self.rank == 0 else None]
         device = None if self._host else self._device
         self.watch.run(lambda: dist.broadcast_object_list(box, group_src=0, group=self._all, device=device), what)
@@ -206,3 +255,7 @@ class Ring:
         if self._out is not None:
             self._out.finish()
         self.watch.leave()
+        self.watch.aside = True
+
+    def close(self) -> None:
+        self.watch.close()

@@ -1,4 +1,8 @@
-"""Ends every rank when one fails: heartbeats and an abort flag in the store, looked at by a thread of each rank."""
+"""Ends every rank when one fails: heartbeats and an abort flag in the store, looked at by a thread of each rank.
+
+The thread lives as long as the ring, between runs as well. Time that a rank spends in the caller's code is nobody's
+wait: its signs of life say so, and nothing ends its process there.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
-__all__ = ["RankFailed", "Watch"]
+from vdit_fast.parallel.at_exit import close_at_exit
+
+__all__ = ["RankFailed", "Watch", "reach"]
 
 INTERVAL = 0.25
 """Seconds between looks at the store."""
@@ -19,6 +26,8 @@ CAUSE = 3.0
 """Seconds for which a broken connection waits for the one at its other end to say what happened."""
 GRACE = 8.0
 """Seconds after which a rank that knows of a failure, but sits in a call that does not return, is ended."""
+
+CLOSED, ASIDE = "closed", " aside"
 
 Result = TypeVar("Result")
 
@@ -37,14 +46,44 @@ class RankFailed(RuntimeError):
         self.reason = reason
 
 
+def reach(call: Callable[[], Result], seconds: float) -> Result:
+    """Run something that needs the store. It runs in a thread: connecting to a store whose process is gone goes on for
+    the store's own timeout.
+
+    Raises:
+        RankFailed: the first rank's, whose process may keep the store.
+    """
+    answer: list[Result] = []
+    why = [f"no answer within {seconds:g} s"]
+
+    def target() -> None:
+        try:
+            answer.append(call())
+        except Exception as error:
+            why[0] = _first_line(error)
+
+    thread = threading.Thread(target=target, name="vdit_fast store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answer:
+        raise RankFailed(0, f"the store that its process may keep cannot be reached: {why[0]}")
+    return answer[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Watch:
-    """One rank's eye on the others.
+    """One rank's eye on the others, until ``close`` or the first failure.
 
     Args:
-        store: a torch.distributed store of the ranks, of which this object gets a connection of its own.
-        patience: seconds without a sign of life after which a rank counts as dead.
-        timeout: most seconds to wait for anything a living rank should do.
-        end_process: end the process where a failure is known and the main thread does not come back to hear of it.
+        store: a torch.distributed store of the ranks; this object's own connection.
+        patience: seconds without a sign of life after which a rank counts as dead, once it has given its first.
+        timeout: most seconds to wait for a rank's first sign of life, and for anything a living rank should do; the
+            time that a rank is in the caller's code does not count.
+        end_process: end the process where a failure is known and the main thread does not come back to hear of it,
+            unless it is in the caller's code.
     """
 
     def __init__(
@@ -59,15 +98,26 @@ class Watch:
         self.rank, self.ranks = rank, ranks
         self.patience, self.timeout, self.end_process = patience, timeout, end_process
         self.failure: RankFailed | None = None
-        self._store = store.clone()
+        self.aside = False
+        """The main thread is in the caller's code."""
+        self._store = store
+        self._run = 0
+        self._others_aside: set[int] = set()
         self._broken: tuple[float, RankFailed] | None = None
         self._heard = False  # the main thread knows
         self._left = threading.Event()
         self._seen = {other: ("", time.monotonic()) for other in range(ranks) if other != rank}
         self._thread = threading.Thread(target=self._look, name="vdit_fast watch", daemon=True)
         self._thread.start()
+        close_at_exit(self)
 
     # ------------------------------------------------------------------ what the main thread calls
+    def begin(self) -> None:
+        """A run begins: its keys are others than those of the run before."""
+        self._run += 1
+        self.aside = False
+        self.check()
+
     def check(self) -> None:
         """Raise where a rank has failed."""
         failure = self.failure
@@ -89,7 +139,9 @@ class Watch:
             if result is not None:
                 return result
             self.check()
-            if time.monotonic() > until:
+            if self._others_aside:
+                until = time.monotonic() + self.timeout
+            elif time.monotonic() > until:
                 raise self._publish(
                     RankFailed(for_rank, f"rank {self.rank} waited {self.timeout:g} s for {what} in vain")
                 )
@@ -125,21 +177,18 @@ class Watch:
     def broken(self, peer: int, error: BaseException) -> None:
         """A connection broke, which is not yet known to be the peer's fault."""
         if self._broken is None:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            self._broken = time.monotonic(), RankFailed(peer, f"its connection to rank {self.rank} broke: {lines[0]}")
+            reason = f"its connection to rank {self.rank} broke: {_first_line(error)}"
+            self._broken = time.monotonic(), RankFailed(peer, reason)
 
     def leave(self) -> None:
-        """All is done: wait for the others, so that nobody mistakes a rank that has ended for one that has died."""
+        """The run is over: wait for the others, so that nobody mistakes a rank that has ended for one that has died."""
+        self.set(f"done/{self.rank}", "1")
+        keys = [self._key(f"done/{other}") for other in range(self.ranks)]
+        self.wait(lambda seconds: self._all_there(keys, seconds), (self.rank + 1) % self.ranks, "the end")
         try:
-            self._store.set(f"done/{self.rank}", "1")
-            keys = [f"done/{other}" for other in range(self.ranks)]
-            self.wait(lambda seconds: self._all_there(keys, seconds), (self.rank + 1) % self.ranks, "the end")
-        finally:
-            self._left.set()
-        try:
-            self._store.set(f"left/{self.rank}", "1")
+            self.set(f"left/{self.rank}", "1")
             if self.rank == 0:  # it may keep the store that the others look into
-                keys = [f"left/{other}" for other in range(self.ranks)]
+                keys = [self._key(f"left/{other}") for other in range(self.ranks)]
                 until = time.monotonic() + 2 * CAUSE
                 while not self._store.check(keys) and time.monotonic() < until:
                     time.sleep(INTERVAL / 10)
@@ -160,18 +209,23 @@ class Watch:
         except Exception:  # the store is gone
             pass
 
-    @property
-    def left(self) -> bool:
-        """Whether this rank looks no longer."""
-        return self._left.is_set()
+    def close(self) -> None:
+        """Look no longer; a rank that still needs this one hears that it has closed."""
+        self._left.set()
+        if threading.current_thread() is not self._thread:  # where the garbage collector happened to run
+            self._thread.join(2 * INTERVAL)
 
-    # ------------------------------------------------------------------ stop early
+    # ------------------------------------------------------------------ what ranks tell each other in a run
+    def _key(self, key: str) -> str:
+        return f"{self._run}/{key}"
+
     def set(self, key: str, value: str) -> None:
-        """Tell all ranks something."""
-        self._store.set(key, value)
+        """Tell all ranks something about this run."""
+        self._store.set(self._key(key), value)
 
     def get(self, key: str) -> str | None:
-        """What a rank has told, None when nothing yet."""
+        """What a rank has told about this run, None when nothing yet."""
+        key = self._key(key)
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     # ------------------------------------------------------------------ the thread
@@ -197,7 +251,7 @@ class Watch:
 
     def _look(self) -> None:
         beat, known_since = 0, 0.0
-        while not self._left.wait(INTERVAL):
+        while not self._left.wait(INTERVAL if beat else 0):
             beat += 1
             if self.failure is None:
                 try:
@@ -205,16 +259,21 @@ class Watch:
                 except Exception as error:
                     if self._left.is_set():
                         return
-                    self._lost(error)
+                    self.failure = RankFailed(0, f"the store that its process may keep is gone: {_first_line(error)}")
                 known_since = time.monotonic()
             elif self._heard or not self.end_process:
                 return
+            elif self.aside:
+                known_since = time.monotonic()
             elif time.monotonic() - known_since > GRACE:
                 print(f"[rank {self.rank}] {self.failure}", file=sys.stderr, flush=True)
                 os._exit(1)
+        if self.failure is None:
+            with suppress(Exception):  # the store may be gone
+                self._store.set(f"beat/{self.rank}", CLOSED)
 
     def _beat(self, beat: int) -> None:
-        self._store.set(f"beat/{self.rank}", str(beat))
+        self._store.set(f"beat/{self.rank}", f"{beat}{ASIDE if self.aside else ''}")
         if self._store.check(["failed"]):
             told = self._store.get("failed").decode()
             if told:
@@ -222,15 +281,12 @@ class Watch:
                 return
         now = time.monotonic()
         for other, (last, since) in self._seen.items():
-            if self._store.check([f"done/{other}"]):
-                self._seen[other] = last, now
-                continue
             new = self._store.get(f"beat/{other}").decode() if self._store.check([f"beat/{other}"]) else ""
-            if new != last:
+            allowed = self.patience if last else self.timeout
+            if new == CLOSED:
+                self._publish(RankFailed(other, "it has closed its pipeline"))
+            elif new != last:
                 self._seen[other] = new, now
-            elif now - since > self.patience:
-                self._publish(RankFailed(other, f"no sign of life for {self.patience:g} s (was it killed?)"))
-
-    def _lost(self, error: Exception) -> None:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        self.failure = RankFailed(0, f"the store that its process may keep is gone: {line}")
+                (self._others_aside.add if new.endswith(ASIDE) else self._others_aside.discard)(other)
+            elif now - since > allowed:
+                self._publish(RankFailed(other, f"no sign of life for {allowed:g} s (was it killed?)"))

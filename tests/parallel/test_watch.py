@@ -1,0 +1,191 @@
+"""What ranks know of each other: signs of life, patience, failures, and the time that is the caller's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from vdit_fast.parallel import watch as watching
+from vdit_fast.parallel.watch import RankFailed, Watch, reach
+
+LIMIT = 5.0
+
+
+class Store:
+    """A store in memory."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.lock = threading.Lock()
+
+    def set(self, key: str, value: str) -> None:
+        with self.lock:
+            self.values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self.values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        with self.lock:
+            if self.values.get(key, b"") == expected.encode():
+                self.values[key] = value.encode()
+            return self.values[key]
+
+
+Make = Callable[..., Watch]
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+def make(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    for name, seconds in (("INTERVAL", 0.02), ("CAUSE", 0.2), ("GRACE", 0.3)):
+        monkeypatch.setattr(watching, name, seconds)
+    made: list[Watch] = []
+
+    def new(rank: int, ranks: int = 2, **options: Any) -> Watch:
+        made.append(Watch(store, rank, ranks, **{"patience": 0.3, "timeout": 20.0, "end_process": False, **options}))
+        return made[-1]
+
+    yield new
+    for one in made:
+        one.close()
+
+
+def until(true: Callable[[], Any]) -> None:
+    end = time.monotonic() + LIMIT
+    while not true():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.005)
+
+
+def test_a_rank_may_come_late_and_rest_between_runs(make: Make) -> None:
+    first = make(0)
+    time.sleep(0.8)  # more than the patience
+    first.check()
+    second = make(1)
+    for _ in range(2):
+        first.begin()
+        second.begin()
+        second.aside = True
+        leaving = threading.Thread(target=first.leave)
+        leaving.start()
+        time.sleep(0.8)
+        second.leave()
+        leaving.join(LIMIT)
+        assert not leaving.is_alive() and first.failure is second.failure is None
+
+
+def test_who_never_comes_and_who_goes_silent(make: Make, store: Store) -> None:
+    one = make(0, ranks=3, timeout=0.6)
+    until(lambda: one.failure)
+    with pytest.raises(RankFailed, match=r"rank [12] .*no sign of life for 0\.6 s"):
+        one.check()
+    store.values.clear()
+    two = make(0)
+    store.set("beat/1", "7")
+    began = time.monotonic()
+    with pytest.raises(RankFailed, match=r"rank 1 .*no sign of life for 0\.3 s"):
+        two.wait(lambda seconds: time.sleep(seconds), 1, "a message")
+    assert 0.25 < time.monotonic() - began < LIMIT
+
+
+def test_a_wait_ends_unless_a_rank_is_in_the_callers_code(make: Make) -> None:
+    first, second = make(0), make(1, timeout=0.3)
+    first.aside = True
+    until(lambda: 0 in second._others_aside)
+    until_then = time.monotonic() + 1.0
+    second.wait(lambda seconds: time.sleep(seconds) or (time.monotonic() > until_then or None), 0, "a message")
+    first.aside = False
+    with pytest.raises(RankFailed, match=r"rank 0 .*waited 0\.3 s for a message in vain"):
+        second.wait(lambda seconds: time.sleep(seconds), 0, "a message")
+
+
+def test_a_failure_is_told_in_every_run(make: Make) -> None:
+    first, second = make(0), make(1)
+    for one in (first, second):
+        one.begin()
+        one.begin()
+    first.fail(ValueError("a bad argument"))
+    first.abandon()
+    with pytest.raises(RankFailed, match="rank 0 of the pipeline failed") as error:
+        second.wait(lambda seconds: time.sleep(seconds), 0, "a message")
+    assert "ValueError: a bad argument" in error.value.reason
+    with pytest.raises(RankFailed):
+        second.begin()
+
+
+def test_a_closed_rank_is_missed_by_who_needs_it(make: Make) -> None:
+    first, second = make(0), make(1)
+    second.close()
+    with pytest.raises(RankFailed, match=r"rank 1 .*has closed its pipeline"):
+        first.wait(lambda seconds: time.sleep(seconds), 1, "a message")
+
+
+def test_runs_have_keys_of_their_own(make: Make) -> None:
+    first, second = make(0), make(1)
+    for one in (first, second):
+        one.begin()
+    first.set("ended", "3")
+    assert second.get("ended") == "3"
+    second.begin()
+    assert second.get("ended") is None
+
+
+def test_no_process_ends_in_the_callers_code(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(watching.os, "_exit", lambda code: ended.set())
+    first, second = make(0, end_process=True), make(1)
+    first.aside = True
+    second.fail(ValueError("no"))
+    until(lambda: first.failure)
+    assert not ended.wait(0.8)
+    first.aside = False  # and does not come back from a call
+    assert ended.wait(LIMIT)
+
+
+def test_a_store_that_does_not_answer(make: Make) -> None:
+    began = time.monotonic()
+    with pytest.raises(RankFailed, match=r"rank 0 .*cannot be reached: no answer within 0\.2 s"):
+        reach(lambda: time.sleep(3), 0.2)
+    assert time.monotonic() - began < 2
+    with pytest.raises(RankFailed, match="refused"):
+        reach(lambda: (_ for _ in ()).throw(ConnectionError("refused")), 1.0)
+    assert reach(lambda: 4, 1.0) == 4
+
+
+def test_what_is_left_half_way_is_closed_before_threads_stand_still() -> None:
+    script = """
+import threading, queue
+from vdit_fast.parallel.at_exit import closed_at_exit
+asked, answers = queue.Queue(), queue.Queue()
+def answer():
+    while True:
+        answers.put(asked.get() + 1)
+threading.Thread(target=answer, daemon=True).start()
+@closed_at_exit
+def work():
+    try:
+        while True:
+            yield 1
+    finally:
+        asked.put(1)
+        print("answered", answers.get(timeout=2), flush=True)
+made = work()
+next(made)
+raise MemoryError("decode failed")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == "answered 2\n" and "MemoryError" in done.stderr, done
