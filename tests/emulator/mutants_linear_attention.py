@@ -137,7 +137,7 @@ MUTANTS = [
     _bug(
         "the state overflows fp16",
         _READOUT,
-        "if (exponent > 73 || exponent < -47) return 1.f;",
+        "if (exponent > 73 || exponent < -48) return 1.f;",
         "return 1.f;",
         "relu-fp16-large",
     ),

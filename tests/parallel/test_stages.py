@@ -618,3 +618,31 @@ def test_a_failing_rank_ends_the_others(model):
 
     with pytest.raises((ZeroDivisionError, RuntimeError)):
         run_ranks(work, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"sampler": SimpleNamespace(timesteps=[1.0])}, TypeError, "has no 'fresh'; wrap a diffusers scheduler"),
+        ({"shape": (3, 8, 16, 16)}, ValueError, r"expected \(channels, height, width\)"),
+        ({"arguments": torch.zeros(1)}, TypeError, "a Tensor; expected the transformer's further arguments by name"),
+        ({"guidance": 3.0}, ValueError, r"'encoder_hidden_states' has 1 rows; expected 2 \(the conditional one"),
+        ({"arguments": {"encoder_hidden_states": torch.zeros(2, 4, 8)}}, ValueError, "has 2 rows; expected 1"),
+    ],
+)
+def test_what_cannot_begin(model, change, error, match):
+    good = {"sampler": SchedulerSampler(unipc(2)), "shape": SHAPE, "guidance": 1.0}
+    good["arguments"] = {"encoder_hidden_states": torch.zeros(1, 4, 8)}
+    given = good | change
+    pipeline = StagePipeline(vdit_fast.accelerate(model, "exact"), transport=Alone())
+    with pytest.raises(error, match=match):
+        next(
+            pipeline.generate(
+                given["sampler"], given["shape"], given["arguments"], blocks=2, guidance=given["guidance"]
+            )
+        )
+
+
+def test_the_model_is_not_its_handle():
+    with pytest.raises(TypeError, match=r"StagePipeline: handle is a WanTransformer3DModel; pass the handle"):
+        StagePipeline(tiny_wan())

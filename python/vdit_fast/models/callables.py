@@ -1,11 +1,19 @@
-"""Whether functions of the caller's take what they will be called with."""
+"""Whether what the caller passes is of the kind that it will be used as."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
-__all__ = ["check_arguments"]
+__all__ = ["check_arguments", "check_handle"]
+
+
+def check_handle(what: str, handle: Any) -> None:
+    """Raise TypeError where ``handle`` is no handle, most likely the model itself."""
+    if not hasattr(handle, "roots"):
+        raise TypeError(
+            f"{what}: handle is a {type(handle).__name__}; pass the handle that vdit_fast.accelerate(model) returns"
+        )
 
 
 def check_arguments(what: str, fn: Any, *names: str) -> None:

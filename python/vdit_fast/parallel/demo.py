@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default="exact", help="preset, YAML or JSON for accelerate")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="of each rank; the same for equal bits")
-    parser.add_argument("--out", default="vdit_fast_parallel", help="folder of the clip and the traces")
+    parser.add_argument("--out", default="outputs/parallel", help="folder of the clip and the traces")
     parser.add_argument("--checkpoint", help="folder that the state is kept in")
     parser.add_argument("--every", type=int, default=1, help="iterations from one state to the next")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")

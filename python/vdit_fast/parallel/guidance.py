@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vdit_fast.caching.adaptive import AdaptivePolicy
 from vdit_fast.caching.output import output_parts
 from vdit_fast.forwards import ForwardStandIn, stock_forward
+from vdit_fast.models.callables import check_handle
 from vdit_fast.parallel.awaited import Awaited, Promise
 from vdit_fast.parallel.collectives import all_gather, process_group
 
@@ -268,6 +269,7 @@ def guidance_parallel(handle: Handle, group: Any = None, *, split: str = "calls"
     if split not in SPLITS:
         raise ValueError(f"guidance_parallel: split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
     ranks = process_group(group, "guidance_parallel: group")
+    check_handle("guidance_parallel", handle)
     if not handle.active:
         raise RuntimeError("guidance_parallel: this handle was removed; call vdit_fast.accelerate on the model again")
     reason = unguided(handle.config)

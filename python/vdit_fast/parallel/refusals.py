@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from vdit_fast.caching.adaptive import AdaptivePolicy
 from vdit_fast.models.blocks import transformer_blocks
+from vdit_fast.models.callables import check_handle
 from vdit_fast.models.stage_layout import StageLayout
 
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
     from vdit_fast.root import Root
 
-__all__ = ["staged_root"]
+__all__ = ["check_call", "staged_root"]
 
 
 def staged_root(handle: Handle) -> tuple[Root, StageLayout]:
@@ -21,6 +25,7 @@ def staged_root(handle: Handle) -> tuple[Root, StageLayout]:
     Raises:
         RuntimeError: it cannot be split as it is; the message says why and what would help.
     """
+    check_handle("StagePipeline", handle)
     if not handle.active:
         raise RuntimeError("stages: this handle was removed; call vdit_fast.accelerate on the model again")
     if len(handle.roots) != 1:
@@ -33,6 +38,26 @@ def staged_root(handle: Handle) -> tuple[Root, StageLayout]:
         raise RuntimeError(f"stages: {root.adapter.family}: {reason}")
     assert isinstance(root.adapter.stages, StageLayout)
     return root, root.adapter.stages
+
+
+def check_call(sampler: Any, shape: Any, arguments: Any, branches: int) -> None:
+    """Raise where ``StagePipeline.generate`` cannot begin with these."""
+    missing = [name for name in ("timesteps", "fresh") if not hasattr(sampler, name)]
+    if missing:
+        raise TypeError(
+            f"sampler: a {type(sampler).__name__} has no {missing[0]!r}; wrap a diffusers scheduler in SchedulerSampler"
+        )
+    if len(tuple(shape)) != 3:
+        raise ValueError(f"shape: {tuple(shape)}; expected (channels, height, width) of one latent frame")
+    if not isinstance(arguments, Mapping):
+        raise TypeError(
+            f"arguments: a {type(arguments).__name__}; expected the transformer's further arguments by name, such as "
+            '{"encoder_hidden_states": text}'
+        )
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] != branches:
+            which = "the conditional one, then the unconditional one" if branches == 2 else "guidance is 1"
+            raise ValueError(f"arguments: {name!r} has {value.shape[0]} rows; expected {branches} ({which})")
 
 
 def _model_reason(root: Root) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vdit_fast.models.base import CROSS_ATTENTION
 from vdit_fast.models.blocks import BlockCall, streams, transformer_blocks, with_streams
+from vdit_fast.models.callables import check_handle
 from vdit_fast.models.fusion import as_rows
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.row_shard import RowShard, equal_rows
@@ -197,6 +198,7 @@ def sequence_parallel(handle: Handle, group: Any = None) -> SequenceParallel:
         TypeError, ValueError: a bad group.
     """
     ranks = process_group(group, "sequence_parallel: group")
+    check_handle("sequence_parallel", handle)
     if not handle.active:
         raise RuntimeError("sequence_parallel: this handle was removed; call vdit_fast.accelerate on the model again")
     roots = [root for root in handle.roots if root.module() is not None]

@@ -17,7 +17,7 @@ from vdit_fast.parallel.checkpoint import Checkpoint
 from vdit_fast.parallel.identity import described, digest, model_digest, weight_digests
 from vdit_fast.parallel.noise import NoisePool
 from vdit_fast.parallel.packing import Packing, Plain
-from vdit_fast.parallel.refusals import staged_root
+from vdit_fast.parallel.refusals import check_call, staged_root
 from vdit_fast.parallel.run import Run
 from vdit_fast.parallel.sampler import BlockSampler
 from vdit_fast.parallel.schedule import Item, Schedule, split_layers
@@ -219,8 +219,9 @@ class StagePipeline:
         run: Run | None = None
         state: dict[str, Any] | None = None
         if self.rank == 0:
-            schedule = Schedule(len(sampler.timesteps), blocks, num_per_block, num_cat)
             branches = 1 if guidance == 1 else 2
+            check_call(sampler, shape, arguments, branches)
+            schedule = Schedule(len(sampler.timesteps), blocks, num_per_block, num_cat)
             whole = (branches, shape[0], schedule.frames, *shape[1:])
             settings: dict[str, Any] = asdict(schedule) | {"shape": list(whole), "guidance": float(guidance)}
             options, weights = self._options(), weight_digests(self.stage.module)

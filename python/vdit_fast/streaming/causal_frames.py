@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vdit_fast.caching.checks import choice, count
+from vdit_fast.models.callables import check_handle
 from vdit_fast.models.heads import AroundHeads, HeadsCall
 from vdit_fast.plan import AttentionPlan
 from vdit_fast.plan.memo import remembered
@@ -116,6 +117,7 @@ def causal_frames(handle: Handle, layout: CausalFrames | None = None) -> Callabl
         RuntimeError: the handle was removed or something else stands there; at a call, where the tokens are not those
             of whole frames or a mask or plan says already what is read.
     """
+    check_handle("causal_frames", handle)
     if not handle.active:
         raise RuntimeError("causal_frames: this handle was removed; call vdit_fast.accelerate on the model again")
     sessions = [root.session for root in handle.roots]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vdit_fast.caching.checks import number
+from vdit_fast.models.callables import check_handle
 from vdit_fast.streaming.families import check_family
 from vdit_fast.streaming.kept_frames import KeptFrames
 
@@ -36,6 +37,7 @@ class FrameModel:
     def __init__(
         self, handle: Handle, conditions: Mapping[str, Any] | Sequence[Mapping[str, Any]], guidance: float = 1.0
     ) -> None:
+        check_handle("FrameModel", handle)
         pair = [conditions] if isinstance(conditions, Mapping) else list(conditions)
         if not 1 <= len(pair) <= 2 or not all(isinstance(item, Mapping) for item in pair):
             raise TypeError("conditions must be a mapping of arguments, or two of them: conditional and unconditional")

@@ -172,7 +172,7 @@ class KVCache:
         if self.table is not None and last >= self.table:
             remedy = (
                 'positions="relative" never runs out' if self.store == "pre_rope" else
-                'store="pre_rope" with positions="relative" never runs out'
+                'store="pre_rope" with relative positions (in SelfForcing: store="pre_rope") never runs out'
             )  # fmt: skip
             raise ValueError(
                 f"frame {frames[-1]} has position {last}, but the model's table has {self.table} entries along time; "

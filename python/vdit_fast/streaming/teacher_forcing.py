@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.caching.checks import count
+from vdit_fast.models.callables import check_handle
 from vdit_fast.models.heads import HeadsCall
 from vdit_fast.models.session import Geometry, Session
 from vdit_fast.plan import AttentionPlan
@@ -138,6 +139,7 @@ def teacher_forcing(
         RuntimeError: its positions or keys are exchanged by something else.
         ValueError: settings that do not go together; in a forward, an odd number of frames.
     """
+    check_handle("teacher_forcing", handle)
     if len(handle.roots) != 1 or (module := handle.roots[0].module()) is None:
         raise NotImplementedError(f"teacher_forcing: one transformer is served at a time, here are {len(handle.roots)}")
     root = handle.roots[0]
