@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from narrower_isa import NARROWER, run_there
 from torch import Tensor
 
-import vdit_fast
 from vdit_fast import ops, reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 ANY = [*FLOATS, torch.float64, torch.complex128, torch.int16, torch.uint8]
-ISAS = ["generic", "avx2", "avx512"]
 KINDS = ["contiguous", "heads first", "one of three", "channels apart", "odd start"]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the emulator runs the same")
 
@@ -320,21 +316,14 @@ def test_bad_input() -> None:
             ops.unpack_slices(*arguments, **options)
 
 
-@pytest.mark.parametrize("isa", ISAS[:-1])
+@pytest.mark.parametrize("isa", NARROWER)
 def test_narrower_instruction_sets(isa: str) -> None:
-    if ISAS.index(isa) >= ISAS.index(vdit_fast._info.device_probe()["cpu_isa"]):
-        pytest.skip(f"{isa} is what the other tests ran, or this CPU lacks it")
     code = (
         "import test_pack as t\n"
         "for dtype in t.FLOATS: t.test_error_of_e4m3(dtype)\n"
         "for dtype in t.FLOATS[1:]: t.test_every_number_of_16_bits(dtype, 32)"
     )
-    subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "VDIT_CPU_ISA": isa},
-        check=True,
-        cwd=Path(__file__).parent,
-    )
+    run_there(isa, ["-c", code], Path(__file__).parent)
 
 
 @pytest.mark.gpu

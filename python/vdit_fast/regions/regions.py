@@ -122,7 +122,7 @@ class RegionRun(AroundHeads):
         ledger = call.session.layers[call.layer]
         if ledger.always_dense is not None or not self.regions.position_steps:  # not a layer over the video, or never
             return proceed()
-        forward = call.session.forward if call.anchor is None else call.session.forward_of(call.anchor)
+        forward = call.forward
         if forward is None or forward.geometry is None:
             raise RuntimeError(f"regions: {ledger.name} is called without a known step and video grid")
         if not early("regions", "position_steps", self.regions.position_steps, forward.step):

@@ -74,7 +74,7 @@ class _CausalHeads(AroundHeads):
         ledger = call.session.layers[call.layer]
         if ledger.always_dense is not None:  # not a layer over the video
             return proceed()
-        forward = call.session.forward if call.anchor is None else call.session.forward_of(call.anchor)
+        forward = call.forward
         geometry = forward.geometry if forward is not None else None
         if geometry is None:
             raise RuntimeError(f"causal frames: {ledger.name} is called without a known video grid")
