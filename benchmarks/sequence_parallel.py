@@ -10,7 +10,6 @@ nothing about a network between GPUs, its bytes do.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 from vdit_fast import report
 
@@ -60,8 +60,8 @@ def formula(rank: int, ranks: int, rows: int, heads: int, width: int, layers: in
     from vdit_fast.models.row_shard import equal_rows
     from vdit_fast.parallel.ulysses import HeadSplit
 
-    sizes, kept = equal_rows(rows, ranks), HeadSplit(heads, heads, ranks).kept
-    away = 3 * sizes[rank] * (heads - kept[rank]) + (rows - sizes[rank]) * kept[rank]
+    sizes, split = equal_rows(rows, ranks), HeadSplit(heads, heads, ranks)  # some heads twice where ranks are more
+    away = 3 * sizes[rank] * (sum(split.counts) - split.counts[rank]) + (rows - sizes[rank]) * split.kept[rank]
     return itemsize * (layers * away * width + (ranks - 1) * sizes[rank] * heads * width)
 
 
@@ -138,17 +138,11 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder of the JSON file")
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        given = [(rank, options.ranks, store, options, results) for rank in range(options.ranks)]
-        processes = [context.Process(target=start, args=each, daemon=True) for each in given]
-        for process in processes:
-            process.start()
-        rows = [row for _ in processes for row in results.get(timeout=1800)]
-        for process in processes:
-            process.join(60)
+        given = (options.ranks, str(Path(folder) / "store"), options, results)
+        torch.multiprocessing.spawn(start, given, nprocs=options.ranks)  # the failure of one is everybody's
+    rows = [row for _ in range(options.ranks) for row in results.get()]
     rows.sort(key=lambda row: (list(CONFIGS).index(row["config"]), row["rank"]))
     print("config  rank  alone s  together s  exchange s  MiB sent  difference")
     for row in rows:
