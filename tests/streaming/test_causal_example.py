@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from vdit_fast.demo.model import demo_metadata, load_demo_model
+from vdit_fast.demo.model import CAUSAL_WEIGHTS, demo_metadata, load_demo_model
 
 pytest.importorskip("diffusers")
 FOLDER = Path(__file__).parents[2] / "examples" / "causal"
@@ -56,3 +56,14 @@ def test_the_loss_is_that_of_the_noisy_copy(monkeypatch: pytest.MonkeyPatch) -> 
     assert loss.shape == (2, 6)
     want = sigma.square() * (1 + x0.square().mean((1, 3, 4))) / (sigma.square() + 0.05)
     torch.testing.assert_close(loss, want, rtol=0.25, atol=0)  # the mean over 768 random numbers
+
+
+def test_packaged_weights_continue_clean_frames_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On clips that training has not seen; a first chunk is about as hard for both."""
+    train = script("train", monkeypatch)
+    monkeypatch.setattr(train, "HELD_OUT_CLIPS", 2)
+    facts = json.loads(demo_metadata(CAUSAL_WEIGHTS)["causal_training"])
+    assert (facts["steps"], facts["chunk"], facts["held"]) == (1200, train.CHUNK, train.HELD)
+    causal, whole = (train.held_out(load_demo_model(path=path)) for path in (CAUSAL_WEIGHTS, None))
+    assert causal["later_chunks"] < 0.75 * whole["later_chunks"]
+    assert causal["first_chunk"] < 1.1 * whole["first_chunk"]

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 WEIGHTS = Path(__file__).with_name("demo_model.safetensors")
+CAUSAL_WEIGHTS = Path(__file__).with_name("causal_model.safetensors")
+"""For ``load_demo_model(path=...)``: the demo model after ``examples/causal/train.py``, which can stream clips."""
 MAX_BYTES = 16 * 2**20
 
 
