@@ -1,0 +1,121 @@
+"""The ranks that exchange rows, heads or branches in every forward, and the watch that ends all when one of them fails."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from vdit_fast.parallel.watch import CAUSE, INTERVAL, Watch, reach
+
+__all__ = ["Members", "ranks_store"]
+
+
+def ranks_store(members: Sequence[int], rank: int, patience: float, of: str) -> dist.Store:
+    """A connection of its own to the store of torch.distributed, for the keys of these ranks alone.
+
+    Args:
+        members: their numbers among all ranks; ``rank`` counts in them.
+        of: what they make up. All ranks must ask in the same order where they ask several times for the same.
+
+    Raises:
+        RankFailed: the store cannot be reached within ``patience`` seconds.
+    """
+    store: Any = dist.distributed_c10d._get_default_store()
+    name = f"vdit_fast/{of}/{list(members)}"
+
+    def connect() -> dist.Store:
+        own = store.clone()
+        number = own.add(f"{name}/made/{rank}", 1)  # of those that these ranks have made, the same on all
+        return dist.PrefixStore(f"{name}/{number}", own)
+
+    return reach(connect, patience, of)
+
+
+class Members:
+    """The ranks of a process group that compute the same forwards together.
+
+    Args:
+        group: theirs.
+        what: what they make up, for messages.
+        patience: seconds without a sign of life after which a rank counts as dead.
+
+    Raises:
+        RankFailed: the store of torch.distributed cannot be reached.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, what: str, patience: float) -> None:
+        everybody = dist.get_process_group_ranks(group)
+        self.group = group
+        self.rank, self.ranks = dist.get_rank(group), len(everybody)
+        self.patience = patience
+        of = what if self.ranks == dist.get_world_size() else f"{what} {everybody}"
+        self._on_device = dist.get_backend(group) == "nccl"
+        self._watch: Watch | None = None
+        self._told = False
+        if self.ranks > 1:
+            store = ranks_store(everybody, self.rank, patience, of)
+            # No call of this class sits where it does not see a failure, but NCCL's do.
+            self._watch = Watch(
+                store, self.rank, self.ranks, patience, end_process=self._on_device, closing_fails=False, of=of
+            )
+            self._watch.aside = True
+            weakref.finalize(self, self._watch.close).atexit = False  # then it closes by itself, in the right order
+
+    def run(self, collective: Callable[[bool], Any]) -> None:
+        """Run a collective, which is called with whether it is to be asynchronous, and wait for it where it has
+        results on the host.
+
+        Raises:
+            RankFailed: a rank has failed, or has ended what it shares with the others.
+        """
+        watch = self._watch
+        if watch is None:
+            collective(False)
+            return
+        if self._on_device:  # the host does not wait here
+            watch.check()
+            collective(False)
+            return
+        work, began = collective(True), time.monotonic()
+        while True:
+            broken: RuntimeError | None = None
+            try:
+                work.wait(timedelta(seconds=INTERVAL))
+                return
+            except RuntimeError as error:
+                broken = error if work.is_completed() else None
+            self._missed(watch, time.monotonic() - began, broken)
+            if broken is not None:
+                time.sleep(INTERVAL / 5)
+
+    def _missed(self, watch: Watch, waited: float, broken: RuntimeError | None) -> None:
+        """Raise where it is known why an exchange does not end, or has broken."""
+        watch.check()
+        gone = min(watch.closed, default=None)
+        if gone is not None and (broken is not None or waited > CAUSE):
+            raise watch.lost(gone, "it has ended its part, or its process is over; its own output says why")
+        if broken is not None and waited > self.patience + 2 * CAUSE:  # nobody fell silent: the connection's own fault
+            raise broken
+
+    def inside(self, forward: bool) -> None:
+        """Whether this rank is in a forward, where it may sit in a call of NCCL that does not return."""
+        if self._watch is not None:
+            self._watch.aside = not forward
+
+    def failed(self, error: BaseException) -> None:
+        """This rank ends with an error: the others get to know, with its traceback."""
+        self.inside(False)
+        if self._watch is not None and not self._told:
+            self._told = True
+            self._watch.fail(error)
+            self._watch.abandon()
+
+    def close(self) -> None:
+        """This rank exchanges nothing any more."""
+        if self._watch is not None:
+            self._watch.close()
