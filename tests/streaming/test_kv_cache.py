@@ -383,7 +383,9 @@ def test_positions_beyond_the_table(cache):
 def test_budget(cache):
     need = cache(4).nbytes
     assert cache(4, max_bytes=need).nbytes == need
-    with pytest.raises(ValueError, match=rf"max_bytes is {need - 1:,}, .* 4 frames take {need:,} bytes.*; capacity=3 fits"):
+    with pytest.raises(
+        ValueError, match=rf"max_bytes is {need - 1:,}, .* 4 frames take {need:,} bytes.*; capacity=3 fits"
+    ):
         cache(4, max_bytes=need - 1)
     with pytest.raises(ValueError, match="not even one frame fits"):
         cache(4, max_bytes="1 KB")

@@ -145,7 +145,9 @@ def test_an_error_inside_a_forward_leaves_nothing_behind() -> None:
     handle = accelerate(model)
     want = plain(model, rest)
     frame = KVCache.bytes(layers=2, capacity=1, page=16, batch=1, heads=2, head_dim=16, dtype=torch.float32)
-    short = rf"max_bytes is {5 * frame:,}, but keys and values of 6 frames take {6 * frame:,} bytes.*; cache_frames=5 fits"
+    short = (
+        rf"max_bytes is {5 * frame:,}, but keys and values of 6 frames take {6 * frame:,} bytes.*; cache_frames=5 fits"
+    )
     with pytest.raises(ValueError, match=short):
         next(chunks_of(handle, replace(SETTINGS, max_bytes=5 * frame), rest, 3))
     session = handle.roots[0].session

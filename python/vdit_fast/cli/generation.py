@@ -109,6 +109,11 @@ def load_pipeline(folder: str | Path, dtype: str = "auto", device: str = "cpu") 
     return pipe.to(device)
 
 
+def takes_seed(pipe: Any) -> bool:
+    """Whether a pipeline takes the generator of its noise."""
+    return "generator" in inspect.signature(pipe.__call__).parameters
+
+
 def watched(
     pipe: Any, request: Request, arguments: dict[str, Any], progress: Progress | None, what: str
 ) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _read_only(a: Tensor, x: Tensor, reads: Tensor) -> Tensor:
-    """``a @ x``, where ``a`` is 0 outside of ``reads``: what a row does not read does not reach it as 0 * NaN either."""
+    """``a @ x``, where ``a`` is 0 outside of ``reads``: what is not read does not reach a row as 0 * NaN either."""
     finite = x.isfinite()
     odd = (reads.to(x.dtype) @ (~finite).to(x.dtype)) > 0
     return torch.where(odd, a @ x, a @ x.where(finite, 0))

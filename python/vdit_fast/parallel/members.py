@@ -1,4 +1,4 @@
-"""The ranks that exchange rows, heads or branches in every forward, and the watch that ends all when one of them fails."""
+"""The ranks that exchange rows, heads or branches in every forward, and the watch that ends all when one fails."""
 
 from __future__ import annotations
 

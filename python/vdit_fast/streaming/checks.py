@@ -48,7 +48,7 @@ def check_positions(store: str, positions: str, table: int | None, capacity: int
 def check_budget(
     needed: int, limit: int, shape: dict[str, int], store: str, dtype: torch.dtype, setting: str = "capacity"
 ) -> None:
-    """Raise where the frames of a cache take more than ``limit`` bytes; ``setting`` is what the user calls their number."""
+    """Raise where the frames of a cache take more than ``limit`` bytes; users call their number ``setting``."""
     if needed <= limit:
         return
     frames = shape["capacity"]

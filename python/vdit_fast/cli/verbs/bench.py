@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vdit_fast.cli.bench import DENSITIES, SUITES, Shape, draw, run_bench
 from vdit_fast.cli.devices import DTYPES, resolve_device, resolve_dtype
+from vdit_fast.cli.given import refuse
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
 from vdit_fast.cli.verbs import bench_combinations, bench_methods
 
@@ -48,9 +49,14 @@ def command(
     The command `methods` compares the sparse methods on the demo model instead.
     """
     if context.invoked_subcommand is not None:
+        with session(as_json, debug):
+            refuse(context, why=f"write it behind the command: bench {context.invoked_subcommand} --help lists its own")
         return
     with session(as_json, debug) as out:
         from vdit_fast import report
+
+        if shape:
+            refuse(context, "suite", why="--shape says what is run; leave one of them out")
 
         place = resolve_device(device)
         kind = resolve_dtype(dtype, place)

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from vdit_fast.cli.configuration import ConfigOption, SetOption, label, resolve
 from vdit_fast.cli.devices import resolve_device
+from vdit_fast.cli.given import refuse
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Local folder of a diffusers pipeline.", show_default=False)]
@@ -26,6 +27,7 @@ Baseline = Annotated[bool, typer.Option("--baseline", help="Draw it with the sto
 
 
 def command(
+    context: typer.Context,
     model: Model,
     prompt: Prompt,
     config: ConfigOption = "balanced",
@@ -48,13 +50,15 @@ def command(
     """Draw a video with any local diffusers text-to-video pipeline and say what ran where. Nothing is downloaded."""
     with session(as_json, debug) as out:
         from vdit_fast import report
-        from vdit_fast.cli.generation import Request, draw, load_pipeline
+        from vdit_fast.cli.generation import Request, draw, load_pipeline, takes_seed
 
         if out_file.suffix.lower() not in (".mp4", ".mkv", ".mov"):
             raise ValueError(f"out: {out_file.name!r} is no video file; use .mp4, .mov or .mkv")
         found = resolve(config, overrides)
         place = resolve_device(device)
         pipe = load_pipeline(model, dtype, place)
+        if not takes_seed(pipe):
+            refuse(context, "seed", why=f"{type(pipe).__name__} takes no generator of its noise")
         request = Request(prompt, negative_prompt, steps, seed, height, width, frames, guidance)
         with out.progress() as advance:
             stock = draw(pipe, request, None, advance) if baseline else None

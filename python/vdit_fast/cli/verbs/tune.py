@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vdit_fast.cli.configuration import SetOption, resolve
 from vdit_fast.cli.devices import resolve_device
+from vdit_fast.cli.given import refuse
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
 
 Model = Annotated[
@@ -32,6 +33,7 @@ Dtype = Annotated[str, typer.Option(help="Of --model: auto (bf16 on a GPU, fp32 
 
 
 def command(
+    context: typer.Context,
     model: Model = None,
     prompts: Prompts = None,
     steps: Steps = None,
@@ -48,7 +50,7 @@ def command(
     groups: Groups = None,
     out_file: OutFile = Path("tuned.yaml"),
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="Of --model: cpu, cuda, or auto.")] = "auto",
     weights: Annotated[Path | None, typer.Option(hidden=True)] = None,
     as_json: JsonFlag = False,
     debug: DebugFlag = False,
@@ -61,6 +63,8 @@ def command(
 
         if out_file.suffix.lower() not in (".yaml", ".yml", ".json"):
             raise ValueError(f"out: {out_file.name!r} is no config file; use .yaml or .json")
+        if model is None:
+            refuse(context, "dtype", "device", why="the demo model runs in fp32 on the CPU; they are for --model")
         found = resolve({"attention": {"method": "sparse_vdit"}}, overrides)
         if not isinstance(found.attention, SparseVDiT):
             raise ValueError("set: attention is what is searched, by the method sparse_vdit; override its knobs only")
