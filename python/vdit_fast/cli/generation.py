@@ -91,7 +91,10 @@ def load_pipeline(folder: str | Path, dtype: str = "auto", device: str = "cpu") 
     """
     path = Path(folder)
     if not path.is_dir():
-        raise FileNotFoundError(f"model: {str(folder)!r} is not a folder; nothing is downloaded, give a local pipeline")
+        raise FileNotFoundError(
+            f"model: {str(folder)!r} is not a folder; nothing is downloaded here: give a folder that save_pretrained "
+            "wrote, or that 'hf download NAME --local-dir FOLDER' made"
+        )
     if not (path / "model_index.json").is_file():
         raise ValueError(f"model: {str(folder)!r} has no model_index.json; give the folder that save_pretrained wrote")
     try:

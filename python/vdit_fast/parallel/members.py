@@ -6,11 +6,11 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from vdit_fast.parallel.watch import CAUSE, INTERVAL, Watch, reach
+from vdit_fast.parallel.watch import CAUSE, INTERVAL, RankFailed, Watch, reach
 
 __all__ = ["Members", "ranks_store"]
 
@@ -83,24 +83,28 @@ class Members:
             return
         work, began = collective(True), time.monotonic()
         while True:
-            broken: RuntimeError | None = None
             try:
                 work.wait(timedelta(seconds=INTERVAL))
                 return
             except RuntimeError as error:
-                broken = error if work.is_completed() else None
-            self._missed(watch, time.monotonic() - began, broken)
-            if broken is not None:
-                time.sleep(INTERVAL / 5)
+                if work.is_completed():
+                    self._explain(watch, error)
+            watch.check()
+            if watch.closed and time.monotonic() - began > CAUSE:  # what was sent before may be under way
+                raise self._gone(watch)
 
-    def _missed(self, watch: Watch, waited: float, broken: RuntimeError | None) -> None:
-        """Raise where it is known why an exchange does not end, or has broken."""
-        watch.check()
-        gone = min(watch.closed, default=None)
-        if gone is not None and (broken is not None or waited > CAUSE):
-            raise watch.lost(gone, "it has ended its part, or its process is over; its own output says why")
-        if broken is not None and waited > self.patience + 2 * CAUSE:  # nobody fell silent: the connection's own fault
-            raise broken
+    def _explain(self, watch: Watch, error: RuntimeError) -> NoReturn:
+        """A connection has broken: whose end it was shows within the patience."""
+        until = time.monotonic() + self.patience + CAUSE
+        while time.monotonic() < until:
+            watch.check()
+            if watch.closed:
+                raise self._gone(watch) from error
+            time.sleep(INTERVAL / 5)
+        raise error  # all live: the connection's own fault
+
+    def _gone(self, watch: Watch) -> RankFailed:
+        return watch.lost(min(watch.closed), "it has ended its part, or its process is over; its own output says why")
 
     def inside(self, forward: bool) -> None:
         """Whether this rank is in a forward, where it may sit in a call of NCCL that does not return."""

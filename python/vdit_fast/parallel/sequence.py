@@ -72,7 +72,7 @@ class ShardedRows:
             if forward.shard is None or forward.shard.total != x.shape[1]:
                 forward.shard = self._shard(forward, x.shape[1])
             call.arguments[stream] = forward.shard.own(x).contiguous()
-            self.members.inside(True)
+            self.members.inside(not torch.is_grad_enabled())  # a forward with gradients has no end that shows here
         shard = forward.shard
         if shard is None or call.arguments[stream].shape[1] != shard.rows:
             rows = call.arguments[stream].shape[1]

@@ -13,7 +13,8 @@ from vdit_fast.cli.devices import resolve_device
 from vdit_fast.cli.given import refuse
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
 
-Model = Annotated[Path, typer.Option("--model", "-m", help="Local folder of a diffusers pipeline.", show_default=False)]
+_MODEL = "Local folder of a diffusers pipeline (with model_index.json)."
+Model = Annotated[Path, typer.Option("--model", "-m", help=_MODEL, show_default=False)]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What to draw.", show_default=False)]
 Negative = Annotated[str | None, typer.Option(help="What to avoid.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.", min=1)]

@@ -23,8 +23,8 @@ Method = Annotated[str | None, typer.Option("--method", help="A planner with its
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.", min=1)]
 Pixels = Annotated[int | None, typer.Option(help="Pixels.", min=1)]
 Frames = Annotated[int | None, typer.Option(help="Frames of the clip.", min=1)]
-Rows = Annotated[int, typer.Option(help="Sampled queries per head.", min=1)]
-Block = Annotated[int, typer.Option(help="Side of the square blocks of the second oracle.", min=1)]
+Rows = Annotated[int, typer.Option(help="Queries per head that are looked at.", min=1)]
+Block = Annotated[int, typer.Option(help="Side of the square blocks that the best selection is also shown in.", min=1)]
 OutDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for profile.json and the pictures.")]
 Dtype = Annotated[str, typer.Option(help="Of --model: auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16 or fp16.")]
 

@@ -23,8 +23,11 @@ Model = Annotated[
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Calibration prompt; may be repeated.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.", min=1)]
 Pixels = Annotated[int | None, typer.Option(help="Pixels.", min=1)]
-Price = Annotated[float, typer.Option(help="What dense attention costs, in relative mean square error.")]
-MaxLoss = Annotated[float, typer.Option(help="Heads whose every loss (error + price x cost) is larger stay full.")]
+_PRICE = "Relative mean square error that saving all of a head's attention is worth: higher is sparser."
+Price = Annotated[float, typer.Option(help=_PRICE)]
+MaxLoss = Annotated[
+    float, typer.Option(help="A head stays dense where its best mode's error + price x cost is larger.")
+]
 Cost = Annotated[str, typer.Option(help="time: measured here; pairs: the share of pairs that a mode reads.")]
 Modes = Annotated[str, typer.Option(help="Sparse modes to try, comma-separated.")]
 Groups = Annotated[int | None, typer.Option(help="Step ranges of the table; default: every step has its own.", min=1)]
