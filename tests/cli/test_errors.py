@@ -65,6 +65,20 @@ def test_bad_input_is_one_line_and_code_2(
     assert "Traceback" in run(*arguments, "--debug").stderr
 
 
+def test_a_seed_that_nothing_draws_with(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pipe:
+        def __call__(self, prompt: str) -> None:
+            raise RuntimeError("it was run")
+
+    monkeypatch.setattr("vdit_fast.cli.generation.load_pipeline", lambda *args: Pipe())
+    arguments = ("generate", "--model", tmp_path, "--prompt", "x", "--out", tmp_path / "x.mkv", "--baseline")
+    result = run(*arguments, "--seed", 3)
+    assert result.exit_code == 2 and "--seed: no effect here; Pipe takes no generator" in result.stderr
+    assert "it was run" in run(*arguments).stderr
+
+
 def test_options_before_a_command_of_bench_are_not_dropped(run: Callable[..., Any]) -> None:
     result = run("bench", "--dtype", "bf16", "methods", "--quick")
     assert result.exit_code == 2 and "--dtype: no effect here" in result.stderr and "bench methods" in result.stderr
