@@ -129,5 +129,6 @@ def test_a_wrong_argument_is_said_once(tmp_path: Path, when: str) -> None:
     said = err.partition("torch.distributed.elastic")[0]  # what follows is the launcher's
     words = "--resume has no effect" if when == "before" else "is of another run: seed"
     assert err.count("parallel.demo: error: ") == 1 and words in said
+    assert words in err.partition("Root Cause")[2]
     assert err.count("Traceback (most recent call last)") <= 1  # the launcher's own, of itself
     assert "RankFailed" not in err and "of the pipeline failed" not in err

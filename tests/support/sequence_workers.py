@@ -40,7 +40,7 @@ def _fail_in(model: Any) -> None:
 
 
 def several(folder: Path) -> None:
-    """One case after the other, each in a group of its own: a rank that has failed lives on, and no connection breaks."""
+    """One case after the other, each in a group of its own: a rank that has failed lives on, no connection breaks."""
     found = {how: _case(how, dist.new_group([0, 1])) for how in CASES}
     (folder / f"found{dist.get_rank()}.json").write_text(json.dumps(found))
 

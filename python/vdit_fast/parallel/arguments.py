@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import time
-from typing import IO, NoReturn
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
 
 __all__ = ["BAD", "RankParser", "after_the_first", "global_rank"]
 
@@ -38,7 +41,7 @@ class RankParser(argparse.ArgumentParser):
 
     _late = False
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         if global_rank() == 0 or self._late:
             super()._print_message(message, file)
 
@@ -49,6 +52,11 @@ class RankParser(argparse.ArgumentParser):
         super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
+        told = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if told and global_rank() == 0:  # torch's launcher ends with a report, which names this then
+            about = {"timestamp": str(int(time.time())), "py_callstack": message}
+            with suppress(OSError):
+                Path(told).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
         self.exit(BAD, f"{self.prog}: error: {message} (--help lists the options)\n")
 
     def wrong(self, error: Exception) -> NoReturn:

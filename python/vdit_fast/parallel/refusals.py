@@ -92,7 +92,7 @@ def remembers(config: Config) -> ValueError:
 def _model_reason(root: Root) -> str | None:
     module, layout = root.module(), root.adapter.stages
     if module is None:
-        return "the transformer is gone"
+        return "the transformer is gone; keep a reference to it, the handle does not"
     if not root.hooked:
         return "a part of a transformer was accelerated; accelerate the whole"
     if isinstance(layout, str):

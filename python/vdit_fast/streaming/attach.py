@@ -138,7 +138,7 @@ class CachedAttention:
         """The running branch's, made for keys [B, N, Hkv, D] such as these where there is none."""
         found = self.caches.get(self._branch)
         if found is None:
-            shape = {"layers": len(self.session.layers), "capacity": self.capacity, "page": self.page}
+            shape: dict[str, Any] = {"layers": len(self.session.layers), "capacity": self.capacity, "page": self.page}
             shape |= {"batch": k.shape[0], "heads": k.shape[2], "head_dim": k.shape[3]}
             store = self.settings["store"]
             if self.max_bytes is not None:
