@@ -29,7 +29,8 @@ def test_help_has_json(verb: str, run: Callable[..., Any]) -> None:
     [
         (("demo", "--prompt", "red blob right"), "unknown word 'blob'"),
         (("demo", "--config", "balansed"), "did you mean 'balanced'"),
-        (("demo", "--config", "none.yaml"), "none.yaml"),
+        (("demo", "--config", "none.yaml"), "config 'none.yaml' does not exist; presets are 'exact'"),
+        (("demo", "--set", "sparsity=0.5"), "it is a knob of attention"),
         (("demo", "--set", "attention.sparsity"), "key=value"),
         (("demo", "--set", "attention.sparsety=0.5"), "did you mean 'sparsity'"),
         (("demo", "--weights", "nowhere.safetensors"), "nowhere.safetensors"),

@@ -16,12 +16,14 @@ from vdit_fast.cli.verbs import bench_combinations, bench_methods
 
 Suite = Annotated[str, typer.Option(help=f"Shapes to run: {', '.join(SUITES)}.")]
 _DENSITIES = ",".join(f"{d:g}" for d in DENSITIES)
-Shapes = Annotated[list[str] | None, typer.Option("--shape", help="BATCHxHEADSxLENGTHxDIM instead of a suite.")]
+Shapes = Annotated[
+    list[str] | None, typer.Option("--shape", help="BATCHxHEADSxLENGTHxDIM instead of a suite; may be repeated.")
+]
 Densities = Annotated[str, typer.Option(help="Shares of the key blocks to read, comma-separated.")]
 Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; default fp32 on a CPU, bf16 on a GPU.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
-Block = Annotated[int, typer.Option(help="Side of the square blocks.", min=1)]
-Repeats = Annotated[int, typer.Option(help="Timed rounds.", min=1)]
+Block = Annotated[int, typer.Option(help="Side of the square blocks that a plan keeps or drops.", min=1)]
+Repeats = Annotated[int, typer.Option(help="Timed rounds; the median counts.", min=1)]
 
 
 app = typer.Typer(invoke_without_command=True)
@@ -46,7 +48,7 @@ def command(
 ) -> None:
     """Time dense and block-sparse attention, interleaved with torch SDPA; medians of several rounds.
 
-    The command `methods` compares the sparse methods on the demo model instead.
+    The commands `methods` and `combinations` compare sparse methods and whole configurations on the demo model instead.
     """
     if context.invoked_subcommand is not None:
         with session(as_json, debug):

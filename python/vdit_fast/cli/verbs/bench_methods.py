@@ -16,7 +16,7 @@ QUICK_STEPS = 4
 
 _PROMPT = "One or two objects, each 'colour shape direction'; may be repeated, quality is then the mean."
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help=_PROMPT)]
-Only = Annotated[list[str] | None, typer.Option("--method", help="Only this planner; may be repeated.")]
+Only = Annotated[list[str] | None, typer.Option("--method", help="Only this planner, e.g. svg1; may be repeated.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Repeats = Annotated[int, typer.Option(help="Timed rounds; each runs everything once, in turns.", min=1)]
 Density = Annotated[float, typer.Option(help="Share of the pairs that sparse calls read.")]

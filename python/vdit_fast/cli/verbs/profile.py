@@ -19,10 +19,12 @@ from vdit_fast.cli.output import Advance, DebugFlag, JsonFlag, session
 _MODEL = "Local folder of a diffusers pipeline; default: the demo model."
 Model = Annotated[Path | None, typer.Option("--model", "-m", help=_MODEL)]
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="What to draw; needed with --model.")]
-Method = Annotated[str | None, typer.Option("--method", help="A planner with its own defaults instead of --config.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.", min=1)]
-Pixels = Annotated[int | None, typer.Option(help="Pixels.", min=1)]
-Frames = Annotated[int | None, typer.Option(help="Frames of the clip.", min=1)]
+Method = Annotated[
+    str | None, typer.Option("--method", help="A planner, e.g. svg1, with its own defaults, instead of --config.")
+]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps; default: the pipeline's own.", min=1)]
+Pixels = Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's own.", min=1)]
+Frames = Annotated[int | None, typer.Option(help="Frames of the clip; default: the pipeline's own.", min=1)]
 Rows = Annotated[int, typer.Option(help="Queries per head that are looked at.", min=1)]
 Block = Annotated[int, typer.Option(help="Side of the square blocks that the best selection is also shown in.", min=1)]
 OutDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for profile.json and the pictures.")]

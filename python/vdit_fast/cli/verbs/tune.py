@@ -21,15 +21,15 @@ Model = Annotated[
     Path | None, typer.Option("--model", "-m", help="Local folder of a diffusers pipeline; default: the demo model.")
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Calibration prompt; may be repeated.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.", min=1)]
-Pixels = Annotated[int | None, typer.Option(help="Pixels.", min=1)]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps; default: the pipeline's own.", min=1)]
+Pixels = Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's own.", min=1)]
 _PRICE = "Relative mean square error that saving all of a head's attention is worth: higher is sparser."
 Price = Annotated[float, typer.Option(help=_PRICE)]
 MaxLoss = Annotated[
     float, typer.Option(help="A head stays dense where its best mode's error + price x cost is larger.")
 ]
 Cost = Annotated[str, typer.Option(help="time: measured here; pairs: the share of pairs that a mode reads.")]
-Modes = Annotated[str, typer.Option(help="Sparse modes to try, comma-separated.")]
+Modes = Annotated[str, typer.Option(help="Patterns that a head may get besides full attention, comma-separated.")]
 Groups = Annotated[int | None, typer.Option(help="Step ranges of the table; default: every step has its own.", min=1)]
 OutFile = Annotated[Path, typer.Option("--out", "-o", help="The config to write: .yaml or .json.")]
 Dtype = Annotated[str, typer.Option(help="Of --model: auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16 or fp16.")]
@@ -43,8 +43,8 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise; each further one has the next.")] = 0,
     height: Pixels = None,
     width: Pixels = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of the clip.", min=1)] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the clip; default: the pipeline's own.", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = None,
     overrides: SetOption = None,
     price: Price = 0.1,
     max_loss: MaxLoss = 0.05,
