@@ -60,6 +60,7 @@ def test_the_script_of_the_sequence(tmp_path: Path) -> None:
     assert sparse is not None and int(sparse[1]) > 0
 
 
+@pytest.mark.slow
 def test_the_demo(tmp_path: Path) -> None:
     code, out, err = run(tmp_path, "-m", "vdit_fast.parallel.demo", *SMALL, "--check", ranks=2)
     assert code == 0, err
@@ -116,7 +117,7 @@ def test_more_ranks_than_blocks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "ranks: 7; 6 layers can be split over 1 to 6 ranks" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("when", ["before", "after the ranks have met"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after the ranks have met", marks=pytest.mark.slow)])
 def test_a_wrong_argument_is_said_once(tmp_path: Path, when: str) -> None:
     """By the first rank, also where the other one would be ready sooner; no rank ends with 0."""
     wrong = ("--resume",)
