@@ -71,13 +71,16 @@ def numbers(clip: Tensor, chunk: int = 3) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--weights", type=Path, default=Path("build/causal/weights.safetensors"))
-    ap.add_argument("--frames", type=int, default=36)
-    ap.add_argument("--side", type=int, default=48)
-    ap.add_argument("--guidance", type=float, default=2.0)
-    ap.add_argument("--threads", type=int, default=1)
-    ap.add_argument("--out", type=Path, default=Path("outputs/causal"))
+    weights = Path("build/causal/weights.safetensors")
+    ap.add_argument("--weights", type=Path, default=weights, help="what examples/causal/train.py wrote")
+    ap.add_argument("--frames", type=int, default=36, help="of a clip, 3 in a chunk")
+    ap.add_argument("--side", type=int, default=48, help="of the frames in pixels, a multiple of 4")
+    ap.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance scale; 1 switches it off")
+    ap.add_argument("--threads", type=int, default=1, help="of torch")
+    ap.add_argument("--out", type=Path, default=Path("outputs/causal"), help="folder of the sheet and the numbers")
     args = ap.parse_args(arguments)
+    if not args.weights.is_file():
+        ap.error(f"--weights: {args.weights} does not exist; train first: python examples/causal/train.py")
     torch.set_num_threads(args.threads)
     models = {"trained on whole clips": load_demo_model(), "causal": load_demo_model(path=args.weights)}
     clips: dict[str, Tensor] = {}

@@ -94,10 +94,10 @@ def held_out(model: nn.Module, seed: int = 10_000) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--steps", type=int, default=1200)
-    ap.add_argument("--out", type=Path, default=Path("build/causal"))
-    ap.add_argument("--threads", type=int, default=1)
-    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--steps", type=int, default=1200, help="of the training; about one a second")
+    ap.add_argument("--out", type=Path, default=Path("build/causal"), help="folder of the weights")
+    ap.add_argument("--threads", type=int, default=1, help="of torch")
+    ap.add_argument("--seed", type=int, default=0, help="of clips and noise")
     args = ap.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)

@@ -88,6 +88,8 @@ def main() -> None:
     ap.add_argument("--clips", type=int, default=4, help="held-out clips")
     ap.add_argument("--trained-on", default="CPU", help="hardware, for the record")
     args = ap.parse_args()
+    if not (args.run / "checkpoint.pt").is_file():
+        ap.error(f"--run: {args.run} has no checkpoint.pt; train first: python examples/demo_model/train.py")
     args.out.mkdir(parents=True, exist_ok=True)
 
     saved = torch.load(args.run / "checkpoint.pt", weights_only=True)

@@ -98,11 +98,14 @@ def x0_loss(model: WanTransformer3DModel, x0: torch.Tensor, text: torch.Tensor, 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ap.add_argument("--minutes", type=float, default=100, help="total training time, over all resumed runs")
-    ap.add_argument("--out", type=Path, default=Path("build/demo_model"))
-    ap.add_argument("--threads", type=int, default=0)
+    ap.add_argument("--out", type=Path, default=Path("build/demo_model"), help="folder; a run in it is gone on with")
+    ap.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     ap.add_argument("--seed", type=int, default=0)
-    ap.add_argument("--init", type=Path, help="weight file to go on from, instead of a fresh start")
+    ap.add_argument("--init", type=Path, help="weight file to begin with, instead of random weights")
     args = ap.parse_args()
+    checkpoint = args.out / "checkpoint.pt"
+    if args.init is not None and checkpoint.exists():
+        ap.error(f"--init: {args.out} holds a run already; leave --init out to go on with that, or give another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -124,7 +127,6 @@ def main() -> None:
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     step, spent, seen = 0, 0.0, 0
 
-    checkpoint = args.out / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])

@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace, maps_only: dict[str, float] | None) -> dic
 def main() -> None:
     ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     ap.add_argument("--minutes", type=float, default=22, help="training time; measuring comes on top")
-    ap.add_argument("--layers", type=int, default=2, help="layers to convert, of the candidates 1 to 5")
+    ap.add_argument("--layers", type=int, help="layers to convert, of the candidates 1 to 5 (2)")
     ap.add_argument("--init", type=Path, help="folder of an earlier run to go on from, with its layers")
     ap.add_argument("--out", type=Path, default=Path("build/linvideo"))
     ap.add_argument("--threads", type=int, default=1)
@@ -161,6 +161,9 @@ def main() -> None:
     ap.add_argument("--prompts", type=int, default=1, help="clips to draw")
     ap.add_argument("--steps", type=int, default=8, help="denoising steps of a drawn clip")
     args = ap.parse_args()
+    if args.init is not None and args.layers is not None:
+        ap.error("--layers has no effect with --init: a run is gone on with in the layers that it has converted")
+    args.layers = 2 if args.layers is None else args.layers
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     training = Conversion(args).run()

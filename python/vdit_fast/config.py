@@ -76,16 +76,24 @@ def _linear(value: Mapping[str, Any] | str | os.PathLike[str]) -> LinearAttentio
     return LinearAttention.from_dict(value)
 
 
-def _section_of(method: Any) -> str | None:
-    """The key of a configuration that takes this method: "attention", "cache", "subset" or, for no method, None."""
+def _sections() -> dict[str, Mapping[str, Any]]:
+    """Keys of a configuration that take a method -> the methods."""
     from vdit_fast import caching, planners, subset
 
-    sections: dict[str, Mapping[str, Any]] = {
-        "attention": planners.REGISTRY,
-        "cache": caching.REGISTRY,
-        "subset": subset.REGISTRY,
-    }
-    return next((key for key, known in sections.items() if isinstance(method, str) and method in known), None)
+    return {"attention": planners.REGISTRY, "cache": caching.REGISTRY, "subset": subset.REGISTRY}
+
+
+def _section_of(method: Any) -> str | None:
+    """The key of a configuration that takes this method: "attention", "cache", "subset" or, for no method, None."""
+    return next((key for key, known in _sections().items() if isinstance(method, str) and method in known), None)
+
+
+def _unknown_key(key: str, known: Iterable[str]) -> str:
+    """The end of the message about a key that is none, perhaps a knob that was written one level too high."""
+    for section, methods in _sections().items():
+        if any(key == item.name for method in methods.values() for item in dataclasses.fields(method)):
+            return f"it is a knob of {section}: write {{{section!r}: {{{key!r}: ...}}}}, with --set {section}.{key}=..."
+    return _nearest(key, known)
 
 
 def _yaml() -> Any:
@@ -195,7 +203,7 @@ class Config:
             )
         for key in data:
             if key not in known:
-                raise ValueError(f"configuration key {key!r} is unknown; {_nearest(str(key), known)}")
+                raise ValueError(f"configuration key {key!r} is unknown; {_unknown_key(str(key), known)}")
         values = dict(data)
         for key, make in (("attention", _planner), ("cache", _policy), ("subset", _rows)):
             value = values.get(key)
@@ -215,6 +223,8 @@ class Config:
         file = Path(path)
         if file.is_dir():
             raise ValueError(f"config {str(path)!r} is a folder; give a preset, or a .json, .yaml or .yml file")
+        if not file.exists():
+            raise FileNotFoundError(f"config {str(path)!r} does not exist; presets are {', '.join(map(repr, PRESETS))}")
         text = file.read_text(encoding="utf-8")
         suffix = file.suffix.lower()
         if suffix == ".json":

@@ -120,10 +120,16 @@ class Handle:
     def positions(self, fn: PositionFn | None) -> Handle:
         """Exchange the rotary position tables that the transformers make, from the next forward on.
 
+        Another function begins a new generation, and so does None: what caches and planners remember was computed with
+        the old tables. Tables that one function changes from step to step are a condition that goes with the steps, and
+        caches forecast over their changes, except where ``fn.phase(step)`` says that a step is of another kind.
+
         Args:
             fn: ``fn(step, geometry, (cos, sin))``, called once per forward with the ``StepContext``, the ``Geometry``
                 and the model's own tables. It returns the (cos, sin) to use, of the same shape up to dimensions of
-                size 1, or None for the model's own. It must not read device values on the host. None switches it off.
+                size 1, or None for the model's own. It must not read device values on the host. It may have a method
+                ``phase(step)``, as ``AnchoredBoxes`` does: features of a step never serve one whose (hashable) phase is
+                another one. None switches it off.
 
         Returns:
             this handle; ``stats()["positions"]`` counts the forwards whose tables were exchanged.
@@ -145,6 +151,8 @@ class Handle:
             processors = root.processors().values()
             if root.module() is not None and not any(processor.takes_positions for processor in processors):
                 raise RuntimeError(f"positions: no served layer of family {root.adapter.family!r} takes rotary tables")
+        if fn is not None or any(root.session.positions is not None for root in self.roots):
+            self.reset()
         for root in self.roots:
             root.session.positions = fn
             root.session.repositioned.clear()
@@ -334,8 +342,8 @@ class Handle:
         And ``hooks`` (place -> calls), ``skipped`` (reason -> module paths), ``layers``: each served layer is a dict of
         ``expert``, ``layer``, ``name``, ``family``, ``calls``, ``sparse_calls``, ``density`` (mean per step, None where
         the layer did not run; linear layers have none), ``mean_density``, ``head_density`` (per head, one number where
-        they never differed), ``plan_seconds``, ``attention_seconds``, ``dense`` and ``fallbacks`` (both reason ->
-        calls).
+        they never differed), ``plan_seconds``, ``attention_seconds``, ``dense``, ``unasked`` (calls whose
+        keys somebody else than the planner had chosen) and ``fallbacks`` (each reason -> calls).
         """
         return collect_stats(self)
 

@@ -41,6 +41,7 @@ def collect_stats(handle: Handle) -> dict[str, Any]:
                     "plan_seconds": ledger.plan_time.seconds,
                     "attention_seconds": ledger.attention_time.seconds,
                     "dense": dict(ledger.dense),
+                    "unasked": dict(ledger.unasked),
                     "fallbacks": dict(ledger.fallbacks),
                 }
             )
@@ -268,9 +269,11 @@ def report_text(handle: Handle) -> str:
         where = f": {', '.join(map(str, linear))}" if linear else ""
         lines.append(f"linear attention: {len(linear):,} of {served:,} layers of {expert}{where}")
     dense: Counter[str] = Counter()
+    unasked: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
     for layer in stats["layers"]:
         dense.update(layer["dense"])
+        unasked.update(layer["unasked"])
         fallbacks.update(layer["fallbacks"])
     if stats["cache"] is not None and handle.config.cache is not None:
         cache = stats["cache"]
@@ -343,6 +346,7 @@ def report_text(handle: Handle) -> str:
             f"{part['bytes'] / 2**20:,.1f} MiB sent"
         )
     lines += _reasons("kept dense by the planner (calls):", dense)
+    lines += _reasons(f"without asking {method}, which keys are read is given (calls):", unasked)
     lines += _reasons("fallbacks (calls that could not be served as configured):", fallbacks)
     for text, count in handle.setting_notes().items():
         lines.append(f"note: {count} layers: {text}")

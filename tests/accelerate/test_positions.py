@@ -268,3 +268,82 @@ def test_tables_of_another_size_in_the_same_forward_are_exchanged_for_themselves
         cos, sin = served_tables(stock, torch.randn(1, size, 32), layer, stock[0])
         assert cos.shape == sin.shape == stock[0].shape
     assert handle.stats()["positions"] == {0: 2}, "one of each size"
+
+
+CACHES = ["taylorseer model", "taylorseer span", "taylorseer block", "taylorseer module", "teacache span"]
+
+
+def cached(kind: str) -> tuple[Any, Any, dict[str, Any]]:
+    """(handle, model, inputs): everything behind the first step would be forecast."""
+    method, granularity = kind.split()
+    settings: dict[str, Any] = {"method": method, "granularity": granularity, "first_full": 1, "last_full": 0}
+    settings |= {"interval": 99} | ({"threshold": 1e9} if method == "teacache" else {})
+    model, inputs = tiny.build("wan_t2v")
+    return accelerate(model, Config.from_dict({"cache": settings})), model, inputs
+
+
+TIMES = [1000.0 - 100 * number for number in range(6)]
+
+
+def forecast(handle: Any) -> set[int]:
+    return set(handle.stats()["cache"]["forecast"])
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_nothing_is_forecast_from_features_of_other_tables(kind: str) -> None:
+    """Whatever changes between two steps: on, another function, off."""
+    handle, model, inputs = cached(kind)
+    turned = [None, None, shuffled, shuffled, lambda step, geometry, tables: tables, None]
+    got, last = [], None
+    for number, (t, fn) in enumerate(zip(TIMES, turned, strict=True)):
+        if fn is not last:
+            handle.positions(fn)
+            last = fn
+        with handle.step(number, num_steps=len(TIMES)):
+            got.append(tiny.run(model, tiny.at(inputs, t)))
+    assert forecast(handle) == {1, 3}
+    handle.reconfigure("exact")
+    for number in (2, 4, 5):
+        handle.positions(turned[number])
+        want = tiny.run(model, tiny.at(inputs, TIMES[number]))
+        assert tiny.relative(got[number], want) < 3e-6, number
+    handle.positions(None)
+    assert tiny.relative(got[2], tiny.run(model, tiny.at(inputs, TIMES[2]))) > 1e-3
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_caches_do_not_forecast_over_the_end_of_anchored_boxes(kind: str) -> None:
+    """A function that says when its steps are of another kind, and one that does not: its changes go with the steps."""
+    handle, model, inputs = cached(kind)
+    boxes = AnchoredBoxes(BOXES, steps=3)
+    silent = lambda step, geometry, tables: boxes(step, geometry, tables)  # noqa: E731
+    found = []
+    for fn in (boxes, silent):
+        handle.positions(fn)
+        for number, t in enumerate(TIMES):
+            with handle.step(number, num_steps=len(TIMES)):
+                last = tiny.run(model, tiny.at(inputs, t))
+                found += [last] if number == 3 else []
+        assert handle.stats()["positions"] == {0: 1}
+    assert handle.stats()["cache"]["forecast"] == {1: 2, 2: 2, 3: 1, 4: 2, 5: 2}
+    handle.remove()
+    plain = tiny.run(model, tiny.at(inputs, TIMES[3]))
+    assert tiny.relative(found[0], plain) < 3e-6 < 1e-3 < tiny.relative(found[1], plain)
+
+
+def test_a_generation_begins_with_another_function_only() -> None:
+    model, inputs = tiny.wan()
+    handle = accelerate(model)
+
+    def generations() -> int:
+        tiny.run(model, inputs)
+        found: int = handle.stats()["generations"]
+        return found
+
+    assert generations() == 1
+    handle.positions(None)
+    assert generations() == 1
+    handle.positions(shuffled)
+    assert generations() == 2
+    handle.positions(None)
+    assert generations() == 3

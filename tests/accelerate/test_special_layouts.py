@@ -213,7 +213,7 @@ def test_the_autoregressive_mask_becomes_a_plan(frame_block: int, dtype: torch.d
         for layer in handle.stats()["layers"]:
             blocks = 4 // frame_block
             assert layer["mean_density"] == pytest.approx((blocks + 1) / 2 / blocks) and layer["sparse_calls"] == 2
-            assert bool(layer["dense"]) == (attention is not None)
+            assert bool(layer["unasked"]) == (attention is not None) and not layer["dense"]
         handle.remove()
 
 

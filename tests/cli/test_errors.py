@@ -29,7 +29,8 @@ def test_help_has_json(verb: str, run: Callable[..., Any]) -> None:
     [
         (("demo", "--prompt", "red blob right"), "unknown word 'blob'"),
         (("demo", "--config", "balansed"), "did you mean 'balanced'"),
-        (("demo", "--config", "none.yaml"), "none.yaml"),
+        (("demo", "--config", "none.yaml"), "config 'none.yaml' does not exist; presets are 'exact'"),
+        (("demo", "--set", "sparsity=0.5"), "it is a knob of attention"),
         (("demo", "--set", "attention.sparsity"), "key=value"),
         (("demo", "--set", "attention.sparsety=0.5"), "did you mean 'sparsity'"),
         (("demo", "--weights", "nowhere.safetensors"), "nowhere.safetensors"),
@@ -42,6 +43,13 @@ def test_help_has_json(verb: str, run: Callable[..., Any]) -> None:
         (("bench", "--densities", "1.5", "--shape", "1x1x8x8"), "1.5"),
         (("bench", "--dtype", "int4"), "'int4'"),
         (("bench", "--device", "abacus"), "'abacus'"),
+        (("bench", "--suite", "demo", "--shape", "1x1x8x8"), "--suite: no effect here"),
+        (("bench", "methods", "--quick", "--steps", "12"), "--steps: no effect here"),
+        (("bench", "methods", "--quick", "--repeats", "3"), "--repeats: no effect here"),
+        (("profile", "--method", "draft", "--config", "balanced"), "--config: no effect here"),
+        (("profile", "--device", "cpu", "--dtype", "fp32"), "--dtype, --device: no effect here"),
+        (("profile", "--set", "cache=null"), "'cache=null' has no effect here"),
+        (("tune", "--device", "cpu"), "--device: no effect here"),
         (("plot", "nothing.json"), "nothing.json"),
     ],
 )
@@ -56,6 +64,26 @@ def test_bad_input_is_one_line_and_code_2(
     told = run(*arguments, "--json")
     assert told.exit_code == 2 and words in json.loads(told.stdout)["error"]
     assert "Traceback" in run(*arguments, "--debug").stderr
+
+
+def test_a_seed_that_nothing_draws_with(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pipe:
+        def __call__(self, prompt: str) -> None:
+            raise RuntimeError("it was run")
+
+    monkeypatch.setattr("vdit_fast.cli.generation.load_pipeline", lambda *args: Pipe())
+    arguments = ("generate", "--model", tmp_path, "--prompt", "x", "--out", tmp_path / "x.mkv", "--baseline")
+    result = run(*arguments, "--seed", 3)
+    assert result.exit_code == 2 and "--seed: no effect here; Pipe takes no generator" in result.stderr
+    assert "it was run" in run(*arguments).stderr
+
+
+def test_options_before_a_command_of_bench_are_not_dropped(run: Callable[..., Any]) -> None:
+    result = run("bench", "--dtype", "bf16", "methods", "--quick")
+    assert result.exit_code == 2 and "--dtype: no effect here" in result.stderr and "bench methods" in result.stderr
+    assert run("bench", "methods", "--help").exit_code == 0
 
 
 @pytest.mark.parametrize(

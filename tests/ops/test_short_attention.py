@@ -216,6 +216,33 @@ def test_unread_keys_reach_no_gradient() -> None:
     assert all(map(torch.equal, grads[0], grads[1])) and all(map(torch.equal, grads[0], grads[2]))
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("lengths", [(5, 5), (4, 7), (7, 4)], ids=str)
+def test_gradients_feel_what_is_read_only(lengths: tuple[int, int], place: str, number: float) -> None:
+    """Causal rows, padded keys, rows without any: every pair by itself, from rows that read nothing else."""
+    q, k, v = draw((2, *lengths, 2, 1, 6))
+    dout, kv_len = torch.randn_like(q), torch.tensor([lengths[1], 3])
+    {"q": q, "k": k, "v": v, "dout": dout}[place][:, -2 if place in ("q", "dout") else 2, 1, 0, 4] = number
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    got = torch.autograd.grad(short_attention(*leaves, causal=True, kv_len=kv_len), leaves, dout)
+    want = [torch.zeros_like(x) for x in leaves]
+    for b in range(2):
+        for row in range(lengths[0]):
+            keys = min(row + lengths[1] - lengths[0] + 1, int(kv_len[b]))
+            if keys <= 0:
+                continue
+            one = [x[b : b + 1].clone().requires_grad_() for x in (q[:, row : row + 1], k[:, :keys], v[:, :keys])]
+            parts = torch.autograd.grad(eager(*one), one, dout[b : b + 1, row : row + 1])
+            want[0][b, row] += parts[0][0, 0]
+            want[1][b, :keys] += parts[1][0]
+            want[2][b, :keys] += parts[2][0]
+    assert any(not x.isfinite().all() for x in want) and any(x.isfinite().any() for x in want)
+    for a, b_ in zip(got, want, strict=True):
+        assert torch.equal(a.isfinite(), b_.isfinite())
+        torch.testing.assert_close(a.nan_to_num(0, 0, 0), b_.nan_to_num(0, 0, 0), rtol=1e-4, atol=1e-5)
+
+
 def test_operator_checks() -> None:
     q, k, v = (x.requires_grad_() for x in draw((2, 5, 4, 2, 2, 8)))
     op = torch.ops.vdit_fast.short_attention.default

@@ -187,3 +187,10 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--ranks", "1", "8"])
     out = capsys.readouterr().out
     assert "32 blocks, 50 steps" in out and "7.2" in out
+
+
+@pytest.mark.parametrize("arguments", [("--ranks", "0"), ("--ranks", "31"), ("--flops", "0"), ("--latency", "-1")])
+def test_numbers_that_cannot_be(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert ended.value.code == 2 and arguments[0] in capsys.readouterr().err

@@ -646,3 +646,8 @@ def test_what_cannot_begin(model, change, error, match):
 def test_the_model_is_not_its_handle():
     with pytest.raises(TypeError, match=r"StagePipeline: handle is a WanTransformer3DModel; pass the handle"):
         StagePipeline(tiny_wan())
+
+
+def test_nothing_to_resume_from(model):
+    with pytest.raises(ValueError, match="resume: True, but there is no checkpoint to go on from"):
+        alone(model, resume=True)

@@ -134,6 +134,17 @@ def test_a_closed_rank_is_missed_by_who_needs_it(make: Make) -> None:
         first.wait(lambda seconds: time.sleep(seconds), 1, "a message")
 
 
+def test_a_closed_rank_of_a_group_is_noted_only(make: Make) -> None:
+    first, second = make(0, closing_fails=False, of="the group"), make(1)
+    second.close()
+    until(lambda: first.closed == {1})
+    time.sleep(0.6)  # more than the patience
+    first.check()
+    assert str(first.lost(1, "it is needed")) == "rank 1 of the group failed: it is needed"
+    with pytest.raises(RankFailed, match="rank 1 of the group failed"):
+        first.check()
+
+
 def test_runs_have_keys_of_their_own(make: Make) -> None:
     first, second = make(0), make(1)
     for one in (first, second):

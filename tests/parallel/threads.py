@@ -47,8 +47,8 @@ def run(monkeypatch: pytest.MonkeyPatch, ranks: int, fn: Callable[[Rank], Any]) 
     """What ``fn`` returns for every rank; ``ulysses`` exchanges between the threads meanwhile."""
     names = SimpleNamespace(get_rank=lambda group: group.rank, get_world_size=lambda group: group.ranks)
     monkeypatch.setattr(ulysses, "dist", names)
-    monkeypatch.setattr(ulysses, "all_to_all", lambda x, send, receive, group: group.all_to_all(x, send, receive))
-    monkeypatch.setattr(ulysses, "all_gather", lambda x, sizes, dim, group: group.all_gather(x, sizes, dim))
+    monkeypatch.setattr(ulysses, "all_to_all", lambda x, send, receive, group, run: group.all_to_all(x, send, receive))
+    monkeypatch.setattr(ulysses, "all_gather", lambda x, sizes, dim, group, run: group.all_gather(x, sizes, dim))
     board: list[Any] = [None] * ranks
     barrier = threading.Barrier(ranks)
     found: list[Any] = [None] * ranks

@@ -180,7 +180,7 @@ def test_planners_wait_until_the_mask_is_gone() -> None:
     for t in TIMES:
         tiny.run(model, tiny.at(inputs, t))
     assert [step for _, step, _, _ in handle.roots[0].session.state["seen"]] == [2, 2, 3, 3]
-    assert handle.stats()["layers"][0]["dense"] == {"regions: box tokens do not read redundant ones": 2}
+    assert handle.stats()["layers"][0]["unasked"] == {"regions: box tokens do not read redundant ones": 2}
 
 
 CACHES = ["taylorseer model", "taylorseer block", "taylorseer module", "teacache span"]

@@ -88,8 +88,13 @@ def test_the_model_serves_others_between_two_chunks() -> None:
     assert torch.equal(torch.cat(got[0], 2), clip) and torch.equal(torch.cat(got[1], 2), other)
     session = handle.roots[0].session
     assert not session.around_heads and session.before_rotation is None and session.positions is None
-    dense = [layer["dense"] for layer in handle.stats()["layers"]]
-    assert all("streaming: every frame that is held is read" in reasons for reasons in dense)
+    held = "streaming: every frame that is held is read"
+    for layer in handle.stats()["layers"]:
+        clips = layer["calls"] - layer["unasked"][held]
+        assert clips == 9 == layer["sparse_calls"] and not layer["dense"]
+    lines = handle.report().splitlines()
+    assert lines[lines.index("without asking window, which keys are read is given (calls):") + 1].endswith(held)
+    assert "kept dense by the planner (calls):" not in lines
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -139,8 +144,12 @@ def test_an_error_inside_a_forward_leaves_nothing_behind() -> None:
     model, rest = model_of("wan_t2v")
     handle = accelerate(model)
     want = plain(model, rest)
-    with pytest.raises(ValueError, match="the cache needs"):
-        next(chunks_of(handle, replace(SETTINGS, max_bytes="1 KB"), rest, 3))
+    frame = KVCache.bytes(layers=2, capacity=1, page=16, batch=1, heads=2, head_dim=16, dtype=torch.float32)
+    short = (
+        rf"max_bytes is {5 * frame:,}, but keys and values of 6 frames take {6 * frame:,} bytes.*; cache_frames=5 fits"
+    )
+    with pytest.raises(ValueError, match=short):
+        next(chunks_of(handle, replace(SETTINGS, max_bytes=5 * frame), rest, 3))
     session = handle.roots[0].session
     assert not session.around_heads and session.before_rotation is None and session.positions is None
     assert torch.equal(plain(model, rest), want)

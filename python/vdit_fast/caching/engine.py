@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .base import CachePolicy
     from .features import Features
 
-__all__ = ["FeatureCache", "Run"]
+__all__ = ["FeatureCache", "Run", "joined_phase"]
 
 
 @dataclass
@@ -257,6 +257,12 @@ class FeatureCache:
         branches = 1 if self.forward is None else self.forward.step.branches
         budget.check(self.policy, sizes, dtype, held=self.nbytes, branches=branches)
         run.stream.granted = True
+
+
+def joined_phase(*parts: Any) -> Callable[[StepContext], Hashable] | None:
+    """``FeatureCache.phase`` of all that have a method ``phase`` of the step, None where nobody has."""
+    found = [phase for part in parts if callable(phase := getattr(part, "phase", None))]
+    return (lambda step: tuple(phase(step) for phase in found)) if found else None
 
 
 def _signature(arguments: dict[str, Any]) -> Hashable:

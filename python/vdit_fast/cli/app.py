@@ -8,6 +8,7 @@ from vdit_fast.cli.verbs import bench, compare, demo, doctor, generate, plot, pr
 
 app = typer.Typer(
     help="Fast attention for video diffusion transformers: check the machine, see it work, measure it.",
+    epilog="Begin with `vdit-fast doctor`, then `vdit-fast demo`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,

@@ -90,7 +90,7 @@ def run_combinations(
     """
     for name in names or ():
         if name not in COMBINATIONS:
-            raise ValueError(f"only: {name!r} is unknown; known: {', '.join(COMBINATIONS)}")
+            raise ValueError(f"only: {name!r} is unknown; known: {', '.join(map(repr, COMBINATIONS))}")
     chosen = [name for name in COMBINATIONS if names is None or name in names]
     contestants = [Contestant(STOCK, "baseline", None)]
     contestants += [Contestant(COMPILED, "baseline", None)] if settings.compiled else []

@@ -21,13 +21,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vdit_fast")
 
-ConfigOption = Annotated[
-    str, typer.Option("--config", "-c", help="Preset exact, balanced or fast, or a YAML/JSON file.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one value, e.g. --set attention.sparsity=0.8; may be repeated."),
-]
+_CONFIG = "exact (dense, fused blocks), balanced, fast (sparser, fewer steps computed), or a YAML/JSON file."
+ConfigOption = Annotated[str, typer.Option("--config", "-c", help=_CONFIG)]
+_SET = "Override one value of the config, e.g. --set attention.sparsity=0.8 or --set cache=null; may be repeated."
+SetOption = Annotated[list[str] | None, typer.Option("--set", help=_SET)]
 
 
 def resolve(config: str | Mapping[str, Any], overrides: list[str] | None = None) -> Config:

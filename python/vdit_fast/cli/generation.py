@@ -91,7 +91,10 @@ def load_pipeline(folder: str | Path, dtype: str = "auto", device: str = "cpu") 
     """
     path = Path(folder)
     if not path.is_dir():
-        raise FileNotFoundError(f"model: {str(folder)!r} is not a folder; nothing is downloaded, give a local pipeline")
+        raise FileNotFoundError(
+            f"model: {str(folder)!r} is not a folder; nothing is downloaded here: give a folder that save_pretrained "
+            "wrote, or that 'hf download NAME --local-dir FOLDER' made"
+        )
     if not (path / "model_index.json").is_file():
         raise ValueError(f"model: {str(folder)!r} has no model_index.json; give the folder that save_pretrained wrote")
     try:
@@ -107,6 +110,11 @@ def load_pipeline(folder: str | Path, dtype: str = "auto", device: str = "cpu") 
     if getattr(pipe, "transformer", None) is None:
         raise ValueError(f"model: {type(pipe).__name__} has no transformer; only diffusion transformers are supported")
     return pipe.to(device)
+
+
+def takes_seed(pipe: Any) -> bool:
+    """Whether a pipeline takes the generator of its noise."""
+    return "generator" in inspect.signature(pipe.__call__).parameters
 
 
 def watched(

@@ -342,6 +342,6 @@ class _Bench:
 def _reasons(stats: dict[str, Any]) -> dict[str, int]:
     total: dict[str, int] = {}
     for layer in stats["layers"]:
-        for reason, count in (layer["dense"] | layer["fallbacks"]).items():
+        for reason, count in (layer["dense"] | layer["unasked"] | layer["fallbacks"]).items():
             total[reason] = total.get(reason, 0) + count
     return total

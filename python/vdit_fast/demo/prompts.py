@@ -41,8 +41,8 @@ def parse(prompt: str) -> list[tuple[str, str, str]]:
     for word in words:
         if word not in WORDS:
             near = difflib.get_close_matches(word, WORDS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"prompt: unknown word {word!r}{hint} Known words: {', '.join(WORDS)}.")
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"prompt: unknown word {word!r}; {hint}the demo model knows {', '.join(WORDS)}")
     objects = [tuple(words[i : i + 3]) for i in range(0, len(words), 3)]
     for obj in objects:
         if len(obj) != 3 or obj[0] not in COLOURS or obj[1] not in SHAPES or obj[2] not in DIRECTIONS:

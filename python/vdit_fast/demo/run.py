@@ -184,6 +184,7 @@ def notes(results: dict[str, Any]) -> list[str]:
         reasons: Counter[str] = Counter()
         for layer in results["report"].get("layers", []):
             reasons.update(layer["dense"])
+            reasons.update(layer["unasked"])
             reasons.update(layer["fallbacks"])
         why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
         found.append(f"no attention call was sparse ({why}): a speed-up here is not one of sparse attention")

@@ -78,7 +78,7 @@ class DemoPipeline:
         Raises:
             ValueError: a number out of range, a size that is no multiple of the patch, or an unknown word.
         """
-        _check(self.transformer, steps, guidance, frames, height, width)
+        check_sizes(self.transformer, steps, guidance, frames, height, width)
         weight = next(self.transformer.parameters(), torch.empty(0))
         # the first parameter may be one that stays fp32 in a bf16 model: diffusers knows which dtype the inputs need
         text = embed(prompt)[None].to(weight.device, getattr(self.transformer, "dtype", weight.dtype))
@@ -135,7 +135,8 @@ def make_scheduler() -> Any:
     return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
 
-def _check(model: torch.nn.Module, steps: int, guidance: float, frames: int, height: int, width: int) -> None:
+def check_sizes(model: torch.nn.Module, steps: int, guidance: float, frames: int, height: int, width: int) -> None:
+    """Raise ValueError where a model cannot draw clips of so many pixels; the message names the number."""
     if steps < 1:
         raise ValueError(f"steps: {steps}; at least 1 is needed")
     if not (guidance == guidance and abs(guidance) < 1e6):

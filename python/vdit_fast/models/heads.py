@@ -54,6 +54,8 @@ class HeadsCall:
     """Which keys are read, where that is decided already; planners are not asked then."""
     planned: str = ""
     """Why, for the report."""
+    whole: bool = False
+    """Whether the plan leaves no key out, and says only where they lie."""
     segments: Segments = field(default_factory=list)
     """Further keys and values [B or 1, S, Hkv, D] that every query reads; of all key heads of the model, or of the
     call's."""

@@ -79,10 +79,13 @@ class LayerLedger:
     calls: int = 0
     """Attention calls, recomputation under gradient checkpointing excluded."""
     sparse_calls: int = 0
+    """Of them, those that left keys out."""
     plan_time: Span = field(default_factory=Span)
     attention_time: Span = field(default_factory=Span)
     dense: Counter[str] = field(default_factory=Counter)
     """Calls kept dense by the planner or for ``always_dense``, by reason."""
+    unasked: Counter[str] = field(default_factory=Counter)
+    """Calls whose keys somebody else had chosen, so that the planner was not asked, by reason."""
     fallbacks: Counter[str] = field(default_factory=Counter)
     """Calls that could not be served as configured, by reason."""
     _density: dict[int, list[Any]] = field(default_factory=dict)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vdit_fast.caching.engine import FeatureCache
+from vdit_fast.caching.engine import FeatureCache, joined_phase
 from vdit_fast.config import Config
 from vdit_fast.models.block_causal import block_causal_plan, is_block_causal
 from vdit_fast.models.forward import Forward, in_backward
@@ -170,7 +170,7 @@ class Session:
             if len(self.static) > max(STATIC_ENTRIES, STATIC_PER_LAYER * len(self.layers)):
                 self.static.clear()
         self.forward = self.cache.forward = Forward(geometry, step, timestep)
-        self.cache.phase = None if self.regions is None else self.regions.phase
+        self.cache.phase = joined_phase(self.regions, self.positions)
         self.forwards += 1
         self.steps.add((step.generation, step.step))
 
@@ -331,7 +331,7 @@ class Session:
         ledger.attention_time.add(middle, end)
         if self.config.attention is not None:
             ledger.plan_time.add(begin, middle)
-        if decision.plan is not None:
+        if decision.plan is not None and not call.whole:
             ledger.sparse_calls += 1
         ledger.add_density(
             forward.step.step if forward is not None else -1,
@@ -345,12 +345,12 @@ class Session:
 
     def _planned(self, ledger: LayerLedger, call: HeadsCall) -> Decision:
         if self.config.attention is not None:
-            ledger.count(ledger.dense, call.planned)
+            ledger.count(ledger.unasked, call.planned)
         return Decision(call.plan)
 
     def _block_causal(self, ledger: LayerLedger, geometry: Geometry, device: torch.device) -> Decision:
         if self.config.attention is not None:
-            ledger.count(ledger.dense, "block-causal frames: planners know full attention only")
+            ledger.count(ledger.unasked, "block-causal frames: planners know full attention only")
         key = "block-causal", geometry, device
         return Decision(remembered(self.static, key, lambda: block_causal_plan(geometry, device)))
 

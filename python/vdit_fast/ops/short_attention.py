@@ -64,6 +64,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(q, k, v, kv_len)
 
 
+def _read_only(a: Tensor, x: Tensor, reads: Tensor) -> Tensor:
+    """``a @ x``, where ``a`` is 0 outside of ``reads``: what is not read does not reach a row as 0 * NaN either."""
+    finite = x.isfinite()
+    odd = (reads.to(x.dtype) @ (~finite).to(x.dtype)) > 0
+    return torch.where(odd, a @ x, a @ x.where(finite, 0))
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # The formula of the reference, differentiated: with P the weights, dS = P * (dP - rowsum(P * dP)).
     from vdit_fast.reference.short_attention import readable, weights
@@ -72,11 +79,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     reads = readable(q, k, ctx.causal, kv_len)
     query, key, value, dout = (x.float().movedim(1, 3) for x in (q, k, v, grad))  # [B, S, H, L, D]
     p = weights(query, key, ctx.scale, reads)
-    unread = ~reads.any(-2)[..., None]  # 0 * NaN is NaN
-    key, value = key.masked_fill(unread, 0), value.masked_fill(unread, 0)
-    dp = dout @ value.transpose(-1, -2)
+    dp = (dout @ value.transpose(-1, -2)).masked_fill(~reads, 0)
     ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).masked_fill(~reads, 0) * ctx.scale
-    found = (ds @ key, ds.transpose(-1, -2) @ query, p.transpose(-1, -2) @ dout)
+    pairs = ((ds, key, reads), (ds.mT, query, reads.mT), (p.mT, dout, reads.mT))
+    whole = kv_len is None and not ctx.causal
+    found = (a @ x if whole else _read_only(a, x, of) for a, x, of in pairs)
     grads = (g.movedim(3, 1).to(x.dtype) for g, x in zip(found, (q, k, v), strict=True))
     return (*grads, None, None, None)
 

@@ -6,14 +6,14 @@ their parameters, as DistributedDataParallel does, they get those of the mean lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_gather", "all_to_all", "process_group"]
+__all__ = ["Run", "all_gather", "all_sum", "all_to_all", "at_once", "process_group"]
 
 
 def process_group(group: Any, what: str) -> dist.ProcessGroup:
@@ -50,76 +50,99 @@ def process_group(group: Any, what: str) -> dist.ProcessGroup:
     return group
 
 
+Run = Callable[[Callable[[bool], Any]], None]
+"""Runs one collective, which is called with whether it is to be asynchronous; ``Members.run`` of ranks under watch."""
+
+
+def at_once(collective: Callable[[bool], Any]) -> None:
+    """Without a watch over the ranks: a wait for one that has failed ends with the group's time-out."""
+    collective(False)
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, buffer: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(buffer, send, receive, group)
+    def forward(
+        ctx: Any, buffer: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, run: Run
+    ) -> Tensor:
+        ctx.send, ctx.receive, ctx.group, ctx.run = send, receive, group, run
+        return _exchange(buffer, send, receive, group, run)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grads[0].contiguous(), ctx.receive, ctx.send, ctx.group), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        found = _exchange(grads[0].contiguous(), ctx.receive, ctx.send, ctx.group, ctx.run)
+        return found, None, None, None, None
 
 
-def _exchange(buffer: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+def _exchange(buffer: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, run: Run) -> Tensor:
     found = buffer.new_empty(sum(receive))
-    dist.all_to_all_single(found, buffer, receive, send, group=group)
+    run(lambda later: dist.all_to_all_single(found, buffer, receive, send, group=group, async_op=later))
     return found
 
 
-def all_to_all(buffer: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def all_to_all(
+    buffer: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, run: Run = at_once
+) -> Tensor:
     """Every rank's part of the buffer to that rank. Differentiable: gradients go the way back.
 
     Args:
         buffer: contiguous, one dimension: ``send[r]`` elements for rank r of the group, one rank after the other.
         receive: elements that come from every rank.
+        run: runs the collective.
 
     Returns:
         [sum(receive)], the parts of all ranks in their order.
     """
     if torch.is_grad_enabled() and buffer.requires_grad:
-        found: Tensor = _AllToAll.apply(buffer, list(send), list(receive), group)
+        found: Tensor = _AllToAll.apply(buffer, list(send), list(receive), group, run)
         return found
-    return _exchange(buffer, list(send), list(receive), group)
+    return _exchange(buffer, list(send), list(receive), group, run)
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], dim: int, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sizes: list[int], dim: int, group: dist.ProcessGroup, run: Run) -> Tensor:
         rank = dist.get_rank(group)
-        ctx.dim, ctx.sizes, ctx.rank, ctx.group = dim, sizes, rank, group
-        return _gathered(x, sizes, dim, group)
+        ctx.dim, ctx.sizes, ctx.rank, ctx.group, ctx.run = dim, sizes, rank, group, run
+        return _gathered(x, sizes, dim, group, run)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         parts = grads[0].split(ctx.sizes, ctx.dim)
         own = parts[ctx.rank]
-        send = [part.numel() for part in parts]
-        found = _exchange(torch.cat([part.reshape(-1) for part in parts]), send, [own.numel()] * len(parts), ctx.group)
-        return found.view(len(parts), *own.shape).sum(0), None, None, None
+        send, receive = [part.numel() for part in parts], [own.numel()] * len(parts)
+        found = _exchange(torch.cat([part.reshape(-1) for part in parts]), send, receive, ctx.group, ctx.run)
+        return found.view(len(parts), *own.shape).sum(0), None, None, None, None
 
 
-def _gathered(x: Tensor, sizes: list[int], dim: int, group: dist.ProcessGroup) -> Tensor:
+def _gathered(x: Tensor, sizes: list[int], dim: int, group: dist.ProcessGroup, run: Run) -> Tensor:
     most, missing = max(sizes), max(sizes) - x.shape[dim]
     if missing:
         shape = list(x.shape)
         shape[dim] = missing
         x = torch.cat([x, x.new_zeros(shape)], dim)
-    found = x.new_empty(len(sizes), *x.shape)
-    dist.all_gather(list(found.unbind(0)), x.contiguous(), group=group)
+    found, x = x.new_empty(len(sizes), *x.shape), x.contiguous()
+    run(lambda later: dist.all_gather(list(found.unbind(0)), x, group=group, async_op=later))
     if dim == 0 and min(sizes) == most:
         return found.flatten(0, 1)
     return torch.cat([part.narrow(dim, 0, size) for part, size in zip(found, sizes, strict=True)], dim)
 
 
-def all_gather(x: Tensor, sizes: Sequence[int], dim: int, group: dist.ProcessGroup) -> Tensor:
+def all_gather(x: Tensor, sizes: Sequence[int], dim: int, group: dist.ProcessGroup, run: Run = at_once) -> Tensor:
     """The parts of all ranks side by side. Differentiable: what all ranks' results say of a rank's part, added up.
 
     Args:
         x: this rank's part.
         sizes: of every rank's part along ``dim``; up to the largest is sent.
+        run: runs the collective.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        found: Tensor = _AllGather.apply(x, list(sizes), dim, group)
+        found: Tensor = _AllGather.apply(x, list(sizes), dim, group, run)
         return found
-    return _gathered(x, list(sizes), dim, group)
+    return _gathered(x, list(sizes), dim, group, run)
+
+
+def all_sum(x: Tensor, group: dist.ProcessGroup, run: Run = at_once) -> Tensor:
+    """The sum over all ranks, on all ranks. Not differentiable."""
+    found = x.clone()
+    run(lambda later: dist.all_reduce(found, group=group, async_op=later))
+    return found

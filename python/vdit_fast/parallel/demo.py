@@ -24,9 +24,12 @@ from vdit_fast.accelerate import accelerate
 from vdit_fast.demo.architecture import SIGMA_FLOOR
 from vdit_fast.demo.model import load_demo_model
 from vdit_fast.demo.prompts import embed, parse
-from vdit_fast.demo.sampler import make_scheduler
+from vdit_fast.demo.sampler import check_sizes, make_scheduler
+from vdit_fast.parallel.arguments import RankParser, after_the_first
 from vdit_fast.parallel.checkpoint import Checkpoint
+from vdit_fast.parallel.refusals import check_settings, staged_root
 from vdit_fast.parallel.sampler import SchedulerSampler
+from vdit_fast.parallel.schedule import Schedule, split_layers
 from vdit_fast.parallel.stages import StagePipeline
 from vdit_fast.parallel.transport import Alone
 from vdit_fast.parallel.watch import CAUSE, RankFailed
@@ -52,8 +55,10 @@ def x0_sampler(steps: int) -> SchedulerSampler:
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw the clip; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    _check_options(parser, options, ranks)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -62,22 +67,52 @@ def main(arguments: list[str] | None = None) -> int:
     if ranks > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=START))
-    return _draw(options, device)
+    return _draw(parser, options, device)
 
 
-def _draw(options: argparse.Namespace, device: torch.device) -> int:
+def _check_options(parser: RankParser, options: argparse.Namespace, ranks: int) -> None:
+    """End on all ranks, before they wait for each other, where the options cannot be meant."""
+    parser.needs(options, "resume", "checkpoint", "it goes on from the state that a run has left in that folder")
+    parser.needs(options, "every", "checkpoint", "it says how often the state is kept there")
+    parser.needs(options, "tolerance", "check", "nothing is compared")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU; use cpu")
+    model: Any = load_demo_model()
+    try:
+        with accelerate(model, options.config) as handle:
+            staged_root(handle)
+            check_settings(handle.config, options.num_cat, bool(options.checkpoint), options.resume)
+        split_layers(len(model.blocks), ranks)
+        frames = Schedule(options.steps, options.blocks, options.num_per_block, options.num_cat).frames
+        check_sizes(model, options.steps, options.guidance, frames, options.height, options.width)
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        parser.wrong(error)
+
+
+def _draw(parser: RankParser, options: argparse.Namespace, device: torch.device) -> int:
     model: Any = load_demo_model()
     model = model.to(device)
     pipeline = StagePipeline(accelerate(model, options.config), release=True, patience=PATIENCE)
     _hear_of_failures(pipeline)
-    checkpoint = Checkpoint(options.checkpoint, options.every) if options.checkpoint else None
     began = time.perf_counter()
-    blocks = dict(_blocks(pipeline, options, checkpoint, options.resume))
+    try:
+        checkpoint = Checkpoint(options.checkpoint, options.every) if options.checkpoint else None
+        blocks = dict(_blocks(pipeline, options, checkpoint, options.resume))
+    except (ValueError, OSError) as error:
+        if pipeline.begun:
+            raise
+        parser.wrong(error)  # a folder of another run, or one that cannot be written to
+    except RankFailed:
+        if not pipeline.begun:
+            after_the_first()
+        raise
     seconds = time.perf_counter() - began
     folder = Path(options.out)
     pipeline.trace.write(folder, pipeline.facts())
     if pipeline.rank != 0:
         return 0
+    if options.resume and not pipeline.facts()["schedule"]["first"]:
+        print(f"nothing to resume: {options.checkpoint} has no state of an earlier run, so all was drawn")
     drawn = sorted(blocks)
     for index in range(options.blocks):  # what the run before the restart had finished
         if index not in blocks:
@@ -167,29 +202,38 @@ def _hear_of_failures(pipeline: StagePipeline) -> None:
     signal.signal(signal.SIGTERM, ended)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m vdit_fast.parallel.demo", description="A long clip of the demo model through a stage pipeline."
+def _parser() -> RankParser:
+    parser = RankParser(
+        prog="python -m vdit_fast.parallel.demo",
+        description="A long clip of the demo model through a stage pipeline: in this process, or in those of "
+        "`python -m torch.distributed.run --nproc-per-node N -m vdit_fast.parallel.demo`.",
     )
-    parser.add_argument("--prompt", default="red circle right, blue square up", type=_prompt)
+    words = "one or two objects, each 'colour shape direction'"
+    parser.add_argument("--prompt", default="red circle right, blue square up", type=_prompt, help=words)
     parser.add_argument("--steps", type=int, default=6, help="denoising steps of a frame block")
     parser.add_argument("--blocks", type=int, default=6, help="frame blocks")
     parser.add_argument("--num-per-block", type=int, default=6, help="frames of a block")
     parser.add_argument("--num-cat", type=int, default=2, help="frames that a block sees of its neighbours")
-    parser.add_argument("--height", type=int, default=64)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--config", default="exact", help="preset, YAML or JSON for accelerate")
+    parser.add_argument("--height", type=int, default=64, help="pixels, a multiple of 4")
+    parser.add_argument("--width", type=int, default=64, help="pixels, a multiple of 4")
+    parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale; 1 switches it off")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--config", default="exact", help="preset, YAML or JSON file for accelerate, without a cache")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=1, help="of each rank; the same for equal bits")
+    parser.add_argument("--threads", type=_count, default=1, help="of each rank; the same for equal bits")
     parser.add_argument("--out", default="outputs/parallel", help="folder of the clip and the traces")
     parser.add_argument("--checkpoint", help="folder that the state is kept in")
-    parser.add_argument("--every", type=int, default=1, help="iterations from one state to the next")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    parser.add_argument("--every", type=_count, default=1, help="iterations from one state to the next")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --checkpoint, if it has one")
     parser.add_argument("--check", action="store_true", help="compare with the run of one process")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest difference that --check allows")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
 
 
 def _prompt(text: str) -> str:

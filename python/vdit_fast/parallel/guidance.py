@@ -9,15 +9,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vdit_fast.caching.adaptive import AdaptivePolicy
+from vdit_fast.caching.checks import number
 from vdit_fast.caching.output import output_parts
 from vdit_fast.forwards import ForwardStandIn, stock_forward
 from vdit_fast.models.callables import check_handle
 from vdit_fast.parallel.awaited import Awaited, Promise
 from vdit_fast.parallel.collectives import all_gather, process_group
+from vdit_fast.parallel.members import Members
 
 if TYPE_CHECKING:
     from vdit_fast.config import Config
@@ -92,7 +93,7 @@ class GuidedForward(ForwardStandIn):
         }
         if session.forward is not None:
             session.forward.timestep = own.get("timestep")
-        parts, wrap = self._parts(self.inner(**own))
+        parts, wrap = self._computed(own)
         return wrap([self._gather(part, sizes) for part in parts])
 
     # ------------------------------------------------------------------ one forward per branch
@@ -109,7 +110,7 @@ class GuidedForward(ForwardStandIn):
         form = self._forms.get(_signature(arguments))
         own = at.branch == guidance.rank
         if own or form is None:
-            parts, wrap = self._parts(self.inner(**arguments))
+            parts, wrap = self._computed(arguments)
             self._forms[_signature(arguments)] = wrap, [_form(part) for part in parts]
             if own:
                 step.mine = parts
@@ -164,11 +165,23 @@ class GuidedForward(ForwardStandIn):
             last.append(part if guidance.rank == guidance.ranks - 1 else found[-1])
         return last
 
+    def _computed(self, arguments: dict[str, Any]) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+        """The parts of what this rank computes, and how they are put together."""
+        try:
+            return self._parts(self.inner(**arguments))
+        except BaseException as error:
+            self._guidance.members.failed(error)
+            raise
+
     def _gather(self, part: Tensor, sizes: list[int]) -> Tensor:
         guidance = self._guidance
         guidance.exchanges += 1
         guidance.bytes_sent += (guidance.ranks - 1) * part.numel() * part.element_size()
-        return all_gather(part, sizes, 0, guidance.group)
+        try:
+            return all_gather(part, sizes, 0, guidance.group, guidance.members.run)
+        except BaseException as error:
+            guidance.members.failed(error)
+            raise
 
     def _parts(self, output: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
         found = output_parts(output)
@@ -215,11 +228,12 @@ def unguided(config: Config) -> str | None:
 class GuidanceParallel:
     """What ``guidance_parallel`` put in place; ends it when it is called, or as a context manager."""
 
-    def __init__(self, roots: list[Root], group: dist.ProcessGroup, split: str) -> None:
+    def __init__(self, roots: list[Root], members: Members, split: str) -> None:
         self._roots = roots
-        self.group = group
+        self.members = members
+        self.group = members.group
         self.split = split
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.rank, self.ranks = members.rank, members.ranks
         self.exchanges = 0
         self.bytes_sent = 0
         """To other ranks."""
@@ -235,6 +249,7 @@ class GuidanceParallel:
                 root.guidance = None
                 root.wrap()
         self._roots = []
+        self.members.close()
 
     def __enter__(self) -> GuidanceParallel:
         return self
@@ -242,10 +257,14 @@ class GuidanceParallel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self.members.failed(error)
         self()
 
 
-def guidance_parallel(handle: Handle, group: Any = None, *, split: str = "calls") -> GuidanceParallel:
+def guidance_parallel(
+    handle: Handle, group: Any = None, *, split: str = "calls", patience: float = 10.0
+) -> GuidanceParallel:
     """Let every rank of a group compute one branch of classifier-free guidance, from the next forward on.
 
     All ranks run the same pipeline. A transformer's call of another rank's branch returns at once; its values come when
@@ -257,6 +276,7 @@ def guidance_parallel(handle: Handle, group: Any = None, *, split: str = "calls"
         group: a ``ProcessGroup``, a ``DeviceMesh`` of one dimension, or None for all ranks; as many ranks as branches.
         split: "calls": the pipeline calls the transformer once per branch, rank r computes the r-th call of a step.
             "batch": it calls it once with the branches in one batch, which the ranks share in equal parts.
+        patience: seconds without a sign of life after which a rank counts as dead, and the others raise.
 
     Returns:
         what ends it when it is called, or as a context manager; so does ``handle.remove()``.
@@ -264,10 +284,12 @@ def guidance_parallel(handle: Handle, group: Any = None, *, split: str = "calls"
     Raises:
         RuntimeError: torch.distributed is not initialised; something of the configuration mixes branches; here, or at a
             call, also where a step has fewer or more branches than the group has ranks.
-        TypeError, ValueError: a bad group, or an unknown split.
+        RankFailed: at a call; another rank has failed, or has ended its part.
+        TypeError, ValueError: a bad group or patience, or an unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"guidance_parallel: split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+    number("patience", patience, 1, 1e6)
     ranks = process_group(group, "guidance_parallel: group")
     check_handle("guidance_parallel", handle)
     if not handle.active:
@@ -281,7 +303,7 @@ def guidance_parallel(handle: Handle, group: Any = None, *, split: str = "calls"
             reason = root.no_subset()
     if reason is not None:
         raise RuntimeError(f"guidance_parallel: {reason}")
-    new = GuidanceParallel(roots, ranks, split)
+    new = GuidanceParallel(roots, Members(ranks, "the guidance group", patience), split)
     for root in roots:
         root.guidance = new
         root.wrap()

@@ -13,10 +13,11 @@ from vdit_fast.models.callables import check_handle
 from vdit_fast.models.stage_layout import StageLayout
 
 if TYPE_CHECKING:
+    from vdit_fast.config import Config
     from vdit_fast.handle import Handle
     from vdit_fast.root import Root
 
-__all__ = ["check_call", "staged_root"]
+__all__ = ["check_call", "check_settings", "remembers", "staged_root"]
 
 
 def staged_root(handle: Handle) -> tuple[Root, StageLayout]:
@@ -60,10 +61,38 @@ def check_call(sampler: Any, shape: Any, arguments: Any, branches: int) -> None:
             raise ValueError(f"arguments: {name!r} has {value.shape[0]} rows; expected {branches} ({which})")
 
 
+def check_settings(config: Config, num_cat: int, checkpoint: bool, resume: bool) -> None:
+    """Raise ValueError where a run's settings do not go together. ``checkpoint``: whether there is one."""
+    cache, planner = config.cache, config.attention
+    if resume and not checkpoint:
+        raise ValueError("resume: True, but there is no checkpoint to go on from; pass checkpoint=Checkpoint(folder)")
+    if cache is not None and num_cat:
+        raise ValueError(
+            f"num_cat: {num_cat}; with cache {cache.name!r} the attention that a neighbour would read is not "
+            "computed in every step; set num_cat to 0, or cache to null in the configuration"
+        )
+    if cache is not None and checkpoint:
+        raise ValueError(
+            f"checkpoint: cache {cache.name!r} remembers earlier steps, which a checkpoint has not; run without "
+            "checkpoints, or set cache to null in the configuration"
+        )
+    if planner is not None and planner.remembers and checkpoint:
+        raise remembers(config)
+
+
+def remembers(config: Config) -> ValueError:
+    """Of a planner whose memory of earlier steps is in no checkpoint."""
+    planner = config.attention
+    return ValueError(
+        f"checkpoint: planner {planner.name if planner else '?'!r} remembers earlier steps, which a checkpoint "
+        "has not; take a planner that does not, or run without checkpoints"
+    )
+
+
 def _model_reason(root: Root) -> str | None:
     module, layout = root.module(), root.adapter.stages
     if module is None:
-        return "the transformer is gone"
+        return "the transformer is gone; keep a reference to it, the handle does not"
     if not root.hooked:
         return "a part of a transformer was accelerated; accelerate the whole"
     if isinstance(layout, str):

@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from vdit_fast.caching.checks import number
 from vdit_fast.models.base import CROSS_ATTENTION
 from vdit_fast.models.blocks import BlockCall, streams, transformer_blocks, with_streams
 from vdit_fast.models.callables import check_handle
@@ -21,6 +21,7 @@ from vdit_fast.models.fusion import as_rows
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.row_shard import RowShard, equal_rows
 from vdit_fast.parallel.collectives import all_gather, process_group
+from vdit_fast.parallel.members import Members
 from vdit_fast.parallel.ulysses import Ulysses
 
 if TYPE_CHECKING:
@@ -42,20 +43,20 @@ class ShardedRows:
     """Stands around the blocks ("sequence") of one transformer: cuts the rows at the first, joins them after the last.
 
     Args:
-        group: the ranks, in the order of their rows.
+        members: the ranks, in the order of their rows.
         layout: what the family has one row per video token of.
     """
 
-    def __init__(self, group: dist.ProcessGroup, layout: RowLayout) -> None:
-        self.group = group
+    def __init__(self, members: Members, layout: RowLayout) -> None:
+        self.members = members
         self.layout = layout
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.rank, self.ranks = members.rank, members.ranks
         self.forwards = 0
         self.bytes_sent = 0
         """To other ranks, by joining the rows."""
 
     def fresh(self) -> ShardedRows:
-        return ShardedRows(self.group, self.layout)
+        return ShardedRows(self.members, self.layout)
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, call: BlockCall, proceed: Callable[[], Any]) -> Any:
@@ -71,6 +72,7 @@ class ShardedRows:
             if forward.shard is None or forward.shard.total != x.shape[1]:
                 forward.shard = self._shard(forward, x.shape[1])
             call.arguments[stream] = forward.shard.own(x).contiguous()
+            self.members.inside(not torch.is_grad_enabled())  # a forward with gradients has no end that shows here
         shard = forward.shard
         if shard is None or call.arguments[stream].shape[1] != shard.rows:
             rows = call.arguments[stream].shape[1]
@@ -89,17 +91,25 @@ class ShardedRows:
             shard.note(session.anchor, forward)
         try:
             output = proceed()
+            if block.index == block.count - 1:
+                output = self._joined(output, shard)
+        except BaseException as error:
+            self.members.failed(error)
+            raise
         finally:
             call.arguments.clear()
             call.arguments.update(given)
-        if block.index < block.count - 1:
-            return output
+        if block.index == block.count - 1 and not torch.is_grad_enabled():
+            forward.shard = None  # it holds what was cut
+        return output
+
+    def _joined(self, output: Any, shard: RowShard) -> Any:
+        """The last block's output with the rows of all ranks."""
         first, *others = streams(output)
-        whole = all_gather(as_rows(first), shard.sizes, 1, self.group)
+        whole = all_gather(as_rows(first), shard.sizes, 1, self.members.group, self.members.run)
+        self.members.inside(False)
         self.forwards += 1
         self.bytes_sent += (self.ranks - 1) * first.numel() * first.element_size()
-        if not torch.is_grad_enabled():
-            forward.shard = None  # it holds what was cut
         return with_streams(output, (whole, *others))
 
     def _shard(self, forward: Forward, rows: int) -> RowShard:
@@ -148,21 +158,23 @@ def _rows_of(call: HeadsCall) -> RowShard | None:
 class SequenceParallel:
     """What ``sequence_parallel`` put in place; ends it when it is called, or as a context manager."""
 
-    def __init__(self, roots: list[Root], group: dist.ProcessGroup) -> None:
+    def __init__(self, roots: list[Root], members: Members) -> None:
         self._roots = roots
-        self.group = group
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self._members = members
+        self.group = members.group
+        self.rank, self.ranks = members.rank, members.ranks
 
     def __call__(self) -> None:
         """Every rank computes all rows again. Safe to call again."""
         for root in self._roots:
             rows = root.session.around.get("sequence")
-            if isinstance(rows, ShardedRows) and rows.group is self.group:
+            if isinstance(rows, ShardedRows) and rows.members is self._members:
                 del root.session.around["sequence"]
                 root.session.around_heads.pop("sequence", None)
                 root.session.begin_records()
                 root.rewrap()
         self._roots = []
+        self._members.close()
 
     def __enter__(self) -> SequenceParallel:
         return self
@@ -170,10 +182,12 @@ class SequenceParallel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._members.failed(error)
         self()
 
 
-def sequence_parallel(handle: Handle, group: Any = None) -> SequenceParallel:
+def sequence_parallel(handle: Handle, group: Any = None, *, patience: float = 10.0) -> SequenceParallel:
     """Let the ranks of a group share every clip's rows, from the next forward on (Ulysses, arXiv 2309.14509).
 
     Every rank has the whole model and calls it with the same arguments, as in one process; every rank gets the whole
@@ -186,6 +200,7 @@ def sequence_parallel(handle: Handle, group: Any = None) -> SequenceParallel:
     Args:
         handle: of ``vdit_fast.accelerate``.
         group: a ``ProcessGroup``, a ``DeviceMesh`` of one dimension, or None for all ranks.
+        patience: seconds without a sign of life after which a rank counts as dead, and the others raise.
 
     Records and what planners and caches remember begin anew, here and at the end.
 
@@ -195,24 +210,27 @@ def sequence_parallel(handle: Handle, group: Any = None) -> SequenceParallel:
     Raises:
         RuntimeError: torch.distributed is not initialised; the model cannot be shared, for a reason that the message
             gives; here, or at a call.
-        TypeError, ValueError: a bad group.
+        RankFailed: at a call; another rank has failed, or has ended its part.
+        TypeError, ValueError: a bad group or patience.
     """
     ranks = process_group(group, "sequence_parallel: group")
     check_handle("sequence_parallel", handle)
     if not handle.active:
         raise RuntimeError("sequence_parallel: this handle was removed; call vdit_fast.accelerate on the model again")
+    number("patience", patience, 1, 1e6)
     roots = [root for root in handle.roots if root.module() is not None]
     for root in roots:
         reason = _obstacle(handle, root)
         if reason is not None:
             raise RuntimeError(f"sequence_parallel: {root.session.expert} ({root.adapter.family}): {reason}")
+    members = Members(ranks, "the sequence group", patience)
     for root in roots:
         assert isinstance(root.adapter.rows, RowLayout)
-        root.session.around["sequence"] = ShardedRows(ranks, root.adapter.rows)
-        root.session.around_heads["sequence"] = Ulysses(ranks, _rows_of)
+        root.session.around["sequence"] = ShardedRows(members, root.adapter.rows)
+        root.session.around_heads["sequence"] = Ulysses(ranks, _rows_of, members.run)
         root.session.begin_records()
         root.rewrap()
-    return SequenceParallel(roots, ranks)
+    return SequenceParallel(roots, members)
 
 
 def _obstacle(handle: Handle, root: Root) -> str | None:

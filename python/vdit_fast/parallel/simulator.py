@@ -306,17 +306,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m vdit_fast.parallel.simulator",
         description="Predicts DualParal's pipeline for a Wan transformer from counted operations and a stated speed.",
     )
-    ap.add_argument("--model", choices=("1.3b", "14b"), default="1.3b")
+    ap.add_argument("--model", choices=("1.3b", "14b"), default="1.3b", help="Wan 2.1 of 30 or of 40 blocks")
     ap.add_argument("--tokens", type=int, default=1560, help="per latent frame: 1560 at 480p, 3600 at 720p")
-    ap.add_argument("--frames", type=int, default=1025)
-    ap.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    ap.add_argument("--steps", type=int, default=50)
+    ap.add_argument("--frames", type=int, default=1025, help="of the video: 4 k + 1")
+    ap.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of processes to compare")
+    ap.add_argument("--steps", type=int, default=50, help="denoising steps")
     ap.add_argument("--branches", type=int, default=2, help="guidance branches, in one batch")
     ap.add_argument("--flops", type=float, default=80e12, help="operations per second and rank: an assumption of yours")
     ap.add_argument("--gigabytes-per-second", type=float, default=25.0, help="of a link: 25 PCIe, 400 NVLink")
     ap.add_argument("--latency", type=float, default=1e-5, help="of a link, seconds")
     args = ap.parse_args(argv)
     model = {"1.3b": WAN_1_3B, "14b": WAN_14B}[args.model]
+    for name in ("tokens", "frames", "ranks", "steps", "branches", "flops", "gigabytes_per_second"):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) <= 0:
+            ap.error(f"--{name.replace('_', '-')}: {value}; more than 0 is needed")
+    if max(args.ranks) > model.layers or args.latency < 0:
+        ap.error(f"--ranks {args.ranks}, --latency {args.latency}: at most {model.layers} ranks, and no negative time")
     clip = Clip(args.frames, args.tokens, steps=args.steps, branches=args.branches)
     link = Link(args.gigabytes_per_second * 1e9, args.latency)
     alone = simulate(dual_paral(model, clip, 1, args.flops, link)).latency

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vdit_fast.parallel.hops import Counts, Incoming, Outgoing
-from vdit_fast.parallel.watch import INTERVAL, Watch, reach
+from vdit_fast.parallel.members import ranks_store
+from vdit_fast.parallel.watch import INTERVAL, Watch
 
 __all__ = ["Alone", "Ring", "Transport"]
 
@@ -152,15 +153,7 @@ class Ring:
             raise ValueError("group: it has one rank; a ring needs two")
         self.sent, self.received = Counts(), Counts()
         self._device = torch.device(device)
-        store: Any = dist.distributed_c10d._get_default_store()
-        name = f"vdit_fast/{everybody}"
-
-        def connect() -> dist.Store:
-            own = store.clone()
-            number = own.add(f"{name}/made/{self.rank}", 1)  # of the rings of these ranks, the same on all
-            return dist.PrefixStore(f"{name}/{number}", own)
-
-        shared = reach(connect, patience)
+        shared = ranks_store(everybody, self.rank, patience, "the pipeline")
         self.watch = Watch(shared, self.rank, self.ranks, patience, timeout)
         weakref.finalize(self, self.watch.close).atexit = False  # then it closes by itself, in the right order
         self._host = dist.get_backend(group) != "nccl"

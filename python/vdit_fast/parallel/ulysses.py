@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vdit_fast.context import HeadShard
 from vdit_fast.ops.pack import pack_slices, unpack_slices
-from vdit_fast.parallel.collectives import all_gather, all_to_all
+from vdit_fast.parallel.collectives import Run, all_gather, all_sum, all_to_all, at_once
 
 if TYPE_CHECKING:
     from vdit_fast.models.heads import HeadsCall
@@ -107,24 +107,26 @@ class Ulysses:
     Args:
         group: the ranks, in the order of their rows.
         rows: which rows of the call's sequence this rank has; None: all, and nothing is exchanged.
+        run: runs the exchanges.
     """
 
-    def __init__(self, group: dist.ProcessGroup, rows: Callable[[HeadsCall], RowShard | None]) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, rows: Callable[[HeadsCall], RowShard | None], run: Run = at_once
+    ) -> None:
         self.group = group
         self.rows = rows
+        self.run = run
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.calls = 0
         self.bytes_sent = 0
         """To other ranks, by these calls."""
 
     def fresh(self) -> Ulysses:
-        return Ulysses(self.group, self.rows)
+        return Ulysses(self.group, self.rows, self.run)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over all ranks, on all ranks."""
-        found = x.clone()
-        dist.all_reduce(found, group=self.group)
-        return found
+        return all_sum(x, self.group, self.run)
 
     def __call__(self, call: HeadsCall, proceed: Callable[[], Tensor]) -> Tensor:
         shard = self.rows(call)
@@ -158,7 +160,9 @@ class Ulysses:
         call.q, call.k, call.v = whole[0], *(x if pairs is None else _of_heads(x, pairs) for x in whole[1:])
         if call.kv_len is not None:
             call.kv_len = call.kv_len + (shard.total - shard.rows)
-        call.heads = split.of_rank(rank, lambda x: all_gather(x[:, : split.kept[rank]], split.kept, 1, self.group))
+        call.heads = split.of_rank(
+            rank, lambda x: all_gather(x[:, : split.kept[rank]], split.kept, 1, self.group, self.run)
+        )
 
     def _to_rows(self, out: Tensor, shard: RowShard, split: HeadSplit, text: int) -> Tensor:
         """All rows of the own heads become the own rows of all heads. Every rank gets the text's rows."""
@@ -180,7 +184,7 @@ class Ulysses:
 
     def _exchange(self, buffer: Tensor, send: list[int], receive: list[int]) -> Tensor:
         self.bytes_sent += (sum(send) - send[self.rank]) * buffer.element_size()
-        return all_to_all(buffer, send, receive, self.group)
+        return all_to_all(buffer, send, receive, self.group, self.run)
 
 
 @functools.cache

@@ -33,20 +33,20 @@ Result = TypeVar("Result")
 
 
 class RankFailed(RuntimeError):
-    """A rank of the pipeline has failed; all others end with this error.
+    """A rank of a pipeline or group has failed; all others end with this error.
 
     Attributes:
-        rank: which one.
+        rank: which one, counted in the pipeline or group.
         reason: its own error with the traceback where there is one, else how it was noticed.
     """
 
-    def __init__(self, rank: int, reason: str) -> None:
-        super().__init__(f"rank {rank} of the pipeline failed: {reason}")
+    def __init__(self, rank: int, reason: str, of: str = "the pipeline") -> None:
+        super().__init__(f"rank {rank} of {of} failed: {reason}")
         self.rank = rank
         self.reason = reason
 
 
-def reach(call: Callable[[], Result], seconds: float) -> Result:
+def reach(call: Callable[[], Result], seconds: float, of: str = "the pipeline") -> Result:
     """Run something that needs the store. It runs in a thread: connecting to a store whose process is gone goes on for
     the store's own timeout.
 
@@ -66,7 +66,7 @@ def reach(call: Callable[[], Result], seconds: float) -> Result:
     thread.start()
     thread.join(seconds)
     if not answer:
-        raise RankFailed(0, f"the store that its process may keep cannot be reached: {why[0]}")
+        raise RankFailed(0, f"the store that its process may keep cannot be reached: {why[0]}", of)
     return answer[0]
 
 
@@ -84,6 +84,8 @@ class Watch:
             time that a rank is in the caller's code does not count.
         end_process: end the process where a failure is known and the main thread does not come back to hear of it,
             unless it is in the caller's code.
+        closing_fails: a rank that closes has failed; otherwise it is noted in ``closed``.
+        of: what the ranks make up, for messages.
     """
 
     def __init__(
@@ -94,12 +96,18 @@ class Watch:
         patience: float = 10.0,
         timeout: float = 600.0,
         end_process: bool = True,
+        closing_fails: bool = True,
+        of: str = "the pipeline",
     ) -> None:
         self.rank, self.ranks = rank, ranks
         self.patience, self.timeout, self.end_process = patience, timeout, end_process
         self.failure: RankFailed | None = None
         self.aside = False
         """The main thread is in the caller's code."""
+        self.closed: set[int] = set()
+        """Ranks that have closed, where that is no failure."""
+        self.of = of
+        self._closing_fails = closing_fails
         self._store = store
         self._run = 0
         self._others_aside: set[int] = set()
@@ -142,9 +150,7 @@ class Watch:
             if self._others_aside:
                 until = time.monotonic() + self.timeout
             elif time.monotonic() > until:
-                raise self._publish(
-                    RankFailed(for_rank, f"rank {self.rank} waited {self.timeout:g} s for {what} in vain")
-                )
+                raise self.lost(for_rank, f"rank {self.rank} waited {self.timeout:g} s for {what} in vain")
 
     def run(self, call: Callable[[], Result], what: str) -> Result:
         """Run something that waits for other ranks, in a thread of its own."""
@@ -171,14 +177,19 @@ class Watch:
         if isinstance(error, RankFailed):
             return
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).strip()
-        self._publish(RankFailed(self.rank, text))
+        self._publish(self._failed(self.rank, text))
         self._heard = True
 
     def broken(self, peer: int, error: BaseException) -> None:
         """A connection broke, which is not yet known to be the peer's fault."""
         if self._broken is None:
             reason = f"its connection to rank {self.rank} broke: {_first_line(error)}"
-            self._broken = time.monotonic(), RankFailed(peer, reason)
+            self._broken = time.monotonic(), self._failed(peer, reason)
+
+    def lost(self, rank: int, reason: str) -> RankFailed:
+        """This rank has found out that another one has failed: tell the others, unless a failure is known already.
+        Returns what is known then."""
+        return self._publish(self._failed(rank, reason))
 
     def leave(self) -> None:
         """The run is over: wait for the others, so that nobody mistakes a rank that has ended for one that has died."""
@@ -229,6 +240,9 @@ class Watch:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     # ------------------------------------------------------------------ the thread
+    def _failed(self, rank: int, reason: str) -> RankFailed:
+        return RankFailed(rank, reason, self.of)
+
     def _all_there(self, keys: list[str], seconds: float) -> bool | None:
         try:
             if self._store.check(keys):
@@ -243,7 +257,7 @@ class Watch:
         try:
             told = json.dumps([failure.rank, failure.reason])
             rank, reason = json.loads(self._store.compare_set("failed", "", told).decode() or told)
-            failure = RankFailed(rank, reason)
+            failure = self._failed(rank, reason)
         except Exception:  # the store is gone: what this rank knows has to do
             pass
         self.failure = self.failure or failure
@@ -259,7 +273,7 @@ class Watch:
                 except Exception as error:
                     if self._left.is_set():
                         return
-                    self.failure = RankFailed(0, f"the store that its process may keep is gone: {_first_line(error)}")
+                    self.failure = self._failed(0, f"the store that its process may keep is gone: {_first_line(error)}")
                 known_since = time.monotonic()
             elif self._heard or not self.end_process:
                 return
@@ -277,16 +291,18 @@ class Watch:
         if self._store.check(["failed"]):
             told = self._store.get("failed").decode()
             if told:
-                self.failure = RankFailed(*json.loads(told))
+                self.failure = self._failed(*json.loads(told))
                 return
         now = time.monotonic()
         for other, (last, since) in self._seen.items():
             new = self._store.get(f"beat/{other}").decode() if self._store.check([f"beat/{other}"]) else ""
             allowed = self.patience if last else self.timeout
-            if new == CLOSED:
-                self._publish(RankFailed(other, "it has closed its pipeline"))
+            if new == CLOSED and self._closing_fails:
+                self._publish(self._failed(other, "it has closed its pipeline"))
+            elif new == CLOSED:
+                self.closed.add(other)
             elif new != last:
                 self._seen[other] = new, now
                 (self._others_aside.add if new.endswith(ASIDE) else self._others_aside.discard)(other)
             elif now - since > allowed:
-                self._publish(RankFailed(other, f"no sign of life for {allowed:g} s (was it killed?)"))
+                self.lost(other, f"no sign of life for {allowed:g} s (was it killed?)")

@@ -144,10 +144,14 @@ class AnchoredBoxes:
     def __post_init__(self) -> None:
         check_steps("steps", self.steps)
 
+    def phase(self, step: StepContext) -> bool:
+        """Whether a step is one of those with anchored boxes: feature caches forecast nothing over their end."""
+        return early("AnchoredBoxes", "steps", self.steps, step)
+
     def __call__(
         self, step: StepContext, geometry: Geometry, tables: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor] | None:
         """The tables of this forward, None for the model's own."""
-        if not early("AnchoredBoxes", "steps", self.steps, step):
+        if not self.phase(step):
             return None
         return take_rows(tables, anchored_rows(geometry.grid, self.boxes, device=tables[0].device))

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vdit_fast.caching.checks import size
 from vdit_fast.models.heads import HeadsCall
 from vdit_fast.models.qk import Heads, Norms, Rotary, fused_options, normed, turn
 from vdit_fast.models.session import Geometry, Session
 from vdit_fast.ops.qk_norm_rope import qk_norm_rope
+from vdit_fast.streaming.checks import check_budget
 from vdit_fast.streaming.families import FrameTables, Tables, rotary_of
 from vdit_fast.streaming.kv_cache import KVCache
 
@@ -58,7 +60,9 @@ class CachedAttention:
         self.session = session
         self.tables = FrameTables(module)
         self.page = page
-        self.settings = {"capacity": capacity, "sinks": sinks, "store": store, "max_bytes": max_bytes}
+        self.settings: dict[str, Any] = {"sinks": sinks, "store": store}
+        self.capacity = capacity
+        self.max_bytes = None if max_bytes is None else size("max_bytes", max_bytes)
         self.caches: dict[int, KVCache] = {}
         self.chunk = 0
         """Frames of the current chunk."""
@@ -134,18 +138,20 @@ class CachedAttention:
         """The running branch's, made for keys [B, N, Hkv, D] such as these where there is none."""
         found = self.caches.get(self._branch)
         if found is None:
+            shape: dict[str, Any] = {"layers": len(self.session.layers), "capacity": self.capacity, "page": self.page}
+            shape |= {"batch": k.shape[0], "heads": k.shape[2], "head_dim": k.shape[3]}
+            store = self.settings["store"]
+            if self.max_bytes is not None:
+                needed = KVCache.bytes(**shape, store=store, dtype=k.dtype)
+                check_budget(needed, self.max_bytes, shape, store, k.dtype, "cache_frames")
             with torch.inference_mode(False):
                 found = KVCache(
-                    layers=len(self.session.layers),
-                    page=self.page,
-                    batch=k.shape[0],
-                    heads=k.shape[2],
-                    head_dim=k.shape[3],
-                    positions="relative" if self.settings["store"] == "pre_rope" else "absolute",
+                    **shape,
+                    **self.settings,
+                    positions="relative" if store == "pre_rope" else "absolute",
                     table=self.tables.limit,
                     dtype=k.dtype,
                     device=k.device,
-                    **self.settings,  # type: ignore[arg-type]
                 )
             found.reserve(self.chunk)
             self.caches[self._branch] = found
@@ -158,6 +164,7 @@ class CachedAttention:
             call.k, call.v = cache.keys_values(layer)
             self._written.add(layer)
         call.plan, call.planned = cache.plan(call.q.shape[1], causal=self._causal), PLANNED
+        call.whole = not self._causal
         call.mask = None  # of a model that is causal by its configuration: the chunk's own, which reads all of itself
         return proceed()
 

@@ -40,19 +40,22 @@ def check_positions(store: str, positions: str, table: int | None, capacity: int
         raise ValueError('positions is "cyclic", but table is None; give the number of positions of the cycle')
     if positions != "absolute" and table is not None and capacity > table:
         raise ValueError(
-            f"capacity is {capacity} pages, but the table has {table} positions and every frame held needs its own; "
-            f"use at most {table} pages"
+            f"capacity is {capacity} frames, but the table has {table} positions and every frame held needs its own; "
+            f"use at most {table}"
         )
 
 
-def check_budget(needed: int, limit: int, shape: dict[str, int], store: str, dtype: torch.dtype) -> None:
+def check_budget(
+    needed: int, limit: int, shape: dict[str, int], store: str, dtype: torch.dtype, setting: str = "capacity"
+) -> None:
+    """Raise where the frames of a cache take more than ``limit`` bytes; users call their number ``setting``."""
     if needed <= limit:
         return
-    fits = limit // (needed // shape["capacity"])
-    remedy = f"a capacity of {fits} fits" if fits else "not even a capacity of 1 page fits; shorten the page or batch"
-    tensors = 2 * shape["layers"] + (store == "pre_rope")
+    frames = shape["capacity"]
+    fits, tensors = limit // (needed // frames), 2 * shape["layers"] + (store == "pre_rope")
+    remedy = f"{setting}={fits} fits" if fits else "not even one frame fits: smaller frames or a smaller batch"
     raise ValueError(
-        f"the cache needs {needed:,} bytes: {tensors} tensors of batch {shape['batch']} · {shape['capacity']} pages · "
-        f"{shape['page']} tokens · {shape['heads']} heads · {shape['head_dim']} channels · {dtype.itemsize} bytes, but "
-        f"max_bytes is {limit:,}; {remedy}"
+        f"max_bytes is {limit:,}, but keys and values of {frames} frames take {needed:,} bytes, {needed // frames:,} a "
+        f"frame ({tensors} tensors of batch {shape['batch']} · {shape['page']} tokens · {shape['heads']} heads · "
+        f"{shape['head_dim']} channels · {dtype.itemsize} bytes); {remedy}"
     )

@@ -33,7 +33,7 @@ class KVCache:
 
     Args:
         layers: attention layers.
-        capacity: pages, the current chunk's included.
+        capacity: frames (pages) held, the current chunk's included.
         page: tokens of a frame.
         batch: batch items.
         heads: key/value heads.
@@ -79,7 +79,7 @@ class KVCache:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype is {dtype}; keys and values are float32, bfloat16 or float16")
         if sinks >= capacity:
-            raise ValueError(f"sinks is {sinks} of a capacity of {capacity} pages; leave at least one page for frames")
+            raise ValueError(f"sinks is {sinks} of a capacity of {capacity} frames; leave room for at least one other")
         check_positions(store, positions, table, capacity)
         needed = self.bytes(**shape, store=store, dtype=dtype)
         if max_bytes is not None:

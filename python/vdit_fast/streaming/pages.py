@@ -46,8 +46,8 @@ class Ring:
         kept = sum(frame < self.sinks for frame in self.frames)
         if pages > self.capacity - kept:
             raise ValueError(
-                f"{pages} pages do not fit: the capacity is {self.capacity} pages and {kept} of them are sinks, which "
-                f"stay; reserve at most {self.capacity - kept}, or make the capacity larger"
+                f"{pages} frames do not fit: the capacity is {self.capacity} frames and {kept} of them are sinks, "
+                f"which stay; reserve at most {self.capacity - kept}, or make the capacity larger"
             )
         leave = max(0, held + pages - self.capacity)
         freed = self.slots[kept : kept + leave]

@@ -105,7 +105,7 @@ def test_text_is_remembered_beside_it_and_planners_are_not_asked(build):
     schedule = ARSchedule(3, STEPS, 2)
     ARDiffusion(FrameModel(handle, conditions), schedule, SAMPLER, keep=True)(noise(3))
     stats = handle.stats()
-    assert stats["layers"][0]["dense"] == {"kept frames: every finished frame is read": len(schedule)}
+    assert stats["layers"][0]["unasked"] == {"kept frames: every finished frame is read": len(schedule)}
     assert stats["text_kv"]["computed"] == 2 and stats["text_kv"]["reused"] == 2 * (len(schedule) - 1)
 
 

@@ -10,17 +10,20 @@ from rich.table import Table
 
 from vdit_fast.cli.bench import DENSITIES, SUITES, Shape, draw, run_bench
 from vdit_fast.cli.devices import DTYPES, resolve_device, resolve_dtype
+from vdit_fast.cli.given import refuse
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
 from vdit_fast.cli.verbs import bench_combinations, bench_methods
 
 Suite = Annotated[str, typer.Option(help=f"Shapes to run: {', '.join(SUITES)}.")]
 _DENSITIES = ",".join(f"{d:g}" for d in DENSITIES)
-Shapes = Annotated[list[str] | None, typer.Option("--shape", help="BATCHxHEADSxLENGTHxDIM instead of a suite.")]
+Shapes = Annotated[
+    list[str] | None, typer.Option("--shape", help="BATCHxHEADSxLENGTHxDIM instead of a suite; may be repeated.")
+]
 Densities = Annotated[str, typer.Option(help="Shares of the key blocks to read, comma-separated.")]
 Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; default fp32 on a CPU, bf16 on a GPU.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
-Block = Annotated[int, typer.Option(help="Side of the square blocks.", min=1)]
-Repeats = Annotated[int, typer.Option(help="Timed rounds.", min=1)]
+Block = Annotated[int, typer.Option(help="Side of the square blocks that a plan keeps or drops.", min=1)]
+Repeats = Annotated[int, typer.Option(help="Timed rounds; the median counts.", min=1)]
 
 
 app = typer.Typer(invoke_without_command=True)
@@ -45,12 +48,17 @@ def command(
 ) -> None:
     """Time dense and block-sparse attention, interleaved with torch SDPA; medians of several rounds.
 
-    The command `methods` compares the sparse methods on the demo model instead.
+    The commands `methods` and `combinations` compare sparse methods and whole configurations on the demo model instead.
     """
     if context.invoked_subcommand is not None:
+        with session(as_json, debug):
+            refuse(context, why=f"write it behind the command: bench {context.invoked_subcommand} --help lists its own")
         return
     with session(as_json, debug) as out:
         from vdit_fast import report
+
+        if shape:
+            refuse(context, "suite", why="--shape says what is run; leave one of them out")
 
         place = resolve_device(device)
         kind = resolve_dtype(dtype, place)

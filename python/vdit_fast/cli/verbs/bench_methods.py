@@ -9,23 +9,27 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from vdit_fast.cli.given import refuse
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
+
+QUICK_STEPS = 4
 
 _PROMPT = "One or two objects, each 'colour shape direction'; may be repeated, quality is then the mean."
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help=_PROMPT)]
-Only = Annotated[list[str] | None, typer.Option("--method", help="Only this planner; may be repeated.")]
+Only = Annotated[list[str] | None, typer.Option("--method", help="Only this planner, e.g. svg1; may be repeated.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Repeats = Annotated[int, typer.Option(help="Timed rounds; each runs everything once, in turns.", min=1)]
 Density = Annotated[float, typer.Option(help="Share of the pairs that sparse calls read.")]
 DenseSteps = Annotated[int | None, typer.Option(help="First steps kept dense; default a quarter.", min=0)]
 DenseLayers = Annotated[int, typer.Option(help="First layers kept dense.", min=0)]
 Minutes = Annotated[float, typer.Option(help="Begin no further round that would end later.", min=0)]
-Quick = Annotated[bool, typer.Option("--quick", help="4 steps, one round, a coarse search: does it run at all?")]
+Quick = Annotated[bool, typer.Option("--quick", help="At most 4 steps, one round, a coarse search: does it run?")]
 OutDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for methods.json, methods.md and the pictures.")]
 Size = Annotated[int | None, typer.Option(hidden=True, min=1)]
 
 
 def command(
+    context: typer.Context,
     prompt: Prompts = None,
     method: Only = None,
     steps: Steps = 12,
@@ -50,7 +54,10 @@ def command(
         from vdit_fast.cli.methods_bench import PROMPTS, Settings, run_methods
 
         if quick:
-            steps, repeats = min(steps, 4), 1
+            for name, value, most in (("steps", steps, QUICK_STEPS), ("repeats", repeats, 1)):
+                if value > most:
+                    refuse(context, name, why=f"--quick runs at most {most}; leave one of them out")
+            steps, repeats = min(steps, QUICK_STEPS), 1
         options: dict[str, Any] = {"frames": frames, "height": size, "width": size}
         settings = Settings(
             prompts=tuple(prompt or PROMPTS),

@@ -12,7 +12,7 @@ from rich.table import Table
 from vdit_fast.cli.configuration import ConfigOption, SetOption, label, resolve
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
 
-_PROMPT_HELP = "One or two objects, each 'colour shape direction'."
+_PROMPT_HELP = "One or two objects, each 'colour shape direction', e.g. 'green triangle left'."
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Repeats = Annotated[int, typer.Option(help="Timed runs of each side, in turns.", min=1)]
 OutDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for clips, pictures and results.json.")]

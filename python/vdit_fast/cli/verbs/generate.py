@@ -10,15 +10,17 @@ from rich.markup import escape
 
 from vdit_fast.cli.configuration import ConfigOption, SetOption, label, resolve
 from vdit_fast.cli.devices import resolve_device
+from vdit_fast.cli.given import refuse
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
 
-Model = Annotated[Path, typer.Option("--model", "-m", help="Local folder of a diffusers pipeline.", show_default=False)]
+_MODEL = "Local folder of a diffusers pipeline (with model_index.json)."
+Model = Annotated[Path, typer.Option("--model", "-m", help=_MODEL, show_default=False)]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What to draw.", show_default=False)]
 Negative = Annotated[str | None, typer.Option(help="What to avoid.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.", min=1)]
-Pixels = Annotated[int | None, typer.Option(help="Pixels.", min=1)]
-Frames = Annotated[int | None, typer.Option(help="Frames of the clip.", min=1)]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps; default: the pipeline's own.", min=1)]
+Pixels = Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's own.", min=1)]
+Frames = Annotated[int | None, typer.Option(help="Frames of the clip; default: the pipeline's own.", min=1)]
+Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; default: the pipeline's own.")]
 OutFile = Annotated[Path, typer.Option("--out", "-o", help="Video file: .mp4, or .mkv for lossless.")]
 Fps = Annotated[float, typer.Option(help="Frames per second of the file.", min=1)]
 Dtype = Annotated[str, typer.Option(help="auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16 or fp16.")]
@@ -26,6 +28,7 @@ Baseline = Annotated[bool, typer.Option("--baseline", help="Draw it with the sto
 
 
 def command(
+    context: typer.Context,
     model: Model,
     prompt: Prompt,
     config: ConfigOption = "balanced",
@@ -48,13 +51,15 @@ def command(
     """Draw a video with any local diffusers text-to-video pipeline and say what ran where. Nothing is downloaded."""
     with session(as_json, debug) as out:
         from vdit_fast import report
-        from vdit_fast.cli.generation import Request, draw, load_pipeline
+        from vdit_fast.cli.generation import Request, draw, load_pipeline, takes_seed
 
         if out_file.suffix.lower() not in (".mp4", ".mkv", ".mov"):
             raise ValueError(f"out: {out_file.name!r} is no video file; use .mp4, .mov or .mkv")
         found = resolve(config, overrides)
         place = resolve_device(device)
         pipe = load_pipeline(model, dtype, place)
+        if not takes_seed(pipe):
+            refuse(context, "seed", why=f"{type(pipe).__name__} takes no generator of its noise")
         request = Request(prompt, negative_prompt, steps, seed, height, width, frames, guidance)
         with out.progress() as advance:
             stock = draw(pipe, request, None, advance) if baseline else None

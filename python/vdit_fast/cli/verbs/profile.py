@@ -13,22 +13,26 @@ from rich.table import Table
 
 from vdit_fast.cli.configuration import ConfigOption, SetOption, resolve
 from vdit_fast.cli.devices import resolve_device
+from vdit_fast.cli.given import refuse
 from vdit_fast.cli.output import Advance, DebugFlag, JsonFlag, session
 
 _MODEL = "Local folder of a diffusers pipeline; default: the demo model."
 Model = Annotated[Path | None, typer.Option("--model", "-m", help=_MODEL)]
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="What to draw; needed with --model.")]
-Method = Annotated[str | None, typer.Option("--method", help="A planner with its own defaults instead of --config.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.", min=1)]
-Pixels = Annotated[int | None, typer.Option(help="Pixels.", min=1)]
-Frames = Annotated[int | None, typer.Option(help="Frames of the clip.", min=1)]
-Rows = Annotated[int, typer.Option(help="Sampled queries per head.", min=1)]
-Block = Annotated[int, typer.Option(help="Side of the square blocks of the second oracle.", min=1)]
+Method = Annotated[
+    str | None, typer.Option("--method", help="A planner, e.g. svg1, with its own defaults, instead of --config.")
+]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps; default: the pipeline's own.", min=1)]
+Pixels = Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's own.", min=1)]
+Frames = Annotated[int | None, typer.Option(help="Frames of the clip; default: the pipeline's own.", min=1)]
+Rows = Annotated[int, typer.Option(help="Queries per head that are looked at.", min=1)]
+Block = Annotated[int, typer.Option(help="Side of the square blocks that the best selection is also shown in.", min=1)]
 OutDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for profile.json and the pictures.")]
 Dtype = Annotated[str, typer.Option(help="Of --model: auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16 or fp16.")]
 
 
 def command(
+    context: typer.Context,
     model: Model = None,
     prompt: Prompt = None,
     config: ConfigOption = "balanced",
@@ -54,6 +58,10 @@ def command(
         from vdit_fast.cli import profile_report
         from vdit_fast.cli.profiling import profile
 
+        if method is not None:
+            refuse(context, "config", why="--method names the planner that is asked about; leave one of them out")
+        if model is None:
+            refuse(context, "dtype", "device", why="the demo model runs in fp32 on the CPU; they are for --model")
         planner = _planner(config, method, overrides, demo=model is None)
         size = {"steps": steps, "height": height, "width": width, "frames": frames}
         size = {name: value for name, value in size.items() if value is not None}
@@ -81,6 +89,12 @@ def _planner(config: str, method: str | None, overrides: list[str] | None, *, de
     if method is not None:
         fitting = dict(METHODS[method].fixed) if demo and method in METHODS else {}
         overrides = [f"attention={json.dumps({'method': method} | fitting)}", *(overrides or ())]
+    other = [item for item in overrides or () if item.partition("=")[0].partition(".")[0] != "attention"]
+    if other:
+        raise ValueError(
+            f"set: {other[0]!r} has no effect here: a profile runs the model dense and asks its planner; set "
+            "attention or attention.KNOB"
+        )
     found = resolve(config, overrides)
     if found.attention is None:
         raise ValueError(f"config: {config!r} is dense; name a sparse method with --method")

@@ -14,32 +14,37 @@ from rich.table import Table
 
 from vdit_fast.cli.configuration import SetOption, resolve
 from vdit_fast.cli.devices import resolve_device
+from vdit_fast.cli.given import refuse
 from vdit_fast.cli.output import DebugFlag, JsonFlag, session
 
 Model = Annotated[
     Path | None, typer.Option("--model", "-m", help="Local folder of a diffusers pipeline; default: the demo model.")
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Calibration prompt; may be repeated.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.", min=1)]
-Pixels = Annotated[int | None, typer.Option(help="Pixels.", min=1)]
-Price = Annotated[float, typer.Option(help="What dense attention costs, in relative mean square error.")]
-MaxLoss = Annotated[float, typer.Option(help="Heads whose every loss (error + price x cost) is larger stay full.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps; default: the pipeline's own.", min=1)]
+Pixels = Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's own.", min=1)]
+_PRICE = "Relative mean square error that saving all of a head's attention is worth: higher is sparser."
+Price = Annotated[float, typer.Option(help=_PRICE)]
+MaxLoss = Annotated[
+    float, typer.Option(help="A head stays dense where its best mode's error + price x cost is larger.")
+]
 Cost = Annotated[str, typer.Option(help="time: measured here; pairs: the share of pairs that a mode reads.")]
-Modes = Annotated[str, typer.Option(help="Sparse modes to try, comma-separated.")]
+Modes = Annotated[str, typer.Option(help="Patterns that a head may get besides full attention, comma-separated.")]
 Groups = Annotated[int | None, typer.Option(help="Step ranges of the table; default: every step has its own.", min=1)]
 OutFile = Annotated[Path, typer.Option("--out", "-o", help="The config to write: .yaml or .json.")]
 Dtype = Annotated[str, typer.Option(help="Of --model: auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16 or fp16.")]
 
 
 def command(
+    context: typer.Context,
     model: Model = None,
     prompts: Prompts = None,
     steps: Steps = None,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise; each further one has the next.")] = 0,
     height: Pixels = None,
     width: Pixels = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of the clip.", min=1)] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the clip; default: the pipeline's own.", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = None,
     overrides: SetOption = None,
     price: Price = 0.1,
     max_loss: MaxLoss = 0.05,
@@ -48,7 +53,7 @@ def command(
     groups: Groups = None,
     out_file: OutFile = Path("tuned.yaml"),
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="Of --model: cpu, cuda, or auto.")] = "auto",
     weights: Annotated[Path | None, typer.Option(hidden=True)] = None,
     as_json: JsonFlag = False,
     debug: DebugFlag = False,
@@ -61,6 +66,8 @@ def command(
 
         if out_file.suffix.lower() not in (".yaml", ".yml", ".json"):
             raise ValueError(f"out: {out_file.name!r} is no config file; use .yaml or .json")
+        if model is None:
+            refuse(context, "dtype", "device", why="the demo model runs in fp32 on the CPU; they are for --model")
         found = resolve({"attention": {"method": "sparse_vdit"}}, overrides)
         if not isinstance(found.attention, SparseVDiT):
             raise ValueError("set: attention is what is searched, by the method sparse_vdit; override its knobs only")

@@ -1,0 +1,65 @@
+"""A rank that fails while a sequence or guidance is shared: the others end in seconds and say which one it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import forked_ranks
+import pytest
+
+LIMIT = 50
+"""Seconds for everything, the start of two processes included; the process groups' own time-out is 60 or more."""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every rank saw in every case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    forked_ranks.start("sequence_workers:several", folder, 2).finish(LIMIT)
+    return [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("how", "group", "words", "seconds"),
+    [
+        ("raises", "sequence", "ZeroDivisionError: a bug of this rank", 2.5),
+        ("raises in its branch", "guidance", "ZeroDivisionError: a bug of this rank", 2.5),
+        ("errs outside", "sequence", "MemoryError: the caller's own", 2.5),
+        ("leaves", "sequence", "it has ended its part", 6),
+    ],
+)
+def test_the_other_rank_says_who_it_was(
+    found: list[dict[str, Any]], how: str, group: str, words: str, seconds: float
+) -> None:
+    mine, other = found[0][how], found[1][how]
+    assert mine["error"].startswith(f"RankFailed: rank 1 of the {group} group failed: ") and words in mine["error"]
+    assert mine["waited"] < seconds
+    assert other["error"] == ("" if how == "leaves" else words)
+
+
+def test_a_slow_rank_has_not_failed(found: list[dict[str, Any]]) -> None:
+    """It takes twice the patience in the caller's code, and again in a block."""
+    for rank in found:
+        assert rank["is slow"]["error"] == "" and rank["is slow"]["waited"] > 4 and rank["is slow"]["far"] < 1e-5
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank(tmp_path: Path, victim: int) -> None:
+    """The first one keeps the store."""
+    ranks = forked_ranks.start("sequence_workers:killed", tmp_path, 2, victim=victim)
+    pids, until = ranks.pids(), time.monotonic() + LIMIT
+    while not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < until and ranks.process.poll() is None, ranks.log(0)
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.kill(pids[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    codes = ranks.wait(LIMIT)
+    assert time.monotonic() - killed < 10
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
+    assert f"RankFailed: rank {victim} of the sequence group failed" in ranks.log(1 - victim)
