@@ -52,6 +52,8 @@ class LinearProblem:
     want: Tensor
     state_error: tuple[float, float]  # of torch in the same dtype: values, sums
     error: float
+    wide_state_error: tuple[float, float]  # of torch in fp32, which rounds the result alone
+    wide_error: float
 
     @property
     def options(self) -> dict[str, Any]:
@@ -78,6 +80,18 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 def _relative(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def no_worse(got: Tensor, twin: Tensor, truth: Tensor, name: str = "") -> None:
+    """At most twice the error that ``twin``, plain torch in the same precision, has against fp64, plus one rounding."""
+    error, own = _relative(got, truth), _relative(twin, truth)
+    allowed = 2 * own + torch.finfo(got.dtype).eps
+    assert error <= allowed, f"{name or 'relative'} error {error:.2e}, torch in the same precision {own:.2e}"
+
+
+def widened(options: dict[str, Any]) -> dict[str, Any]:
+    """Options in fp64."""
+    return {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
 
 
 def state_errors(got: Tensor, want: Tensor) -> tuple[float, float]:
@@ -119,6 +133,11 @@ def eager_readout(q: Tensor, state: Tensor, options: dict[str, Any]) -> Tensor:
     return torch.einsum("blhf,bhfv->blhv", phi, state[..., :-1]) / total
 
 
+def eager(q: Tensor, k: Tensor, v: Tensor, state: dict[str, Any], readout: dict[str, Any]) -> Tensor:
+    """Both, with the options of each."""
+    return eager_readout(q, eager_state(k, v, state), readout)
+
+
 def build(case: LinearCase) -> LinearProblem:
     g = torch.Generator().manual_seed(sum(ord(c) << i % 16 for i, c in enumerate(case.name)))
 
@@ -148,35 +167,35 @@ def build(case: LinearCase) -> LinearProblem:
                 if x is not None:
                     x[b, n:] = torch.nan
 
-    def wide(options: dict[str, Any]) -> dict[str, Any]:
-        return {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
-
-    want_state = reference.linear_attention_state(k.double(), v.double(), **wide(state_options))
-    want = reference.linear_attention_readout(q.double(), want_state, **wide(readout_options))
-    eager = eager_state(k, v, state_options)
+    want_state = reference.linear_attention_state(k.double(), v.double(), **widened(state_options))
+    want = reference.linear_attention_readout(q.double(), want_state, **widened(readout_options))
+    twin, wide = eager_state(k, v, state_options), reference.linear_attention_state(k, v, **state_options)
     return LinearProblem(
         case, q, k, v, state_options, readout_options, want_state, want,
-        state_errors(eager, want_state), _relative(eager_readout(q, eager, readout_options).nan_to_num(), want),
+        state_errors(twin, want_state), _relative(eager_readout(q, twin, readout_options).nan_to_num(), want),
+        state_errors(wide, want_state),
+        _relative(reference.linear_attention_readout(q, wide, **readout_options), want),
     )  # fmt: skip
 
 
-def check_state(problem: LinearProblem, got: Tensor) -> None:
-    """At most twice the error of torch in the same dtype."""
+def check_state(problem: LinearProblem, got: Tensor, *, wide: bool = False) -> None:
+    """At most twice the error of torch in the tokens' dtype, and one rounding; ``wide``: of torch in fp32, for kernels
+    that round neither features nor weights."""
     assert got.shape == problem.want_state.shape and got.dtype == F32
     assert torch.isfinite(got).all(), "not finite"
-    floor = 1e-6
-    for name, error, base in zip(
-        ("values", "sums"), state_errors(got, problem.want_state), problem.state_error, strict=True
-    ):
-        assert error <= 2 * base + floor, f"{name}: relative error {error:.2e}, torch in the same dtype {base:.2e}"
+    errors, own = state_errors(got, problem.want_state), problem.wide_state_error if wide else problem.state_error
+    for name, error, base in zip(("values", "sums"), errors, own, strict=True):
+        allowed = 2 * base + torch.finfo(F32).eps
+        assert error <= allowed, f"{name}: relative error {error:.2e}, torch in the same precision {base:.2e}"
 
 
-def check_out(problem: LinearProblem, got: Tensor) -> None:
-    """At most twice the error of torch in the same dtype."""
+def check_out(problem: LinearProblem, got: Tensor, *, wide: bool = False) -> None:
+    """As ``check_state``, for the result, which is rounded to the tokens' dtype at its end."""
     assert got.shape == problem.want.shape and got.dtype == problem.case.dtype
     assert torch.isfinite(got).all(), "not finite"
-    error = _relative(got, problem.want)
-    assert error <= 2 * problem.error + 1e-6, f"relative error {error:.2e}, torch in the same dtype {problem.error:.2e}"
+    error, base = _relative(got, problem.want), problem.wide_error if wide else problem.error
+    allowed = 2 * base + torch.finfo(got.dtype).eps
+    assert error <= allowed, f"relative error {error:.2e}, torch in the same precision {base:.2e}"
 
 
 # Every map, dtype, way of weights and layout; lengths around tiles of 16, 64 and 96.
