@@ -21,6 +21,7 @@ from linear_cases import (
     eager_features,
     eager_state,
     no_worse,
+    wide_state,
     widened,
 )  # fmt: skip
 from torch import Tensor
@@ -30,7 +31,8 @@ from vdit_fast import reference
 from vdit_fast.ops import linear_attention, linear_attention_readout, linear_attention_state
 
 MAPS = ["hedgehog", "relu", "elu", "identity"]
-HEDGEHOG = {"feature_map": "hedgehog", "weight": None, "k_den": None, "kv_len": None, "q_den": None}
+STATE_OPTIONS: dict[str, Any] = {"feature_map": "hedgehog", "weight": None, "k_den": None, "kv_len": None}
+HEDGEHOG = {**STATE_OPTIONS, "q_den": None}
 
 
 def draw(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
@@ -104,7 +106,7 @@ def test_parts_of_a_long_sequence(length: int) -> None:
     weight = draw(9, 9, seed=2)
     for n in (length, 1, length // 2, length - 1):
         state = linear_attention_state(k, v, weight=weight, kv_len=None if n == length else torch.tensor([n]))
-        twin = eager_state(k[:, :n], v[:, :n], {**HEDGEHOG, "weight": weight})
+        twin = wide_state(k[:, :n], v[:, :n], {**STATE_OPTIONS, "weight": weight})
         want = reference.linear_attention_state(k[:, :n].double(), v[:, :n].double(), weight=weight.double())
         for part in (slice(None, -1), slice(-1, None)):
             no_worse(state[..., part], twin[..., part], want[..., part])

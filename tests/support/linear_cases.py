@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vdit_fast import reference
+from vdit_fast.reference.linear_attention import features
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -99,15 +100,37 @@ def state_errors(got: Tensor, want: Tensor) -> tuple[float, float]:
     return _relative(got[..., :-1], want[..., :-1]), _relative(got[..., -1], want[..., -1])
 
 
+def in_order(phi: Tensor) -> Tensor:
+    """The sum [B, H, F] of features [B, N, H, F] token by token, where torch's own sum adds in pairs."""
+    total = torch.zeros_like(phi[:, 0])
+    for row in phi.unbind(1):
+        total += row
+    return total
+
+
+def wide_state(k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """Plain torch in fp32, the denominator's tokens added in their order."""
+    state = reference.linear_attention_state(k, v, **options)
+    den = k if options["k_den"] is None else options["k_den"]
+    dead = missing_tokens(k, options["kv_len"])
+    phi = features(den.masked_fill(dead, 0), options["feature_map"], options["weight"]).masked_fill(dead, 0)
+    state[..., -1] = in_order(phi)
+    return state
+
+
+def missing_tokens(k: Tensor, kv_len: Tensor | None) -> Tensor:
+    """bool [B, N, 1, 1]."""
+    end = torch.full((k.shape[0],), k.shape[1]) if kv_len is None else kv_len
+    return (torch.arange(k.shape[1]) >= end[:, None])[..., None, None]
+
+
 def eager_state(k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
     """Plain torch in the tokens' dtype."""
 
     def features(x: Tensor) -> Tensor:
         return eager_features(x, options["feature_map"], options["weight"]).masked_fill(dead, 0)
 
-    kv_len = options["kv_len"]
-    end = torch.full((k.shape[0],), k.shape[1]) if kv_len is None else kv_len
-    dead = (torch.arange(k.shape[1]) >= end[:, None])[..., None, None]
+    dead = missing_tokens(k, options["kv_len"])
     sums = torch.einsum("blhf,blhv->bhfv", features(k), v.masked_fill(dead, 0))
     z = features(k if options["k_den"] is None else options["k_den"]).sum(1)
     return torch.cat((sums, z[..., None]), -1)
@@ -169,7 +192,7 @@ def build(case: LinearCase) -> LinearProblem:
 
     want_state = reference.linear_attention_state(k.double(), v.double(), **widened(state_options))
     want = reference.linear_attention_readout(q.double(), want_state, **widened(readout_options))
-    twin, wide = eager_state(k, v, state_options), reference.linear_attention_state(k, v, **state_options)
+    twin, wide = eager_state(k, v, state_options), wide_state(k, v, state_options)
     return LinearProblem(
         case, q, k, v, state_options, readout_options, want_state, want,
         state_errors(twin, want_state), _relative(eager_readout(q, twin, readout_options).nan_to_num(), want),

@@ -114,10 +114,10 @@ def _features(processor: ServedProcessor, pair: Pair, norms: Norms, rotary: Rota
     if options is None:
         q_den, k_den = (normed(x, norm, True).relu() for x, norm in zip(pair, norms, strict=True))
         return (rotary.stock(q_den), rotary.stock(k_den)), (q_den, k_den)
-    found = [qk_norm_rope(query, key, relu=True, **options, **rotation)[:2] for rotation in (rotary.arguments(), {})]
-    (turned_q, turned_k), (q_den, k_den) = found
-    assert turned_k is not None and k_den is not None
-    return (turned_q, turned_k), (q_den, k_den)
+    turned_q, turned_k, _ = qk_norm_rope(query, key, relu=True, **options, **rotary.arguments())
+    q_den, new_k_den, _ = qk_norm_rope(query, key, relu=True, **options)
+    assert turned_k is not None and new_k_den is not None
+    return (turned_q, turned_k), (q_den, new_k_den)
 
 
 class SanaAdapter(ModelAdapter):
