@@ -200,6 +200,13 @@ MUTANTS = [
         "total_m[r]",
         "hedgehog-64",
     ),
+    _bug(
+        "the denominator's queries are the numerator's on tensor cores",
+        _READOUT,
+        "load_queries<kDim>(p, lane_address(p.q_den, batch, head), p.q_den.row_stride",
+        "load_queries<kDim>(p, lane_address(p.q, batch, head), p.q.row_stride",
+        "identity-den or sliced-relu",
+    ),
     # ---- multiply-add
     _bug(
         "features are read before the row is complete",

@@ -132,8 +132,8 @@ def eager_state(k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
 
     dead = missing_tokens(k, options["kv_len"])
     sums = torch.einsum("blhf,blhv->bhfv", features(k), v.masked_fill(dead, 0))
-    z = features(k if options["k_den"] is None else options["k_den"]).sum(1)
-    return torch.cat((sums, z[..., None]), -1)
+    z = features(k if options["k_den"] is None else options["k_den"])
+    return torch.cat((sums, in_order(z.float()).to(sums.dtype)[..., None]), -1)
 
 
 def eager_features(x: Tensor, feature_map: str, weight: Tensor | None) -> Tensor:
