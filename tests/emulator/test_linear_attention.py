@@ -16,6 +16,7 @@ from linear_cases import (
     check_state,
     eager,
     eager_readout,
+    eager_state,
     no_worse,
     state_errors,
     widened,
@@ -64,6 +65,28 @@ def test_a_constant_value_comes_back(dim: int, dtype: torch.dtype) -> None:
     out = linear_attention_readout(problem.q, state, **problem.readout_options)
     twin = eager(problem.q, problem.k, v, problem.state_options, problem.readout_options)
     no_worse(out, twin, v[:, :1].expand_as(out).double())
+
+
+@pytest.mark.parametrize("far", [-120.0, 120.0])
+@pytest.mark.parametrize("dim", [40, 96])
+def test_features_far_from_0(dim: int, far: float) -> None:
+    """Softmax does not see what all its columns have in common: columns that do not exist must have no say."""
+    problem = build(LinearCase("far", dim=dim, dim_v=64))
+    for x in (problem.q, problem.k):
+        x[..., 0] = 1
+    near = problem.state_options["weight"].clone()
+    near[:, 0] = 0
+    away = near.clone()
+    away[:, 0] = far  # is added to every column of x W
+    options = {**problem.state_options, "weight": near}, {**problem.readout_options, "weight": near}
+    twin = eager_state(problem.k, problem.v, options[0])
+    want = reference.linear_attention_state(problem.k.double(), problem.v.double(), **widened(options[0]))
+    state = linear_attention_state(problem.k, problem.v, **{**options[0], "weight": away})
+    for part in (slice(None, -1), slice(-1, None)):
+        no_worse(state[..., part], twin[..., part], want[..., part])
+    out = linear_attention_readout(problem.q, state, **{**options[1], "weight": away})
+    exact = reference.linear_attention_readout(problem.q.double(), want, **widened(options[1]))
+    no_worse(out, eager_readout(problem.q, twin, options[1]), exact)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
