@@ -246,6 +246,18 @@ def allegro(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
     return keep_fp32(model), inputs, model.transformer_blocks[0], 2304
 
 
+def sana_video(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
+    from diffusers import SanaVideoTransformer3DModel
+
+    model = SanaVideoTransformer3DModel(num_layers=1, caption_channels=64, mlp_ratio=3.0)
+    inputs = {
+        "hidden_states": rand(1, 16, frames, 32, 32),
+        "timestep": rand(1),
+        "encoder_hidden_states": rand(1, 300, 64),
+    }
+    return keep_fp32(model), inputs, model.transformer_blocks[0], 2240
+
+
 def easyanimate(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
     from diffusers import EasyAnimateTransformer3DModel
 
@@ -279,6 +291,7 @@ CASES: dict[str, Case] = {
     "Cosmos 1 7B": cosmos,
     "Allegro": allegro,
     "EasyAnimate 5.1": easyanimate,
+    "Sana-Video 2B": sana_video,
 }
 
 

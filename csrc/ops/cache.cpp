@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/pages.h"
+#include "ops/overlap.h"
 #include "ops/token_tables.h"
 
 namespace vdit {
@@ -31,18 +32,6 @@ bool dense_from(const Tensor& t, int64_t from = 0) {
     if (t.size(i) > 1 && t.stride(i) != expected) return count(t) == 0;
   return true;
 }
-
-// Memory from the first to the last element.
-struct Span {
-  uintptr_t begin, end;
-
-  explicit Span(const Tensor& t) : begin(reinterpret_cast<uintptr_t>(t.const_data_ptr())), end(begin) {
-    int64_t last = 0;
-    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-    if (count(t) > 0) end += uintptr_t(last + 1) * uintptr_t(t.element_size());
-  }
-  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
-};
 
 bool same_view(const Tensor& a, const Tensor& b) {
   if (a.const_data_ptr() != b.const_data_ptr() || a.scalar_type() != b.scalar_type()) return false;
@@ -193,7 +182,7 @@ class Update : public Call<FactorUpdateParams> {
  private:
   // An element may be what is written where it is read, never elsewhere.
   static void check_overlap(const Tensor& factors, const Tensor& t, const char* name) {
-    if (!Span(factors).meets(Span(t))) return;
+    if (!share_memory(factors, t)) return;
     const auto* first = static_cast<const char*>(factors.const_data_ptr());
     const int64_t bytes = factors.stride(0) * int64_t(factors.element_size());
     bool is_factor = t.scalar_type() == factors.scalar_type() && dense_from(t);
@@ -237,21 +226,21 @@ class Forecast : public Call<ForecastParams> {
                dtype_text(x->scalar_type()), "; expected one dtype");
     const bool in_place = x && same_view(*x, out);
     VDIT_CHECK(p.total == 0 || is_own(), op_, ": elements of out share memory; pass a tensor that is not expanded");
-    VDIT_CHECK(!x || in_place || !Span(*x).meets(Span(out)), op_,
+    VDIT_CHECK(!x || in_place || !share_memory(*x, out), op_,
                ": out overlaps x without being it; pass x itself or memory of its own");
     for (int64_t j = 0; j < modules; ++j) {
       const std::string name = numbered("factors", j);
       ForecastModule& m = p.module[j];
       this->factors(factors[j], name, p.factors, m.factor_stride);
       factor_dtype(factors[j], name);
-      VDIT_CHECK(!Span(factors[j]).meets(Span(out)), op_, ": out overlaps ", name, "; pass memory of its own");
+      VDIT_CHECK(!share_memory(factors[j], out), op_, ": out overlaps ", name, "; pass memory of its own");
       m.factors = factors[j].const_data_ptr();
       m.gate = table(numbered("gate", j), gates[j], bases[j]);
     }
     for (const auto* tables : {&gates, &bases})
       for (const Optional& t : *tables)
-        VDIT_CHECK(!t || !Span(*t).meets(Span(out)), op_, ": out overlaps a gate; pass a copy of the gate");
-    VDIT_CHECK(!index || !Span(*index).meets(Span(out)), op_, ": out overlaps index; pass memory of its own");
+        VDIT_CHECK(!t || !share_memory(*t, out), op_, ": out overlaps a gate; pass a copy of the gate");
+    VDIT_CHECK(!index || !share_memory(*index, out), op_, ": out overlaps index; pass memory of its own");
     VDIT_CHECK(gated || !index, op_, ": index without a gate; pass the gate whose rows it names");
     tokens_of(index);
     for (int64_t j = 0; j < modules; ++j) rows_fit(p.module[j].gate, numbered("gate", j));

@@ -8,6 +8,7 @@
 
 #include "cpu/rows.h"
 #include "ops/common.h"
+#include "ops/overlap.h"
 
 namespace vdit {
 namespace {
@@ -31,31 +32,6 @@ void check_rows(const Tensor& t, const std::string& what) {
   VDIT_CHECK(t.size(0) < (int64_t{1} << 31) - 4096 && t.size(1) < (int64_t{1} << 31) - 4096, what, " has shape ",
              shape_text(t), "; sizes must fit 32 bits");
 }
-
-// Where the rows of a tensor lie; strides in bytes, 0 where there is one.
-struct Extent {
-  uintptr_t begin, end;
-  int64_t batch, row, bytes;
-
-  Extent(const Tensor& t, int64_t row_bytes) : begin(reinterpret_cast<uintptr_t>(t.const_data_ptr())), end(begin) {
-    const auto size = static_cast<int64_t>(t.element_size());
-    batch = t.size(0) > 1 ? t.stride(0) * size : 0;
-    row = t.size(1) > 1 ? t.stride(1) * size : 0;
-    bytes = row_bytes;
-    if (t.numel() > 0) end += uintptr_t((t.size(0) - 1) * batch + (t.size(1) - 1) * row + bytes);
-  }
-
-  // Whether rows of both may share memory. Rows beside each other, as keys and values of one tensor, do not.
-  bool meets(const Extent& other) const {
-    if (begin >= other.end || other.begin >= end) return false;
-    const int64_t pitch = std::max(row, other.row);
-    const bool one_pitch = pitch > 0 && (row == 0 || row == pitch) && (other.row == 0 || other.row == pitch) &&
-                           batch % pitch == 0 && other.batch % pitch == 0;
-    if (!one_pitch) return true;
-    const int64_t after = (static_cast<int64_t>(other.begin - begin) % pitch + pitch) % pitch;
-    return after < bytes || after + other.bytes > pitch;
-  }
-};
 
 // Whether no two rows share memory.
 bool rows_are_own(const Tensor& t, int64_t row_bytes) {
@@ -232,19 +208,14 @@ RowsParams prepare_scatter(const Tensors& full, const Tensors& part, const Tenso
                " has rows that share memory; pass a tensor whose rows lie apart");
   }
   for (size_t i = 0; i < full.size(); ++i) {
-    const Extent to(full[i], p.pair[i].row_bytes);
+    const Footprint to(full[i]);
     for (size_t j = 0; j < full.size(); ++j) {
-      VDIT_CHECK(!to.meets(Extent(part[j], p.pair[j].row_bytes)), "scatter_rows: part[", j, "] overlaps full[", i,
+      VDIT_CHECK(!to.meets(Footprint(part[j])), "scatter_rows: part[", j, "] overlaps full[", i,
                  "]; pass a copy of it");
-      VDIT_CHECK(j >= i || !to.meets(Extent(full[j], p.pair[j].row_bytes)), "scatter_rows: full[", i, "] and full[", j,
+      VDIT_CHECK(j >= i || !to.meets(Footprint(full[j])), "scatter_rows: full[", i, "] and full[", j,
                  "] are the same memory; each needs its own");
     }
-    if (!gate || gate->numel() == 0) continue;
-    const auto from = reinterpret_cast<uintptr_t>(gate->const_data_ptr());
-    int64_t last = 0;
-    for (int64_t d = 0; d < gate->dim(); ++d) last += (gate->size(d) - 1) * gate->stride(d);
-    const uintptr_t end = from + uintptr_t(last + 1) * uintptr_t(gate->element_size());
-    VDIT_CHECK(to.end <= from || end <= to.begin, "scatter_rows: gate overlaps full[", i, "]; pass a copy of it");
+    VDIT_CHECK(!gate || !to.meets(Footprint(*gate)), "scatter_rows: gate overlaps full[", i, "]; pass a copy of it");
   }
   p.add = add ? 1 : 0;
   if (add || gate) point_at_gate(p, full, gate);

@@ -99,7 +99,8 @@ def accelerate(target: Any, config: Config | str | os.PathLike[str] | Mapping[st
                 root.hook()
             roots[id(item.root)] = root
         stock = item.module.processor
-        layer = root.session.add_layer(item.name, item.adapter.dense_reason(item.name, item.module))
+        own_linear = item.adapter.processors[type(stock).__name__].linear
+        layer = root.session.add_layer(item.name, item.adapter.dense_reason(item.name, item.module), own_linear)
         set_processor(item.module, item.adapter.make_processor(root.session, layer, stock, weakref.ref(item.root)))
     try:
         maps = linear_maps([root.session for root in roots.values()], settings)

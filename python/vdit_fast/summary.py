@@ -195,10 +195,9 @@ def _hooks(handle: Handle) -> dict[str, int]:
 
 
 def _linear(handle: Handle) -> dict[str, list[int]] | None:
-    if handle.config.linear is None:
-        return None
     sessions = [root.session for root in handle.roots]
-    return {session.expert: [ledger.layer for ledger in session.layers if ledger.linear] for session in sessions}
+    found = {session.expert: [ledger.layer for ledger in session.layers if ledger.linear] for session in sessions}
+    return found if handle.config.linear is not None or any(found.values()) else None
 
 
 def _parallel(handle: Handle) -> dict[str, Any] | None:

@@ -55,6 +55,9 @@ def test_eager_rounding_is_the_stock_model_s(family: str, dtype: torch.dtype) ->
     """Every block rounds as the stock block does: what is left is the order of sums in a norm, far below an ulp."""
     model, inputs = tiny.build(family)
     model, inputs = model.to(dtype), tiny.cast(inputs, dtype)
+    if family in tiny.LINEAR:  # the first block gets a transposed view, of which torch's bf16 products round otherwise
+        first = model.transformer_blocks[0]
+        first.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     handle = accelerate(model, Config(fuse="off"))
     stock = tiny.run(model, inputs)
     handle.reconfigure(Config(fuse="eager"))

@@ -309,21 +309,6 @@ def test_no_kernel_for_double_precision_keeps_scale_and_groups() -> None:
     assert "dtype float64 has no kernel" in handle.stats()["layers"][0]["fallbacks"]
 
 
-# ---------------------------------------------------------------------- nothing to serve
-def test_linear_attention_is_named() -> None:
-    from families.base import from_diffusers
-
-    model = from_diffusers("SanaVideoTransformer3DModel")(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
-        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=16,
-        rope_max_seq_len=64,
-    )  # fmt: skip
-    with pytest.raises(RuntimeError) as error:
-        accelerate(model)
-    assert "2 x SanaLinearAttnProcessor3_0: linear attention: not softmax" in str(error.value)
-    assert "2 x SanaAttnProcessor2_0: cross-attention" in str(error.value)
-
-
 # ---------------------------------------------------------------------- compiled
 @pytest.mark.parametrize(
     # As many graphs as the stock blocks need; one more where the first block's tokens are a transposed view, whose

@@ -26,6 +26,8 @@ def build(family: str, **kw: Any) -> Built:
 
 WITHOUT_GRID = frozenset({"animatediff", "latte", "svd"})
 """Families whose attention runs over frames or places only: no planner is ever asked about them."""
+LINEAR = frozenset({"sana", "sana_video"})
+"""Families whose attention is linear by itself: no planner is asked about them either."""
 
 
 def regrid(inputs: dict[str, Any], grid: tuple[int, int, int]) -> dict[str, Any]:

@@ -63,7 +63,13 @@ MUTANTS = [
     _bug("lengths of 64 bits read as 32", _TILE, "lengths.bytes == 8 ?", "lengths.bytes == 9 ?", "kv-len-64 or wild"),
     _bug("wild lengths are believed", _TILE, "n < 0 ? 0 : n < most ? int32_t(n) : most", "int32_t(n)", "wild"),
     # ---- features
-    _bug("columns that do not exist count", _TILE, "exists(n, c) ? y[n][c] : -INFINITY", "y[n][c]", "dim-96 or dim-40"),
+    _bug(
+        "columns that do not exist count",
+        _TILE,
+        "exists(n, c) ? y[n][c] : -INFINITY",
+        "y[n][c]",
+        "dim-96 or dim-40 or far",
+    ),
     _bug(
         "features of columns that do not exist",
         _TILE,
@@ -199,6 +205,13 @@ MUTANTS = [
         "total_m[r] * rows.minus[r]",
         "total_m[r]",
         "hedgehog-64",
+    ),
+    _bug(
+        "the denominator's queries are the numerator's on tensor cores",
+        _READOUT,
+        "load_queries<kDim>(p, lane_address(p.q_den, batch, head), p.q_den.row_stride",
+        "load_queries<kDim>(p, lane_address(p.q, batch, head), p.q.row_stride",
+        "identity-den or sliced-relu",
     ),
     # ---- multiply-add
     _bug(

@@ -27,6 +27,7 @@ from vdit_fast.ops.linear_attention import (
 WAN_1_3B = (*range(1, 8), *range(9, 13), 14, 15, 22, 24, 29)
 """The paper's layers of Wan 2.1 1.3B, from 0 on: 16 of 30."""
 H, D = 3, 16
+EPS = torch.finfo(torch.float32).eps
 
 
 def phi(x: Tensor, w: Tensor) -> Tensor:
@@ -46,25 +47,30 @@ def test_l1a_is_the_explicit_matrix(call: Any) -> None:
     q, k, v, maps = call
     weights = torch.einsum("bihf,bjhf->bhij", phi(q, maps["q_weight"]), phi(k, maps["k_weight"]))
     want = torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True), v.double())
-    assert distance(linear_attention(q, k, v, **maps), want) < 2e-6
+    allowed = 2 * distance(reference.linear_attention(q, k, v, **maps), want) + EPS
+    assert distance(linear_attention(q, k, v, **maps), want) <= allowed
     order = torch.randperm(k.shape[1])  # non-causal: the order of keys says nothing
-    assert distance(linear_attention(q, k[:, order], v[:, order], **maps), want) < 2e-6
+    assert distance(linear_attention(q, k[:, order], v[:, order], **maps), want) <= allowed
 
 
 def test_l1b_features_are_two_distributions(call: Any) -> None:
     q, k, v, maps = call
     features = reference.linear_attention_state(k[:, :1], torch.ones_like(v[:, :1]), weight=maps["k_weight"])[..., -1]
-    torch.testing.assert_close(features.unflatten(-1, (2, D)).sum(-1), torch.ones(2, H, 2))
-    z = linear_attention_state(k, v, weight=maps["k_weight"])[..., -1]
-    denominators = torch.einsum("bihf,bhf->bih", phi(q, maps["q_weight"]), z.double())
-    assert denominators.min() > 0 and denominators.max() <= 2 * k.shape[1] * (1 + 1e-6)
+    sums = features.double().unflatten(-1, (2, D)).sum(-1)
+    assert (sums - 1).abs().max() <= D * EPS / 2  # every feature of fp32 is rounded
+    z = linear_attention_state(k, v, weight=maps["k_weight"])[..., -1].double()
+    denominators = torch.einsum("bihf,bhf->bih", phi(q, maps["q_weight"]), z)
+    largest = z.unflatten(-1, (2, D)).sum(-1).max()  # of N rows of sums 1
+    assert (largest - k.shape[1]).abs() <= 2 * EPS * k.shape[1] * k.shape[1] ** 0.5
+    assert denominators.min() > 0 and denominators.max() <= 2 * largest
 
 
 def test_l1c_a_constant_value_comes_back(call: Any) -> None:
     q, k, _, maps = call
     row = torch.randn(1, 1, H, D)
     out = linear_attention(q, k, row.expand_as(k), **maps)
-    torch.testing.assert_close(out, row.expand_as(out), atol=2e-6, rtol=2e-6)
+    twin = reference.linear_attention(q, k, row.expand_as(k), **maps)
+    assert distance(out, row.expand_as(out)) <= 2 * distance(twin, row.expand_as(out)) + EPS
 
 
 @pytest.mark.parametrize("shards", [[137], [100, 37], [1, 64, 72], [17] * 8 + [1]])
@@ -75,7 +81,8 @@ def test_l1d_states_of_shards_add_up(call: Any, shards: list[int]) -> None:
         for a, b in zip(k.split(shards, 1), v.split(shards, 1), strict=True)
     ]
     out = linear_attention_readout(q, torch.stack(parts).sum(0), weight=maps["q_weight"])
-    assert distance(out, linear_attention(q, k, v, **maps)) < 2e-6
+    want = reference.linear_attention(*(x.double() for x in (q, k, v)), **{n: x.double() for n, x in maps.items()})
+    assert distance(out, want) <= 2 * distance(reference.linear_attention(q, k, v, **maps), want) + EPS
 
 
 def test_long_sequences_in_bf16_on_sampled_rows() -> None:
@@ -88,9 +95,9 @@ def test_long_sequences_in_bf16_on_sampled_rows() -> None:
     weights = torch.einsum("bihf,bjhf->bhij", phi(q[:, rows], q_weight), phi(k, k_weight))
     want = torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True), v.double())
     assert out.dtype == torch.bfloat16
-    # the mean of so many random values is small: errors are measured by the values
-    error = (out[:, rows].double() - want).square().mean().sqrt()
-    assert error <= torch.finfo(torch.bfloat16).eps * want.square().mean().sqrt()
+    maps = {"q_weight": q_weight, "k_weight": k_weight}
+    twin = reference.linear_attention(q[:, rows], k, v, **maps)  # fp32, and the result rounded
+    assert distance(out[:, rows], want) <= 2 * distance(twin, want)
 
 
 def test_16_of_30_layers_beside_softmax(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vdit_fast import reference
+from vdit_fast.reference.linear_attention import features
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -52,6 +53,8 @@ class LinearProblem:
     want: Tensor
     state_error: tuple[float, float]  # of torch in the same dtype: values, sums
     error: float
+    wide_state_error: tuple[float, float]  # of torch in fp32, which rounds the result alone
+    wide_error: float
 
     @property
     def options(self) -> dict[str, Any]:
@@ -80,9 +83,46 @@ def _relative(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
 
 
+def no_worse(got: Tensor, twin: Tensor, truth: Tensor, name: str = "") -> None:
+    """At most twice the error that ``twin``, plain torch in the same precision, has against fp64, and one rounding of
+    the fp32 that kernels compute in: that of a 16-bit result is in the twin's error."""
+    error, own = _relative(got, truth), _relative(twin, truth)
+    allowed = 2 * own + torch.finfo(F32).eps
+    assert error <= allowed, f"{name or 'relative'} error {error:.2e}, torch in the same precision {own:.2e}"
+
+
+def widened(options: dict[str, Any]) -> dict[str, Any]:
+    """Options in fp64."""
+    return {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
+
+
 def state_errors(got: Tensor, want: Tensor) -> tuple[float, float]:
     """Relative errors of the values' columns and of the sums."""
     return _relative(got[..., :-1], want[..., :-1]), _relative(got[..., -1], want[..., -1])
+
+
+def in_order(phi: Tensor) -> Tensor:
+    """The sum [B, H, F] of features [B, N, H, F] token by token, where torch's own sum adds in pairs."""
+    total = torch.zeros_like(phi[:, 0])
+    for row in phi.unbind(1):
+        total += row
+    return total
+
+
+def wide_state(k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """Plain torch in fp32, the denominator's tokens added in their order."""
+    state = reference.linear_attention_state(k, v, **options)
+    den = k if options["k_den"] is None else options["k_den"]
+    dead = missing_tokens(k, options["kv_len"])
+    phi = features(den.masked_fill(dead, 0), options["feature_map"], options["weight"]).masked_fill(dead, 0)
+    state[..., -1] = in_order(phi)
+    return state
+
+
+def missing_tokens(k: Tensor, kv_len: Tensor | None) -> Tensor:
+    """bool [B, N, 1, 1]."""
+    end = torch.full((k.shape[0],), k.shape[1]) if kv_len is None else kv_len
+    return (torch.arange(k.shape[1]) >= end[:, None])[..., None, None]
 
 
 def eager_state(k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
@@ -91,12 +131,10 @@ def eager_state(k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
     def features(x: Tensor) -> Tensor:
         return eager_features(x, options["feature_map"], options["weight"]).masked_fill(dead, 0)
 
-    kv_len = options["kv_len"]
-    end = torch.full((k.shape[0],), k.shape[1]) if kv_len is None else kv_len
-    dead = (torch.arange(k.shape[1]) >= end[:, None])[..., None, None]
+    dead = missing_tokens(k, options["kv_len"])
     sums = torch.einsum("blhf,blhv->bhfv", features(k), v.masked_fill(dead, 0))
-    z = features(k if options["k_den"] is None else options["k_den"]).sum(1)
-    return torch.cat((sums, z[..., None]), -1)
+    z = features(k if options["k_den"] is None else options["k_den"])
+    return torch.cat((sums, in_order(z.float()).to(sums.dtype)[..., None]), -1)
 
 
 def eager_features(x: Tensor, feature_map: str, weight: Tensor | None) -> Tensor:
@@ -117,6 +155,11 @@ def eager_readout(q: Tensor, state: Tensor, options: dict[str, Any]) -> Tensor:
         den = eager_features(options["q_den"], options["feature_map"], options["weight"])
     total = torch.einsum("blhf,bhf->blh", den, state[..., -1])[..., None] + options.get("eps", 1e-15)
     return torch.einsum("blhf,bhfv->blhv", phi, state[..., :-1]) / total
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, state: dict[str, Any], readout: dict[str, Any]) -> Tensor:
+    """Both, with the options of each."""
+    return eager_readout(q, eager_state(k, v, state), readout)
 
 
 def build(case: LinearCase) -> LinearProblem:
@@ -148,35 +191,35 @@ def build(case: LinearCase) -> LinearProblem:
                 if x is not None:
                     x[b, n:] = torch.nan
 
-    def wide(options: dict[str, Any]) -> dict[str, Any]:
-        return {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
-
-    want_state = reference.linear_attention_state(k.double(), v.double(), **wide(state_options))
-    want = reference.linear_attention_readout(q.double(), want_state, **wide(readout_options))
-    eager = eager_state(k, v, state_options)
+    want_state = reference.linear_attention_state(k.double(), v.double(), **widened(state_options))
+    want = reference.linear_attention_readout(q.double(), want_state, **widened(readout_options))
+    twin, wide = eager_state(k, v, state_options), wide_state(k, v, state_options)
     return LinearProblem(
         case, q, k, v, state_options, readout_options, want_state, want,
-        state_errors(eager, want_state), _relative(eager_readout(q, eager, readout_options).nan_to_num(), want),
+        state_errors(twin, want_state), _relative(eager_readout(q, twin, readout_options).nan_to_num(), want),
+        state_errors(wide, want_state),
+        _relative(reference.linear_attention_readout(q, wide, **readout_options), want),
     )  # fmt: skip
 
 
-def check_state(problem: LinearProblem, got: Tensor) -> None:
-    """At most twice the error of torch in the same dtype."""
+def check_state(problem: LinearProblem, got: Tensor, *, wide: bool = False) -> None:
+    """At most twice the error of torch in the tokens' dtype, and one rounding; ``wide``: of torch in fp32, for kernels
+    that round neither features nor weights."""
     assert got.shape == problem.want_state.shape and got.dtype == F32
     assert torch.isfinite(got).all(), "not finite"
-    floor = 1e-6
-    for name, error, base in zip(
-        ("values", "sums"), state_errors(got, problem.want_state), problem.state_error, strict=True
-    ):
-        assert error <= 2 * base + floor, f"{name}: relative error {error:.2e}, torch in the same dtype {base:.2e}"
+    errors, own = state_errors(got, problem.want_state), problem.wide_state_error if wide else problem.state_error
+    for name, error, base in zip(("values", "sums"), errors, own, strict=True):
+        allowed = 2 * base + torch.finfo(F32).eps
+        assert error <= allowed, f"{name}: relative error {error:.2e}, torch in the same precision {base:.2e}"
 
 
-def check_out(problem: LinearProblem, got: Tensor) -> None:
-    """At most twice the error of torch in the same dtype."""
+def check_out(problem: LinearProblem, got: Tensor, *, wide: bool = False) -> None:
+    """As ``check_state``, for the result, which is rounded to the tokens' dtype at its end."""
     assert got.shape == problem.want.shape and got.dtype == problem.case.dtype
     assert torch.isfinite(got).all(), "not finite"
-    error = _relative(got, problem.want)
-    assert error <= 2 * problem.error + 1e-6, f"relative error {error:.2e}, torch in the same dtype {problem.error:.2e}"
+    error, base = _relative(got, problem.want), problem.wide_error if wide else problem.error
+    allowed = 2 * base + torch.finfo(F32).eps
+    assert error <= allowed, f"relative error {error:.2e}, torch in the same precision {base:.2e}"
 
 
 # Every map, dtype, way of weights and layout; lengths around tiles of 16, 64 and 96.

@@ -79,6 +79,9 @@ class SelectiveTransfer(nn.Module):
         beyond = [layer for layer in self.layers if layer >= len(session.layers)]
         if beyond:
             raise ValueError(f"layers: {beyond} do not exist, the transformer has {len(session.layers)} served layers")
+        own = [layer for layer in self.layers if session.layers[layer].own_linear]
+        if own:
+            raise ValueError(f"layers: {own} of family {session.family!r} are linear by themselves; nothing to convert")
         taken = [layer for layer in self.layers if layer in session.stand_ins]
         if taken:
             raise ValueError(f"layers: {taken} have another stand-in for their attention already")

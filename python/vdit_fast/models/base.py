@@ -64,6 +64,8 @@ class ServedProcessor:
 
     attends: ClassVar[bool] = True
     """False where something around the attention is served and not the attention."""
+    linear: ClassVar[bool] = False
+    """Whether the attention is linear by the model's own design."""
     takes_positions: ClassVar[bool] = False
     """Whether it gets its rotary tables through ``tables``."""
 
@@ -289,6 +291,13 @@ class ModelAdapter:
         if stock != served:
             return f"{type(processor).__name__} takes ({', '.join(stock[1:])}), expected ({', '.join(served[1:])})"
         return None
+
+    def reads_text(self, name: str, module: nn.Module, processor: Any) -> bool:
+        """Whether a stock processor does cross-attention, and so is left alone."""
+        kind = type(processor).__name__
+        if kind not in self.processors:
+            return self.left_alone.get(kind) == CROSS_ATTENTION
+        return self.skip_reason(name, module, processor) == CROSS_ATTENTION
 
     def dense_reason(self, name: str, module: nn.Module) -> str | None:
         """Why a served module runs dense under every planner, or None: its tokens are not those of the video grid.

@@ -67,8 +67,9 @@ class Forward:
         timestep = self.timestep
         if self.subset is not None and self.subset.partial:  # the tokens are not those of the timesteps
             return None
-        if not isinstance(timestep, Tensor) or timestep.ndim != 2 or timestep.shape[0] != batch or timestep.is_meta:
+        if not isinstance(timestep, Tensor) or timestep.ndim < 2 or timestep.shape[0] != batch or timestep.is_meta:
             return None
+        timestep = timestep.flatten(1)  # Sana-Video's image pipeline gives a grid of them
         if self._distinct is None:
             whole = tokens if self.shard is None else self.shard.total
             if timestep.shape[1] == 0 or whole % timestep.shape[1]:  # neither one per token nor one per frame

@@ -24,6 +24,7 @@ __all__ = [
     "missing_device_kernel",
     "missing_fused_kernel",
     "missing_kernel",
+    "missing_linear_kernel",
     "over_plan",
     "under_autocast",
 ]
@@ -37,13 +38,18 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _FUSED = ("adaln_modulate", "gate_residual", "gate_residual_norm", "qk_norm_rope")
 
-FUSED_DEVICES = frozenset.intersection(
-    *(
+
+def _devices(*operators: str) -> frozenset[str]:
+    found = (
         frozenset(kernel["device"] for kernel in kernel_catalogue() if kernel["op"] == op and kernel["compiled"])
-        for op in _FUSED
+        for op in operators
     )
-) | {"meta"}  # shapes only, no kernel runs
+    return frozenset.intersection(*found) | {"meta"}  # shapes only, no kernel runs
+
+
+FUSED_DEVICES = _devices(*_FUSED)
 """Device types that the fused operators run on; a constant, because compiled blocks read it."""
+_LINEAR_DEVICES = _devices("linear_attention_state", "linear_attention_readout")
 
 
 def missing_fused_kernel(x: Tensor) -> str | None:
@@ -70,6 +76,16 @@ def missing_kernel(q: Tensor, short: bool = False) -> str | None:
         return f"head dimension {q.shape[-1]} > {MAX_HEAD_DIM}"
     limited = q.is_cuda and not short
     return missing_device_kernel(q.device.type) or (cuda_limit(q.dtype, q.shape[-1]) if limited else None)
+
+
+def missing_linear_kernel(q: Tensor) -> str | None:
+    """Why linear attention of this call cannot be served, or None when it can."""
+    if q.dtype not in _DTYPES:
+        return f"dtype {str(q.dtype).removeprefix('torch.')} has no kernel"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head dimension {q.shape[-1]} > {MAX_HEAD_DIM}"
+    known = q.device.type in _LINEAR_DEVICES
+    return None if known else f"device {q.device.type!r} has no kernel of linear attention in this build"
 
 
 def cuda_limit(dtype: torch.dtype, head_dim: int) -> str | None:

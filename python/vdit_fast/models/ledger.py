@@ -74,8 +74,10 @@ class LayerLedger:
     """Index among those that planners see: the served layers before it with a video grid and softmax attention."""
     always_dense: str | None = None
     """Why no planner sees it, None when planners do."""
-    linear: bool = False
-    """Whether it runs linear attention: no planner sees it then."""
+    own_linear: bool = False
+    """Whether its attention is linear by the model's own design; ``always_dense`` says so too."""
+    converted: bool = False
+    """Whether the configuration made its attention linear: no planner sees it then."""
     calls: int = 0
     """Attention calls, recomputation under gradient checkpointing excluded."""
     sparse_calls: int = 0
@@ -93,11 +95,16 @@ class LayerLedger:
     @property
     def planned(self) -> bool:
         """Whether planners see it."""
-        return self.always_dense is None and not self.linear
+        return self.always_dense is None and not self.converted
+
+    @property
+    def linear(self) -> bool:
+        """Whether it runs linear attention."""
+        return self.own_linear or self.converted
 
     def fresh(self) -> LayerLedger:
         """An empty record of the same layer."""
-        return LayerLedger(self.name, self.layer, self.place, self.always_dense, self.linear)
+        return LayerLedger(self.name, self.layer, self.place, self.always_dense, self.own_linear, self.converted)
 
     def count(self, kind: Counter[str], reason: str) -> None:
         """Count a reason; beyond a bound on different ones the rest counts as one."""

@@ -1,14 +1,15 @@
-"""Layers whose attention is linear: which a configuration names, whether the file fits the model, and their call."""
+"""Layers whose attention is linear: which a configuration names, whether the file fits the model, and their calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vdit_fast.linear.weights import FeatureMap, Header, load_feature_maps, read_header
+from vdit_fast.models.forward import in_backward
 from vdit_fast.models.ledger import LayerLedger, stamp
 from vdit_fast.ops.linear_attention import linear_attention
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from vdit_fast.models.heads import HeadsCall
     from vdit_fast.models.session import Session
 
-__all__ = ["LinearLayer", "StandIn", "convert", "converted", "linear_maps", "stand_in"]
+__all__ = ["LinearLayer", "StandIn", "convert", "converted", "linear_maps", "own_linear_attention", "stand_in"]
 
 StandIn = Callable[[Callable[[], Tensor], Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """What runs in place of a layer's softmax attention: (that attention, q, k, v, kv_len) -> [B, L, H, D]."""
@@ -83,10 +84,37 @@ def stand_in(
     if call.scale is not None:  # the map is one of the q that would have the default scale
         q = q * (call.scale * q.shape[-1] ** 0.5)
     out = found(softmax, q, call.k, call.v, call.kv_len)
-    if ledger.linear and not again:
+    if ledger.converted and not again:
         ledger.calls += 1
         ledger.attention_time.add(begin, stamp(q.device))
     return out
+
+
+def own_linear_attention(
+    session: Session, layer: int, q: Tensor, k: Tensor, v: Tensor, anchor: Tensor | None, **inputs: Any
+) -> Tensor:
+    """One call of a layer that is linear by the model's own design; ``inputs`` are those of ``linear_attention``."""
+    ledger = session.layers[layer]
+    if session.around_heads:
+        who = ", ".join(session.around_heads)
+        raise RuntimeError(
+            f"{ledger.name} is linear attention, which reads every key of its sequence once; {who} cannot work with it"
+        )
+    again, forward = in_backward(), session.forward
+    if anchor is not None and torch.is_grad_enabled() and q.requires_grad:
+        if forward is not None and not again:
+            session.anchor(anchor, forward)
+        forward = session.forward_of(anchor)
+    begin = stamp(q.device)
+    out = linear_attention(q, k, v, **inputs)
+    if not again:
+        ledger.calls += 1
+        ledger.attention_time.add(begin, stamp(q.device))
+        if session.config.attention is not None:
+            ledger.count(ledger.dense, ledger.always_dense or "")
+    if not session.hooks.at_heads(layer):
+        return out
+    return session.hooks.heads(session, forward, layer, out, lambda plan: session.no_plan(layer))
 
 
 def convert(session: Session, maps: Mapping[int, FeatureMap]) -> None:
@@ -94,7 +122,7 @@ def convert(session: Session, maps: Mapping[int, FeatureMap]) -> None:
     session.stand_ins = {layer: LinearLayer(session.layers[layer].name, found) for layer, found in maps.items()}
     place = 0
     for ledger in session.layers:
-        ledger.linear = ledger.layer in maps
+        ledger.converted = ledger.layer in maps
         ledger.place = place
         place += ledger.planned
 
@@ -151,3 +179,5 @@ def _check(session: Session, header: Header, path: str, layers: list[int]) -> No
                 f"linear.weights: layer {index} of {path} is {name}, here it is {session.layers[index].name}; "
                 "take the file that was trained for this model, and accelerate the whole transformer"
             )
+        if session.layers[index].own_linear:
+            raise ValueError(f"linear.layers: {name} of {here[0]!r} is linear attention already; set linear to null")

@@ -131,9 +131,9 @@ class Session:
         held = self.positions, self.before_rotation, self.regions, self.around_heads.get("streaming")
         return any(item is not None for item in held)
 
-    def add_layer(self, name: str, always_dense: str | None = None) -> int:
-        """Register a layer by module path, and why no planner may see it; returns its index."""
-        self.layers.append(LayerLedger(name, len(self.layers), self.planned, always_dense))
+    def add_layer(self, name: str, always_dense: str | None = None, own_linear: bool = False) -> int:
+        """Register a layer by module path, why no planner may see it, and whether it is linear; returns its index."""
+        self.layers.append(LayerLedger(name, len(self.layers), self.planned, always_dense, own_linear))
         return len(self.layers) - 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
@@ -142,7 +142,7 @@ class Session:
         new.active = self.active
         new.positions = self.positions
         for layer in self.layers:
-            new.add_layer(layer.name, layer.always_dense)
+            new.add_layer(layer.name, layer.always_dense, layer.own_linear)
         convert(new, converted(self))
         new.stand_ins |= {layer: item for layer, item in self.stand_ins.items() if layer not in new.stand_ins}
         new.fused, new.left = dict(self.fused), self.left.copy()
@@ -262,10 +262,11 @@ class Session:
             return out
         forward = call.forward
         if self.layers[layer].linear:
-            return self.hooks.heads(self, forward, layer, out, lambda plan: self._no_plan(layer))
+            return self.hooks.heads(self, forward, layer, out, lambda plan: self.no_plan(layer))
         return self.hooks.heads(self, forward, layer, out, call.over)
 
-    def _no_plan(self, layer: int) -> Tensor:
+    def no_plan(self, layer: int) -> Tensor:
+        """What a hook gets that asks a linear layer for attention over a plan."""
         raise RuntimeError(
             f"attend: {self.layers[layer].name} is linear and has no attention over a plan; hook other layers"
         )
@@ -385,7 +386,7 @@ class Session:
     def fall_back(self, layer: int, reason: str, served_dense: bool = False) -> None:
         """A call cannot be served as configured: count and log it, or raise when the configuration says so."""
         ledger = self.layers[layer]
-        if ledger.linear:
+        if ledger.converted:
             raise RuntimeError(
                 f"{ledger.name} is linear and cannot run as that: {reason}; take layer {layer} out of linear.layers"
             )

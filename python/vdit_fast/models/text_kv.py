@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, set_processor
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, set_processor
 from vdit_fast.models.forward import Forward
 from vdit_fast.models.session import Session
 from vdit_fast.models.trace import HOOKS, Unknown, identity_of, trace_of
@@ -203,14 +203,15 @@ class TextKVProcessor(ServedProcessor):
     ) -> Tensor:
         # A compiled block computes them: what is remembered is no part of a graph.
         memory = None if torch.compiler.is_compiling() or not self.session.active else self.session.text
+        rest = () if rotary_emb is None else (rotary_emb,)  # not every stock processor takes it
         answers = None
         if memory is not None and encoder_hidden_states is not None:
             answers = memory.answers(self, attn, encoder_hidden_states)
         if answers is None:
-            out: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+            out: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, *rest)
             return out
         view = _Remembering(attn, answers)
-        out = self.stock(view, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        out = self.stock(view, hidden_states, encoder_hidden_states, attention_mask, *rest)
         answers.update(view._new)
         return out
 
@@ -237,8 +238,7 @@ def attach(module: nn.Module, session: Session, adapter: ModelAdapter) -> None:
     modules = [
         child
         for name, child in module.named_modules()
-        if type(getattr(child, "processor", None)).__name__ in adapter.processors
-        and adapter.skip_reason(name, child, child.processor) == CROSS_ATTENTION
+        if adapter.reads_text(name, child, getattr(child, "processor", None))
     ]
     if not modules or not adapter.text_inputs:
         return

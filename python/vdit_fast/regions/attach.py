@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, set_processor
+from vdit_fast.models.base import ModelAdapter, ServedProcessor, set_processor
 from vdit_fast.models.session import Session
 from vdit_fast.models.text_kv import TextKVProcessor
 from vdit_fast.positions.boxes import AnchoredBoxes
@@ -36,8 +36,9 @@ class RegionTextProcessor(ServedProcessor):
     ) -> Tensor:
         run, forward = self.session.regions, self.session.forward
         text = encoder_hidden_states if self.session.active else None
+        rest = () if rotary_emb is None else (rotary_emb,)  # not every stock processor takes it
         if run is None or forward is None or text is None or not run.splits(forward):
-            out: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+            out: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, *rest)
             return out
         if attention_mask is not None:
             raise RuntimeError("regions: cross-attention comes with a mask, which says already what is read")
@@ -45,7 +46,7 @@ class RegionTextProcessor(ServedProcessor):
             raise RuntimeError("regions: two prompts are for inference; use torch.no_grad(), or give none")
         # Not through the memory of keys: it knows one text per forward. Two prompts are 2 S rows beside N.
         stock = self.stock.stock if isinstance(self.stock, TextKVProcessor) else self.stock
-        return run.cross(lambda rows, words: stock(attn, rows, words, None, rotary_emb), hidden_states, text, forward)
+        return run.cross(lambda rows, words: stock(attn, rows, words, None, *rest), hidden_states, text, forward)
 
 
 def _cross_modules(module: nn.Module, adapter: ModelAdapter) -> list[nn.Module]:
@@ -55,7 +56,7 @@ def _cross_modules(module: nn.Module, adapter: ModelAdapter) -> list[nn.Module]:
         stock = getattr(child, "processor", None)
         while isinstance(stock, RegionTextProcessor | TextKVProcessor):
             stock = stock.stock
-        if type(stock).__name__ in adapter.processors and adapter.skip_reason(name, child, stock) == CROSS_ATTENTION:
+        if adapter.reads_text(name, child, stock):
             found.append(child)
     return found
 
@@ -109,6 +110,10 @@ def _check(handle: Handle, session: Session, adapter: ModelAdapter, module: nn.M
         raise RuntimeError("regions: positions are set already; take them off by handle.positions(None)")
     if handle.config.subset is not None:
         raise RuntimeError("regions: a subset of the tokens is configured; set subset to null")
+    if regions.position_steps and any(layer.own_linear for layer in session.layers):
+        raise RuntimeError(
+            f"regions: self-attention of family {adapter.family!r} is linear and knows no mask; set position_steps=0"
+        )
     if regions.position_steps and not any(
         processor.takes_positions
         for processor in (getattr(child, "processor", None) for child in module.modules())

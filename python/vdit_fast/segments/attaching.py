@@ -91,6 +91,7 @@ def capture(handle: Handle) -> Captured:
     """See ``Handle.capture``."""
     (root,) = _one(handle, "capture")
     refuse_capture(root.session)
+    _refuse_own_linear(root, "capture")
     found = extra_keys(root.session)
     if found.captured is not None:
         found.captured.stop()
@@ -121,6 +122,7 @@ def set_feed(handle: Handle, captured: Any, mode: Any, gate: Any) -> None:
             "most as many layers"
         )
     gate = _checked_gate(gate, mode)
+    _refuse_own_linear(root, "feed")
     if mode == "concat":
         _refuse_linear(root, "feed")
     extra_keys(root.session).feed = Feed(captured, mode, gate)
@@ -151,7 +153,15 @@ def _one(handle: Handle, name: str) -> list[Root]:
     return roots
 
 
+def _refuse_own_linear(root: Root, name: str) -> None:
+    if any(layer.own_linear for layer in root.session.layers):
+        raise RuntimeError(
+            f"{name}: attention of family {root.adapter.family!r} is linear: it has no softmax that further keys enter"
+        )
+
+
 def _refuse_linear(root: Root, name: str) -> None:
+    _refuse_own_linear(root, name)
     if any(layer.linear for layer in root.session.layers):
         raise RuntimeError(
             f"{name}: layers of linear attention read the keys of the sequence only and would leave it out; set linear "
