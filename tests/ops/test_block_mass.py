@@ -123,7 +123,7 @@ def test_repeated_calls_and_thread_counts_give_the_same_bits() -> None:
     q, k = tensors(700, 900, dim=64)
     threads, results = torch.get_num_threads(), []
     try:
-        for n in (1, 2, threads):
+        for n in (1, 2, 3):
             torch.set_num_threads(n)
             lse = score_lse(q, k)
             results.append((lse, block_mass(q, k, lse, 64, 64), block_mass(q, k, lse, 128, 100)))

@@ -151,7 +151,7 @@ def test_is_bitwise_repeatable_for_any_thread_count() -> None:
     threads = torch.get_num_threads()
     try:
         results = []
-        for n in (1, 2, threads):
+        for n in (1, 2, 3):
             torch.set_num_threads(n)
             results.append(merge(outs, lses))
     finally:

@@ -94,7 +94,7 @@ def test_bitwise_equal_for_any_number_of_threads() -> None:
     mass, threads = draw("softmax", 400, 333), torch.get_num_threads()
     try:
         results = []
-        for n in (1, 2, threads):
+        for n in (1, 2, 3):
             torch.set_num_threads(n)
             results.append(select_top_p(mass, 0.7))
     finally:
