@@ -42,7 +42,7 @@ def inputs() -> SimpleNamespace:
     sizes = [700, 1000, 1300]
     return SimpleNamespace(
         x=x, y=y, row=torch.randn(2, 1, 72).bfloat16(), q=q, k=k, v=v, cos=cos, sin=sin, order=order,
-        kept=torch.randperm(3000)[:1700].int(), lengths=torch.full((1, 1, 60), 50),
+        kept=torch.randperm(3000)[None, :1700].int(), lengths=torch.full((1, 1, 60), 50),
         frames=torch.randn(3, 2, 5, 900, 3, 8), sizes=sizes, packed=ops.pack_slices(q, sizes),
     )  # fmt: skip
 
