@@ -13,12 +13,10 @@ from vdit_fast.models.callables import check_handle
 from vdit_fast.models.stage_layout import StageLayout
 
 if TYPE_CHECKING:
-    from vdit_fast.config import Config
     from vdit_fast.handle import Handle
-    from vdit_fast.planners.base import Planner
     from vdit_fast.root import Root
 
-__all__ = ["check_call", "check_config", "planner_remembers", "staged_root"]
+__all__ = ["check_call", "staged_root"]
 
 
 def staged_root(handle: Handle) -> tuple[Root, StageLayout]:
@@ -60,31 +58,6 @@ def check_call(sampler: Any, shape: Any, arguments: Any, branches: int) -> None:
         if isinstance(value, Tensor) and value.ndim and value.shape[0] != branches:
             which = "the conditional one, then the unconditional one" if branches == 2 else "guidance is 1"
             raise ValueError(f"arguments: {name!r} has {value.shape[0]} rows; expected {branches} ({which})")
-
-
-def check_config(config: Config, num_cat: int, checkpoint: bool) -> None:
-    """Raise where a run with neighbours (``num_cat``) or with a checkpoint cannot have this configuration."""
-    cache, planner = config.cache, config.attention
-    if cache is not None and num_cat:
-        raise ValueError(
-            f"num_cat: {num_cat}; with cache {cache.name!r} the attention that a neighbour would read is not "
-            "computed in every step; set num_cat to 0, or cache to null in the configuration"
-        )
-    if cache is not None and checkpoint:
-        raise ValueError(
-            f"checkpoint: cache {cache.name!r} remembers earlier steps, which a checkpoint has not; run without "
-            "checkpoints, or set cache to null in the configuration"
-        )
-    if planner is not None and planner.remembers and checkpoint:
-        raise planner_remembers(planner)
-
-
-def planner_remembers(planner: Planner | None) -> ValueError:
-    """What is raised where a planner remembers what a checkpoint has not."""
-    return ValueError(
-        f"checkpoint: planner {planner.name if planner else '?'!r} remembers earlier steps, which a checkpoint "
-        "has not; take a planner that does not, or run without checkpoints"
-    )
 
 
 def _model_reason(root: Root) -> str | None:

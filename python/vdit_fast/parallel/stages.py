@@ -17,7 +17,7 @@ from vdit_fast.parallel.checkpoint import Checkpoint
 from vdit_fast.parallel.identity import described, digest, model_digest, weight_digests
 from vdit_fast.parallel.noise import NoisePool
 from vdit_fast.parallel.packing import Packing, Plain
-from vdit_fast.parallel.refusals import check_call, check_config, planner_remembers, staged_root
+from vdit_fast.parallel.refusals import check_call, staged_root
 from vdit_fast.parallel.run import Run
 from vdit_fast.parallel.sampler import BlockSampler
 from vdit_fast.parallel.schedule import Item, Schedule, split_layers
@@ -228,7 +228,7 @@ class StagePipeline:
             settings |= {"seed": seed, "timesteps": sampler.timesteps, "sampler": described(sampler)}
             settings |= {key: item for key, item in options.items() if key != "layers_per_stage"}
             settings |= {f"argument {name}": digest(value) for name, value in arguments.items()} | {"weights": weights}
-            check_config(self.stage.session.config, num_cat, checkpoint is not None)
+            self._check(num_cat, checkpoint)
             if checkpoint is not None:
                 state = checkpoint.begin(settings, resume)
                 weights = checkpoint.run["weights"]
@@ -263,6 +263,22 @@ class StagePipeline:
             "model": model_digest(self.stage.module),
             "config": self.stage.session.config.digest(),
         }
+
+    def _check(self, num_cat: int, checkpoint: Checkpoint | None) -> None:
+        cache = self.stage.session.config.cache
+        if cache is not None and num_cat:
+            raise ValueError(
+                f"num_cat: {num_cat}; with cache {cache.name!r} the attention that a neighbour would read is not "
+                "computed in every step; set num_cat to 0, or cache to null in the configuration"
+            )
+        if cache is not None and checkpoint is not None:
+            raise ValueError(
+                f"checkpoint: cache {cache.name!r} remembers earlier steps, which a checkpoint has not; run without "
+                "checkpoints, or set cache to null in the configuration"
+            )
+        planner = self.stage.session.config.attention
+        if planner is not None and planner.remembers and checkpoint is not None:
+            raise self._has_memory()
 
     def _lead(self, run: Run, queue: BlockQueue, checkpoint: Checkpoint | None) -> Iterator[tuple[int, Tensor]]:
         """The first rank's loop: the queue, and the first stage."""
@@ -356,9 +372,16 @@ class StagePipeline:
 
     def _refuse_memory(self) -> None:
         """Raise where a planner that says otherwise remembers something between steps, which no checkpoint has."""
-        session = self.stage.session
-        if any(session.memory(block) for block in (self.queue.blocks if self.queue is not None else ())):
-            raise planner_remembers(session.config.attention)
+        memory = self.stage.session.memory
+        if any(memory(block) for block in (self.queue.blocks if self.queue is not None else ())):
+            raise self._has_memory()
+
+    def _has_memory(self) -> ValueError:
+        planner = self.stage.session.config.attention
+        return ValueError(
+            f"checkpoint: planner {planner.name if planner else '?'!r} remembers earlier steps, which a checkpoint "
+            "has not; take a planner that does not, or run without checkpoints"
+        )
 
     def _wire(self, run: Run) -> Tensor:
         return self.packing.empty(*run.stream, self.stage.device)
