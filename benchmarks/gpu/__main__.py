@@ -143,6 +143,12 @@ def supervise(run: Run, section: str, module: str, path: Path, specs: Mapping[st
     more = section != SECTIONS[-1] and SECTIONS[-1] in run.args.sections
     until = time.time() + (KEEP_FOR_LAST if more else 1.0) * run.left()
     log.unlink(missing_ok=True)
+    if until <= time.time():  # a child would say no more, after seconds of imports
+        why = "budget: needs a process of its own, no time is left"
+        for item in todo:
+            run.store.write(item, section, "skipped", reason=why, spec=specs[item])
+            run.say(f"{item}: skipped, {why}")
+        return
     while todo:
         journal.clear()
         command = [sys.executable, "-m", f"benchmarks.gpu.{module}", "--out", str(run.folder.resolve())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import Counter
@@ -37,8 +38,9 @@ def run_tests(
         command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--import-mode=importlib"]
         command += ["-p", "benchmarks.gpu.pytest_plugin", "-p", "no:cacheprovider", *arguments]
         command += [f"--deselect={test}" for test in tests]
-        watched = {"VDIT_JOURNAL": str(journal.path), "VDIT_TEST_LIMIT": str(test_limit), **(env or {})}
-        child = watch(command, journal, seconds=left, log=log, env=watched)
+        threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # the tests' own default is 1
+        watched = {"VDIT_JOURNAL": str(journal.path), "VDIT_TEST_LIMIT": str(test_limit), "OMP_NUM_THREADS": threads}
+        child = watch(command, journal, seconds=left, log=log, env={**watched, **(env or {})})
         found = journal.outcomes()
         tests |= found
         if child.how == "finished" or (child.how == "died" and child.code in CLEAN_EXIT):

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import pytest
 import torch
 from benchmarks.gpu import __main__ as suite
 from benchmarks.gpu import fused, machine, methods, store, worker
+from benchmarks.gpu.items import guarded
 from benchmarks.gpu.problems import full, problems
-from benchmarks.gpu.supervise import Ended
+from benchmarks.gpu.supervise import Ended, Journal
 
 Run = Callable[..., int]
 
@@ -105,6 +108,17 @@ def test_without_time_everything_is_skipped_with_the_reason(run_suite: Run, tmp_
     assert all(d["reason"].startswith("budget: needs") for d in found.values())
 
 
+def test_without_time_a_child_begins_nothing(tmp_path: Path) -> None:
+    items, journal = store.Store(tmp_path, machine.identity("cpu")), Journal(tmp_path / "j")
+    worker.one(problems(True)[0], items, journal, "cpu", True, time.time())
+    late = Namespace(until=time.time(), quick=False, device="cpu")
+    guarded("fused/late", {}, items, journal, late, 45, lambda: pytest.fail("it has begun"))
+    found = by_item(tmp_path)
+    assert set(found) == {f"timings/{problems(True)[0].name}", "fused/late"}
+    assert {d["status"] for d in found.values()} == {"skipped"}
+    assert all(d["reason"].startswith("budget: needs about") for d in found.values())
+
+
 def test_failures_stay_until_asked_for(tmp_path: Path) -> None:
     items = store.Store(tmp_path, {"code": "x"})
     items.write("a", "s", "failed", reason="broke")
@@ -157,7 +171,6 @@ def test_a_hang_costs_one_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_wrong_and_unserved_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.gpu import report
-    from benchmarks.gpu.supervise import Journal
 
     import vdit_fast
 

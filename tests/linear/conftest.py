@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("safetensors")
 warnings.filterwarnings("ignore", category=FutureWarning)
 logging.getLogger("diffusers").setLevel(logging.ERROR)
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    import torch
-
-    torch.manual_seed(0)
-    yield
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

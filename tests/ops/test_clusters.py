@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -14,12 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import vdit_fast
 from vdit_fast import ops, reference
 from vdit_fast.reference import clusters
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = ["generic", "avx2", "avx512"]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the emulator runs the same")
 
 
@@ -368,27 +363,6 @@ def test_empty_tensors(shape: tuple[int, int, int, int]) -> None:
     means, counts = ops.block_mean(x, torch.zeros(1, 1, 2, dtype=torch.int32), order)
     assert means.shape == (b, h, 2, d) and not means.any() and not counts.any()
     assert ops.permute_tokens(torch.randn(2, 4, 3, 0), torch.arange(4, dtype=torch.int32).view(1, 1, 4)).numel() == 0
-
-
-NARROWER = """
-import sys
-import pytest
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", sys.argv[1], "-k",
-         "nearest_centroids and 300 or lowest_index or in_range or test_means and one_long or any_lengths"]))
-"""
-
-
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_narrower_instruction_sets(isa: str) -> None:
-    if ISAS.index(isa) >= ISAS.index(vdit_fast._info.device_probe()["cpu_isa"]):
-        pytest.skip(f"{isa} is what the other tests ran, or this CPU lacks it")
-    done = subprocess.run(
-        [sys.executable, "-c", NARROWER, __file__],
-        env={**os.environ, "VDIT_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 X, CENTROIDS = torch.randn(2, 5, 3, 8), torch.randn(2, 3, 4, 8)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import vdit_fast
 from vdit_fast.ops import merge
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -104,28 +99,15 @@ def test_non_finite_inputs_follow_the_formula(where: str, value: float) -> None:
     check(outs, lses)
 
 
-EVERY_16_BIT_NUMBER = """
-import torch
-from vdit_fast.ops import merge
-
-bits = torch.arange(-(2**15), 2**15).to(torch.int16)
-for dtype in (torch.float16, torch.bfloat16):
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_reads_and_rounds_every_16_bit_number_like_torch(dtype: torch.dtype) -> None:
+    bits, one = torch.arange(-(2**15), 2**15).to(torch.int16), torch.zeros(1, 1, 1)
     for shift in (0, 1, 7, 1024, 1025, 30000):
         # Half of a + b is exact in fp32, so what is compared is reading every number and rounding the result.
         a, b = bits.view(dtype), bits.roll(shift).view(dtype)
-        one = torch.zeros(1, 1, 1)
         out, _ = merge([a.view(1, 1, 1, -1), b.view(1, 1, 1, -1)], [one, one])
         want = (a.float() * 0.5 + b.float() * 0.5).to(dtype)
         torch.testing.assert_close(out.flatten(), want, rtol=0, atol=0, equal_nan=True)
-"""
-
-
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_reads_and_rounds_every_16_bit_number_like_torch(isa: str) -> None:
-    best = ["generic", "avx2", "avx512"].index(vdit_fast._info.device_probe()["cpu_isa"])
-    if ["generic", "avx2", "avx512"].index(isa) > best:
-        pytest.skip(f"this CPU has no {isa}")
-    subprocess.run([sys.executable, "-c", EVERY_16_BIT_NUMBER], env={**os.environ, "VDIT_CPU_ISA": isa}, check=True)
 
 
 def test_any_strides() -> None:
@@ -151,7 +133,7 @@ def test_is_bitwise_repeatable_for_any_thread_count() -> None:
     threads = torch.get_num_threads()
     try:
         results = []
-        for n in (1, 2, threads):
+        for n in (1, 2, 3):
             torch.set_num_threads(n)
             results.append(merge(outs, lses))
     finally:

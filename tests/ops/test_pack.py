@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from narrower_isa import NARROWER, run_there
 from torch import Tensor
 
 from vdit_fast import ops, reference
@@ -314,16 +312,6 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.unpack_slices(*arguments, **options)
-
-
-@pytest.mark.parametrize("isa", NARROWER)
-def test_narrower_instruction_sets(isa: str) -> None:
-    code = (
-        "import test_pack as t\n"
-        "for dtype in t.FLOATS: t.test_error_of_e4m3(dtype)\n"
-        "for dtype in t.FLOATS[1:]: t.test_every_number_of_16_bits(dtype, 32)"
-    )
-    run_there(isa, ["-c", code], Path(__file__).parent)
 
 
 @pytest.mark.gpu

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from narrower_isa import NARROWER, run_there
 from torch import Tensor
 
 from vdit_fast import ops, reference
@@ -211,16 +208,6 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.scatter_rows(*arguments, **options)
-
-
-@pytest.mark.parametrize("isa", NARROWER)
-def test_narrower_instruction_sets(isa: str) -> None:
-    code = (
-        "import test_rows as t\n"
-        "for dtype in t.DTYPES:\n"
-        "    t.test_gate_and_add(100, 'contiguous', dtype); t.test_gate_and_add(7, 'batch last', dtype)"
-    )
-    run_there(isa, ["-c", code], Path(__file__).parent)
 
 
 @pytest.mark.gpu

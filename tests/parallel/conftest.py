@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,9 +19,20 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """As the ranks have: what is computed alone is compared with theirs bit for bit."""
     import torch
 
-    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def model() -> Any:
+    """A tiny Wan transformer of four blocks."""
+    from long_video import tiny_wan
+
+    return tiny_wan()

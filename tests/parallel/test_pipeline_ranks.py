@@ -21,14 +21,6 @@ from vdit_fast.parallel.trace import KINDS, read_traces
 STEPS = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def alone(count=None, **settings):
     pipeline = pipeline_of(model := tiny_wan())
     video = dict(itertools.islice(draw(pipeline, STEPS, **settings), count))

@@ -1,6 +1,6 @@
 """Plain-Python reading of a plan, against which everything here is compared."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,15 +41,6 @@ def work(plan: AttentionPlan) -> list[int]:
     return [
         q_len * sum(n for _, n, _ in runs[ptr[t] : ptr[t + 1]]) for t, (_, _, q_len) in enumerate(plan.tiles.tolist())
     ]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny operators: a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -28,11 +28,6 @@ def _smooth(grid: tuple[int, int, int], heads: int, dim: int, gain: float, seed:
     return (gain * q)[None], (gain * k)[None], v[None]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)  # a failure alone is the same failure as in the whole suite
-
-
 @pytest.fixture
 def context() -> Callable[..., LayerContext]:
     """context(grid, text=0, **fields) -> LayerContext of step 0 of 10, layer 0 of 4."""

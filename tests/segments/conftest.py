@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,3 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "accelerate"))  # for tiny
 pytest.importorskip("diffusers")
 warnings.filterwarnings("ignore", category=FutureWarning)
 logging.getLogger("diffusers").setLevel(logging.ERROR)
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    import torch
-
-    torch.manual_seed(0)
-    yield

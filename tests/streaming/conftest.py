@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,6 @@ from vdit_fast.streaming import KVCache
 sys.path.insert(0, str(Path(__file__).parent.parent / "accelerate"))  # for the families' builders
 
 SIZES = {"layers": 2, "page": 5, "batch": 2, "heads": 2, "head_dim": 16}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

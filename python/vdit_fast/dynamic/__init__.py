@@ -1,8 +1,9 @@
 """Layers that compute only what a router chose: attention heads, hidden groups, tokens, experts."""
 
-from .apply import DyDiTHandle, Layout, apply_dydit
+from .apply import DyDiTHandle, apply_dydit
 from .experts import ExpertGroups, GroupedExperts, SwiGLU, group_by_expert, grouped_experts, route
 from .layers import BlockWidth, DyDiTBlock, DynamicAttention, DynamicMlp
+from .layout import Layout
 from .routers import TokenRouter, WidthRouter, width_masks
 from .tokens import TokenSubset
 from .units import Units

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +45,9 @@ class Forward:
     run: Any = None
     """What the feature cache does with it, where it stands around blocks."""
     decisions: dict[int, tuple[Decision, Tensor | None]] = field(default_factory=dict)
-    """Decisions by layer, kept only while gradients are recorded: recomputation must attend to the same keys."""
+    """Decisions by layer, kept only while gradients are recorded: recomputation must attend to the same keys. With
+    some of the queries' values where there is a plan, by which a forward is known again: running a block again gives
+    the same bits."""
     tables: dict[Any, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
     """Rotary tables that stand in for the model's, by the model's shape, dtype and device; None: the model's own."""
     subset: RowRun | None = None
@@ -59,6 +61,21 @@ class Forward:
     fed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Another transformer's keys and values that its layers read, kept only while gradients are recorded."""
     _distinct: Distinct | None = None
+
+    def keep(self, layer: int, decision: Decision, q: Tensor) -> None:
+        """Keep a layer's decision for recomputation; q [B,Lq,H,D]."""
+        # without `observe`, which acts once and may hold q, k and v that checkpointing is there to free
+        self.decisions[layer] = replace(decision, observe=None), None if decision.plan is None else _sample(q)
+
+    def kept(self, layer: int, q: Tensor) -> Decision:
+        """The decision that was kept for a layer. Raises RuntimeError where the queries are of another forward."""
+        decision, seen = self.decisions[layer]
+        if seen is not None and not torch.equal(seen, _sample(q)):
+            raise RuntimeError(
+                "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
+                "backward before the next forward, or train with dense attention (config 'exact')"
+            )
+        return decision
 
     def distinct(self, batch: int, tokens: int) -> Distinct | None:
         """The few different timesteps of ``batch`` x ``tokens`` tokens, None where there are many of them or where the
@@ -87,3 +104,7 @@ class Forward:
             self._distinct = first // tokens, first % tokens, index.to(torch.int32)
         count, index = len(self._distinct[0]), self._distinct[2]
         return self._distinct if index.shape == (batch, tokens) and 4 * count <= batch * tokens else None
+
+
+def _sample(q: Tensor) -> Tensor:
+    return q.detach()[:, :: max(1, q.shape[1] // 16), :, 0].clone()

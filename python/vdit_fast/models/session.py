@@ -8,7 +8,6 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -63,11 +62,6 @@ def session_by_id(number: int) -> Session:
             "call vdit_fast.accelerate on the model again"
         )
     return session
-
-
-def _sample(q: Tensor) -> Tensor:
-    """Some of q's values, by which a forward is known again: running a block again gives the same bits."""
-    return q.detach()[:, :: max(1, q.shape[1] // 16), :, 0].clone()
 
 
 class Session:
@@ -311,13 +305,7 @@ class Session:
         grad = call.recorded
         replay = grad and in_backward()
         if replay and forward is not None and ledger.layer in forward.decisions:
-            decision, seen = forward.decisions[ledger.layer]
-            if seen is not None and not torch.equal(seen, _sample(call.q)):
-                raise RuntimeError(
-                    "gradient checkpointing runs a forward again whose plans a later one has replaced; call "
-                    "backward before the next forward, or train with dense attention (config 'exact')"
-                )
-            return execute(decision, call, short)
+            return execute(forward.kept(ledger.layer, call.q), call, short)
         begin = stamp(device)
         if call.plan is not None:
             decision = self._planned(ledger, call)
@@ -339,9 +327,7 @@ class Session:
             1.0 if decision.plan is None else decision.plan.density_per_head.mean(0),
         )
         if grad and forward is not None:
-            # without `observe`, which acts once and may hold q, k and v that checkpointing is there to free
-            kept = replace(decision, observe=None)
-            forward.decisions[ledger.layer] = kept, None if kept.plan is None else _sample(call.q)
+            forward.keep(ledger.layer, decision, call.q)
         return out
 
     def _planned(self, ledger: LayerLedger, call: HeadsCall) -> Decision:

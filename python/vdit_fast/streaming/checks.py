@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vdit_fast.caching.checks import count
 
-__all__ = ["as_queries", "check_budget", "check_positions", "no_gradient"]
+__all__ = ["as_queries", "check_budget", "check_positions", "check_rows", "check_sizes", "no_gradient"]
 
 
 def no_gradient(**arguments: Any) -> None:
@@ -26,6 +26,18 @@ def as_queries(options: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"{', '.join(unknown)} belong to queries, and none are given; pass q, or leave them out")
     return {"q_" + name[2:] if name in ("k_weight", "k_bias") else name: value for name, value in options.items()}
+
+
+def check_sizes(shape: dict[str, int], sinks: int, dtype: torch.dtype) -> None:
+    for name, value in shape.items():
+        count(name, value, 1)
+    count("sinks", sinks, 0)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {dtype}; keys and values are float32, bfloat16 or float16")
+    if sinks >= shape["capacity"]:
+        raise ValueError(
+            f"sinks is {sinks} of a capacity of {shape['capacity']} frames; leave room for at least one other"
+        )
 
 
 def check_positions(store: str, positions: str, table: int | None, capacity: int) -> None:
@@ -59,3 +71,23 @@ def check_budget(
         f"frame ({tensors} tensors of batch {shape['batch']} · {shape['page']} tokens · {shape['heads']} heads · "
         f"{shape['head_dim']} channels · {dtype.itemsize} bytes); {remedy}"
     )
+
+
+def check_rows(k: Tensor, v: Tensor, shape: tuple[int, ...], held: Tensor, why: str) -> None:
+    """Raise where keys and values [batch, tokens, heads, head_dim] are not what the cache ``held`` can take.
+
+    Args:
+        shape: that they must have.
+        why: where its number of tokens comes from.
+    """
+    for name, t in (("k", k), ("v", v)):
+        if tuple(t.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}; expected [batch, tokens, heads, head_dim] = {shape}: {why}"
+            )
+        if t.dtype != held.dtype or t.device != held.device:
+            raise ValueError(
+                f"{name} is {t.dtype} on {t.device}, but the cache is {held.dtype} on {held.device}; make the cache in "
+                "the model's dtype and on its device"
+            )
+    no_gradient(k=k, v=v)

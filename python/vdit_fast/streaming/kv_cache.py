@@ -12,10 +12,17 @@ from vdit_fast.caching.checks import choice, count, size
 from vdit_fast.ops.attention import attention
 from vdit_fast.ops.qk_norm_rope import qk_norm_rope
 from vdit_fast.plan import AttentionPlan
-from vdit_fast.streaming.checks import as_queries, check_budget, check_positions, no_gradient
+from vdit_fast.streaming.checks import (
+    as_queries,
+    check_budget,
+    check_positions,
+    check_rows,
+    check_sizes,
+    no_gradient,
+)
 from vdit_fast.streaming.fork import KVFork
 from vdit_fast.streaming.pages import POSITIONS, Ring, neighbours, numbered
-from vdit_fast.streaming.plans import chunk_plan
+from vdit_fast.streaming.plans import chunk_plan, token_rows
 from vdit_fast.streaming.split_kv import choose_parts, split_attention, split_plan
 
 __all__ = ["STORES", "KVCache"]
@@ -71,15 +78,9 @@ class KVCache:
     ) -> None:
         shape = {"layers": layers, "capacity": capacity, "page": page, "batch": batch, "heads": heads}
         shape["head_dim"] = head_dim
-        for name, value in shape.items():
-            count(name, value, 1)
-        count("sinks", sinks, 0)
+        check_sizes(shape, sinks, dtype)
         choice("store", store, STORES)
         choice("positions", positions, POSITIONS)
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype is {dtype}; keys and values are float32, bfloat16 or float16")
-        if sinks >= capacity:
-            raise ValueError(f"sinks is {sinks} of a capacity of {capacity} frames; leave room for at least one other")
         check_positions(store, positions, table, capacity)
         needed = self.bytes(**shape, store=store, dtype=dtype)
         if max_bytes is not None:
@@ -217,7 +218,7 @@ class KVCache:
         self._chunked("rows")
         slots = self._ring.slots[-self._ring.chunk :]
         place = self.device if device is None else torch.device(device)
-        return self._once(("rows", place), lambda: self._spread(slots, place))
+        return self._once(("rows", place), lambda: token_rows(slots, self.page, place))
 
     def table_rows(self, device: torch.device | str | None = None, *, chunk: bool = False) -> Tensor:
         """Row of a frame-major position table (``id * page + place``) for every physical row held, int32 [tokens].
@@ -231,7 +232,7 @@ class KVCache:
         else:
             numbers = tuple(ids[slots.index(slot)] for slot in range(len(slots)))
         place = self.device if device is None else torch.device(device)
-        return self._once(("table rows", chunk, place), lambda: self._spread(numbers, place))
+        return self._once(("table rows", chunk, place), lambda: token_rows(numbers, self.page, place))
 
     def plan(self, lq: int, *, causal: int = 0, window: int | None = None) -> AttentionPlan:
         """What the current chunk's queries read, over the physical rows of ``keys_values``; built once per state.
@@ -317,7 +318,7 @@ class KVCache:
         keys, values = self.keys_values(layer)
         if self._ring.slots == tuple(range(len(self._ring.slots))):
             return keys, values
-        rows = self._once("order", lambda: self._spread(self._ring.slots, self.device))
+        rows = self._once("order", lambda: token_rows(self._ring.slots, self.page, self.device))
         return keys.index_select(1, rows), values.index_select(1, rows)
 
     def rotated(self, layer: int, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
@@ -378,12 +379,6 @@ class KVCache:
             self._memo[key] = make()
         return self._memo[key]
 
-    def _spread(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
-        """``number * page + place`` for all places of every number, int32."""
-        place = torch.arange(self.page, dtype=torch.int32)
-        rows = (torch.tensor(numbers, dtype=torch.int32)[:, None] * self.page + place).reshape(-1)
-        return rows.to(device)
-
     def _writable(self, what: str) -> None:
         if self.frozen:
             raise RuntimeError(f"{what}: the cache is frozen; call thaw() first, or read it only")
@@ -398,16 +393,5 @@ class KVCache:
 
     def _check(self, layer: int, k: Tensor, v: Tensor, tokens: int) -> None:
         self._layer(layer)
-        wanted = (self.batch, tokens, self.heads, self.head_dim)
-        for name, t in (("k", k), ("v", v)):
-            if tuple(t.shape) != wanted:
-                raise ValueError(
-                    f"{name} has shape {tuple(t.shape)}; expected [batch, tokens, heads, head_dim] = {wanted}: the "
-                    f"current chunk has {self._ring.chunk} frames of {self.page} tokens"
-                )
-            if t.dtype != self.dtype or t.device != self.device:
-                raise ValueError(
-                    f"{name} is {t.dtype} on {t.device}, but the cache is {self.dtype} on {self.device}; make the "
-                    "cache in the model's dtype and on its device"
-                )
-        no_gradient(k=k, v=v)
+        shape = (self.batch, tokens, self.heads, self.head_dim)
+        check_rows(k, v, shape, self._k, f"the current chunk has {self._ring.chunk} frames of {self.page} tokens")

@@ -1,15 +1,16 @@
-"""What a chunk's queries read of a ring of pages, as an AttentionPlan over physical rows, built from host integers."""
+"""Rows of pages, and what a chunk's queries read of them as an AttentionPlan, built from host integers."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from vdit_fast.caching.checks import count
 from vdit_fast.plan import AttentionPlan
 from vdit_fast.plan.args import cut
 from vdit_fast.streaming.pages import Ring, merged
 
-__all__ = ["chunk_plan"]
+__all__ = ["chunk_plan", "token_rows"]
 
 
 def chunk_plan(ring: Ring, page: int, lq: int, causal: int, window: int | None, device: torch.device) -> AttentionPlan:
@@ -48,3 +49,9 @@ def chunk_plan(ring: Ring, page: int, lq: int, causal: int, window: int | None, 
     runs_of = [(start, keys, -1) for _, _, runs in tiles for start, keys in runs]
     lists = [torch.tensor(values, dtype=torch.int32).to(device) for values in (rows_of, pointers, runs_of)]
     return AttentionPlan(1, 1, lq, len(ring.frames) * page, lists[0], lists[1], lists[2])
+
+
+def token_rows(numbers: tuple[int, ...], page: int, device: torch.device) -> Tensor:
+    """``number * page + place`` for all places of every page's number, int32."""
+    place = torch.arange(page, dtype=torch.int32)
+    return (torch.tensor(numbers, dtype=torch.int32)[:, None] * page + place).reshape(-1).to(device)
