@@ -290,6 +290,11 @@ class ModelAdapter:
             return f"{type(processor).__name__} takes ({', '.join(stock[1:])}), expected ({', '.join(served[1:])})"
         return None
 
+    def processor_beside(self, name: str, module: nn.Module, processor: Any) -> type[ServedProcessor] | None:
+        """What takes the place of the processor of a module that is left alone, to fuse its norms and RoPE and leave
+        its attention to that processor; its ``attends`` is False."""
+        return None
+
     def dense_reason(self, name: str, module: nn.Module) -> str | None:
         """Why a served module runs dense under every planner, or None: its tokens are not those of the video grid.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.forwards import stock_forward
+from vdit_fast.forwards import ForwardStandIn, stock_forward
 from vdit_fast.models.kernels import missing_fused_kernel, under_autocast
 from vdit_fast.reference.adaln import Rounding
 
@@ -33,6 +33,7 @@ __all__ = [
     "distinct_rows_of",
     "fused_rounding",
     "is_plain",
+    "reclaim",
     "rounding_for",
     "stock_forward",
 ]
@@ -116,9 +117,43 @@ def detach(root: nn.Module, session: Session) -> None:
     """Give the blocks their own forward back; one that was wrapped since stays inside and passes calls through."""
     for block in fused_blocks(root, session):
         forward = block.__dict__.get("forward")
-        if isinstance(forward, types.MethodType) and forward.__self__ is block:
+        if (isinstance(forward, types.MethodType) and forward.__self__ is block) or _owner(block) is not block:
             del block.__dict__["forward"]
             del block.__dict__[LINK]
+
+
+def _owner(block: nn.Module) -> Any:
+    """The block whose forward this one has: another one for a shallow copy, which took over all attributes."""
+    forward = block.__dict__.get("forward")
+    if isinstance(forward, ForwardStandIn):
+        return forward.module
+    owner = forward.__self__ if isinstance(forward, types.MethodType) else block
+    return owner if type(owner) is type(block) else block
+
+
+def reclaim(root: nn.Module, session: Session) -> None:
+    """Make shallow copies of blocks compute with their own weights, as the blocks of a transformer that runs now.
+
+    A copy gets a fused forward of its own. Replicas of ``DataParallel`` run in threads that share the session, so they
+    get their stock forward, and so does a copy of a block that somebody else stands around.
+    """
+    for name in session.fused:
+        block = _submodule(root, name)
+        link = block.__dict__.get(LINK) if block is not None else None
+        if block is None or link is None or link.session is not session or _owner(block) is block:
+            continue
+        forward = block.__dict__["forward"]
+        if isinstance(forward, types.MethodType) and not getattr(block, "_is_replica", False):
+            object.__setattr__(block, "forward", types.MethodType(forward.__func__, block))
+        else:
+            del block.__dict__["forward"], block.__dict__[LINK]
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module | None:
+    module: Any = root
+    for name in path.split("."):
+        module = module._modules.get(name) if isinstance(module, nn.Module) else None
+    return module if isinstance(module, nn.Module) else None
 
 
 def fused_blocks(root: nn.Module, session: Session) -> Iterator[nn.Module]:
