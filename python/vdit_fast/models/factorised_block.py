@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
+from vdit_fast.reference.adaln import Table
 
 __all__ = ["FACTORISED_BLOCKS"]
 
@@ -39,6 +40,7 @@ def _modulated(
     """With a row of modulation per sequence; the second norm is that of the feed-forward."""
     table = block.scale_shift_table
     rows = zip(table.unbind(0), temb.unflatten(-1, table.shape).unbind(1), strict=True)
+    gate: Table | None
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows
     h = adaln_modulate(x, scale, shift, **_affine(block.norm1), rounding=rounding)
     y = block.attn1(h if block.pos_embed is None else block.pos_embed(h), **told)
