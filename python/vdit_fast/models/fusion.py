@@ -8,6 +8,7 @@ offloading, which match blocks by their class, work as before.
 from __future__ import annotations
 
 import copy
+import functools
 import types
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.forwards import ForwardStandIn, stock_forward
+from vdit_fast.forwards import ForwardStandIn
 from vdit_fast.models.kernels import missing_fused_kernel, under_autocast
 from vdit_fast.reference.adaln import Rounding
 
@@ -51,23 +52,30 @@ class Link:
     """Ties a block to the session of its transformer. In a copy of the whole it ties the copies, in a copy or pickle of
     a part it ties to nothing, and the stock forward runs."""
 
-    def __init__(self, session: Session | None, root: Any) -> None:
+    def __init__(self, session: Session | None, root: Any, stock: Callable[..., Any] | None) -> None:
         self.session = session
         self._root = root  # weak reference to the transformer
+        self.stock = stock
+        """The forward of the block's class, kept: the compiler does not find it through a class that is allowed in its
+        graphs as a whole."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         root = self._root() if self._root is not None else None
         if root is None or id(root) not in memo:
-            return Link(None, None)
-        return Link(copy.deepcopy(self.session, memo), weakref.ref(memo[id(root)]))
+            return Link(None, None, self.stock)
+        return Link(copy.deepcopy(self.session, memo), weakref.ref(memo[id(root)]), self.stock)
 
     def __reduce__(self) -> Any:
-        return Link, (None, None)
+        return Link, (None, None, None)
+
+
+def stock_forward(block: nn.Module) -> Callable[..., Any]:
+    """The forward that a block with a fused one would have."""
+    return functools.partial(getattr(block, LINK).stock, block)
 
 
 def attach(root: nn.Module, session: Session, forwards: Mapping[str, BlockForward]) -> None:
     """Give every known block of a transformer its fused forward; the session notes which and why not."""
-    link = Link(session, weakref.ref(root))
     for name, block in root.named_modules():
         fused = forwards.get(type(block).__name__)
         if fused is not None:
@@ -77,7 +85,7 @@ def attach(root: nn.Module, session: Session, forwards: Mapping[str, BlockForwar
         else:
             continue
         if reason is None and fused is not None:
-            object.__setattr__(block, LINK, link)
+            object.__setattr__(block, LINK, Link(session, weakref.ref(root), type(block).forward))
             object.__setattr__(block, "forward", types.MethodType(fused, block))
             session.fused[name] = type(block).__name__
         elif reason is not None:
