@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vdit_fast.accelerate import accelerate
 from vdit_fast.config import Config
+from vdit_fast.models.ltx2_block import _NORMS
 
 KINDS = ("ltx2", "ltx2_3")
 ULP = 4 * torch.finfo(torch.float32).eps
@@ -85,6 +86,18 @@ def test_both_streams(kind: str, dtype: torch.dtype, form: Callable[[Inputs], In
     handle.reconfigure(Config(fuse="fast"))
     for got, want, truth in zip(both(model, inputs), stock, exact, strict=True):
         tiny.exact_enough(got, want, truth)
+    assert not handle.stats()["fused"]["unfused"]
+
+
+def test_norms_with_weights() -> None:
+    """A configuration may give every norm of a block weights; then each is told from the others."""
+    model, inputs = build("ltx2_3")
+    for name, norm in model.get_submodule("transformer_blocks").named_modules():
+        if name.rpartition(".")[2] in _NORMS:
+            norm.weight = nn.Parameter(1 + 0.3 * torch.randn(norm.dim), requires_grad=False)
+    stock = both(model, inputs)
+    handle = accelerate(model, Config(fuse="eager"))
+    assert all(tiny.relative(got, want) < 2e-6 for got, want in zip(both(model, inputs), stock, strict=True))
     assert not handle.stats()["fused"]["unfused"]
 
 
