@@ -199,6 +199,95 @@ def ltx_video(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
     return keep_fp32(model), inputs, model.transformer_blocks[0], 2048
 
 
+def ltx2(newer: bool, per_token: bool = False) -> Case:
+    """Per video token: 126 audio tokens stay as the clip grows, what they read of the video does not."""
+
+    def make(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
+        from diffusers import LTX2VideoTransformer3DModel
+
+        extra = {"gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True, "audio_cross_attn_mod": True}
+        extra |= {"perturbed_attn": True}
+        model = LTX2VideoTransformer3DModel(
+            num_layers=1, caption_channels=64, rope_type="split", **(extra if newer else {})
+        )
+        tokens, audio, rows = frames * 256, 126, 9 if newer else 6
+        between = 1 if newer or not per_token else tokens  # newer models go by the other stream's noise level
+
+        def tables(count: int, channels: int) -> tuple[Tensor, Tensor]:
+            return rand(1, 32, count, channels, dtype=torch.float32), rand(1, 32, count, channels, dtype=torch.float32)
+
+        inputs = {  # of the block alone
+            "hidden_states": rand(1, tokens, 4096),
+            "audio_hidden_states": rand(1, audio, 2048),
+            "encoder_hidden_states": rand(1, 1024, 4096),
+            "audio_encoder_hidden_states": rand(1, 1024, 2048),
+            "temb": rand(1, tokens if per_token else 1, rows * 4096),
+            "temb_audio": rand(1, 1, rows * 2048),
+            "temb_ca_scale_shift": rand(1, between, 4 * 4096),
+            "temb_ca_audio_scale_shift": rand(1, 1, 4 * 2048),
+            "temb_ca_gate": rand(1, between, 4096),
+            "temb_ca_audio_gate": rand(1, 1, 2048),
+            "temb_prompt": rand(1, 1, 2 * 4096) if newer else None,
+            "temb_prompt_audio": rand(1, 1, 2 * 2048) if newer else None,
+            "video_rotary_emb": tables(tokens, 64),
+            "audio_rotary_emb": tables(audio, 32),
+            "ca_video_rotary_emb": tables(tokens, 32),
+            "ca_audio_rotary_emb": tables(audio, 32),
+        }
+        return keep_fp32(model), inputs, model.transformer_blocks[0], 4096
+
+    return make
+
+
+def latte(temporal: bool) -> Case:
+    def make(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
+        from diffusers import LatteTransformer3DModel
+
+        model = LatteTransformer3DModel(
+            num_attention_heads=16,
+            attention_head_dim=72,
+            in_channels=4,
+            out_channels=8,
+            num_layers=1,
+            cross_attention_dim=1152,
+            attention_bias=True,
+            sample_size=32,
+            patch_size=2,
+            activation_fn="gelu-approximate",
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+            norm_eps=1e-6,
+            caption_channels=64,
+            video_length=frames,
+        )
+        inputs = {
+            "hidden_states": rand(1, 4, frames, 32, 32),
+            "timestep": rand(1),
+            "encoder_hidden_states": rand(1, 120, 64),
+        }
+        block = model.temporal_transformer_blocks[0] if temporal else model.transformer_blocks[0]
+        return keep_fp32(model), inputs, block, 1152
+
+    return make
+
+
+def lumina_next(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
+    from diffusers import LuminaNextDiT2DModel
+
+    model = LuminaNextDiT2DModel(num_layers=1, num_kv_heads=8)
+    inputs = {  # of the block alone; a longer clip is a larger image here
+        "hidden_states": rand(1, frames * 256, 2304),
+        "attention_mask": torch.ones(1, frames * 256),
+        "image_rotary_emb": torch.empty(1, frames * 256, 36, dtype=torch.complex64),
+        "encoder_hidden_states": rand(1, 256, 2048),
+        "encoder_mask": torch.ones(1, 256, dtype=torch.bool),
+        "temb": rand(1, 1024),
+        "cross_attention_kwargs": {},
+    }
+    return keep_fp32(model), inputs, model.layers[0], 2304
+
+
 def mochi(frames: int) -> tuple[nn.Module, dict[str, Any], nn.Module, int]:
     from diffusers import MochiTransformer3DModel
 
@@ -287,11 +376,18 @@ CASES: dict[str, Case] = {
     "HunyuanVideo-1.5": hunyuan15,
     "CogVideoX-5B": cogvideox,
     "LTX-Video 0.9": ltx_video,
+    "LTX-2": ltx2(newer=False),
+    "LTX-2 (timestep per token)": ltx2(newer=False, per_token=True),
+    "LTX-2.3": ltx2(newer=True),
+    "LTX-2.3 (timestep per token)": ltx2(newer=True, per_token=True),
     "Mochi": mochi,
     "Cosmos 1 7B": cosmos,
     "Allegro": allegro,
     "EasyAnimate 5.1": easyanimate,
     "Sana-Video 2B": sana_video,
+    "Latte, spatial block": latte(temporal=False),
+    "Latte, temporal block": latte(temporal=True),
+    "Lumina-Next": lumina_next,
 }
 
 

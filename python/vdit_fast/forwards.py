@@ -31,6 +31,11 @@ class ForwardStandIn:
         self.__signature__ = inspect.signature(stock_forward(module))
 
     @property
+    def module(self) -> nn.Module | None:
+        """The module that it was made for, None when that is gone."""
+        return self._module()
+
+    @property
     def inner(self) -> Callable[..., Any]:
         """What this object stands in for."""
         module = self._module()

@@ -14,7 +14,7 @@ from vdit_fast.config import Config
 from vdit_fast.forwards import ForwardStandIn
 from vdit_fast.models import block_cache, blocks, hooks, text_kv
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names, set_processor
-from vdit_fast.models.fusion import attach, detach
+from vdit_fast.models.fusion import attach, detach, reclaim
 from vdit_fast.models.memory import Memory
 from vdit_fast.models.projections import FusedProjections
 from vdit_fast.models.row_layout import RowLayout
@@ -51,6 +51,7 @@ class _BeforeForward:
             return None
         if not torch.compiler.is_compiling():
             self.projections.check(module)
+            reclaim(module, self.session)
         previous = self.session.forward
         if self.session.config.cache is not None and previous is not None and not previous.cached:
             # Whoever wrapped `forward` earlier has put its own back (offloading does after every run): wrap again.
@@ -148,6 +149,11 @@ class Root:
         module = self.module()
         assert module is not None
         attach(module, self.session, self.adapter.blocks)
+        for name, child in module.named_modules():
+            stock = getattr(child, "processor", None)
+            kind = None if stock is None else self.adapter.processor_beside(name, child, stock)
+            if kind is not None:
+                set_processor(child, kind(self.session, -1, stock, weakref.ref(module)))
 
     def wrap(self) -> None:
         """Put in place what works around the attention as the configuration says: the cache of the output, what stands

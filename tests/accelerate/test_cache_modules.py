@@ -17,8 +17,11 @@ from vdit_fast.accelerate import accelerate
 from vdit_fast.config import Config
 
 WITHOUT = {"animatediff", "latte", "svd"}
-MOCHI = ("norm2.norm", "norm4.norm", "norm2_context.norm", "norm4_context.norm")
-"""What Mochi's norms return before the gate in them multiplies it."""
+POST_NORMS = {
+    "mochi": ("norm2.norm", "norm4.norm", "norm2_context.norm", "norm4_context.norm"),
+    "lumina_next": ("norm2", "ffn_norm2"),
+}
+"""Norms of branches, whose results a gate multiplies: in Mochi inside of the norm."""
 
 
 class Exchanged:
@@ -58,7 +61,7 @@ def expected(family: str, branches: int) -> list[Tensor]:
         adapter = handle.roots[0].adapter
     blocks = [block for path in adapter.block_lists for block in model.get_submodule(path).children()]
     known = adapter.block_modules
-    exchanged = Exchanged(blocks, lambda block: MOCHI if family == "mochi" else known[type(block).__name__].hooked)
+    exchanged = Exchanged(blocks, lambda block: POST_NORMS.get(family, known[type(block).__name__].hooked))
     found = []
     for exchanged.step, t in enumerate(TIMES):
         for exchanged.branch in range(branches):

@@ -75,6 +75,24 @@ def test_ten_layers_share_one_graph(kind: str, sizes: dict[str, int], blocks: li
     assert sum(layer["sparse_calls"] == 4 for layer in layers) >= 10 and not any(layer["fallbacks"] for layer in layers)
 
 
+@pytest.mark.parametrize("fuse", ["off", "fast"])
+@pytest.mark.parametrize(
+    ("kind", "blocks", "expected"),
+    [
+        ("wan_t2v", ["blocks"], WAN),
+        pytest.param("latte", ["transformer_blocks", "temporal_transformer_blocks"], 3, marks=pytest.mark.slow),
+        pytest.param("lumina_next", ["layers"], 1, marks=pytest.mark.slow),
+    ],
+)
+def test_stock_and_fused_blocks_make_as_many_graphs(kind: str, blocks: list[str], expected: int, fuse: Any) -> None:
+    """The compiler takes the classes of some blocks as a whole, and does not look for their forward in there."""
+    model, inputs = tiny.build(kind, layers=4)
+    accelerate(model, Config(fuse=fuse))
+    want = tiny.run(model, inputs)
+    compile_blocks(model, *blocks, backend="eager")
+    assert tiny.relative(tiny.run(model, inputs), want) < 1e-5 and graphs() == expected
+
+
 @pytest.mark.slow
 def test_perturbed_blocks_of_ltx2_have_no_graph_break() -> None:
     model, inputs = tiny.build("ltx2_3", layers=2)

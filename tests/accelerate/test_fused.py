@@ -50,6 +50,11 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in BLOCKS.values()]
 
 
+UNETS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+"""Their convolutions and group norms amplify the order of sums; and of 20,000 norms in bf16 one rounds the other way,
+which the rest of the network makes visible. ``test_fused_factorised`` holds their blocks to the stock bits."""
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_eager_rounding_is_the_stock_model_s(family: str, dtype: torch.dtype) -> None:
     """Every block rounds as the stock block does: what is left is the order of sums in a norm, far below an ulp."""
@@ -63,7 +68,10 @@ def test_eager_rounding_is_the_stock_model_s(family: str, dtype: torch.dtype) ->
     handle.reconfigure(Config(fuse="eager"))
     # In diffusers 0.35 the first block gets a transposed view: another order of sums, of which bf16 may round one up.
     flips = 1e-3 if dtype == torch.bfloat16 and diffusers.__version__.startswith("0.35.") else 0.0
-    assert tiny.relative(tiny.run(model, inputs), stock) <= 2 * torch.finfo(torch.float32).eps + flips
+    if family in ("animatediff", "svd"):
+        flips = UNETS[dtype]
+    ulps = 3 if family in ("ltx2", "ltx2_3", "lumina_next") else 2  # more norms per block
+    assert tiny.relative(tiny.run(model, inputs), stock) <= ulps * torch.finfo(torch.float32).eps + flips
 
 
 @pytest.mark.parametrize("kind", sorted(BLOCKS))
@@ -84,25 +92,29 @@ def test_blocks_run_through_the_fused_operators(kind: str) -> None:
     assert not off["adaln_modulate"] and not off["qk_norm_rope"]
 
 
-UNFUSED = frozenset({"animatediff", "latte", "ltx2", "ltx2_3", "lumina_next", "svd"})
-"""Families whose blocks keep their own forward."""
-
-
-def test_every_block_is_fused_or_named(family: str) -> None:
+def test_every_block_is_fused(family: str) -> None:
     model, inputs = tiny.build(family)
     handle = accelerate(model)
     ran = calls(model, inputs)
     fused = handle.stats()["fused"]
     served = {name.rpartition(".")[0] for name in (layer["name"] for layer in handle.stats()["layers"])}
-    assert sum(fused["blocks"].values()) + sum(fused["left"].values()) == len(served) and not fused["unfused"]
-    if family in UNFUSED:
-        assert not fused["blocks"] and all("has no fused forward" in reason for reason in fused["left"])
-        assert "blocks left with their own forward" in handle.report()
-    else:
-        assert not fused["left"]
-        assert ran["adaln_modulate"] >= len(served)
-        assert ran["gate_residual"] + ran["gate_residual_norm"] >= len(served)
+    assert sum(fused["blocks"].values()) == len(served) and not fused["left"] and not fused["unfused"]
+    assert ran["adaln_modulate"] >= len(served)
+    assert ran["gate_residual"] + ran["gate_residual_norm"] >= len(served)
+    if family not in tiny.WITHOUT_GRID:  # no norm of q and k there, and no RoPE
         assert ran["qk_norm_rope"] >= len(served)
+
+
+def test_a_block_without_a_fused_forward_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vdit_fast.models.wan import WanAdapter
+
+    monkeypatch.setattr(WanAdapter, "blocks", {})
+    model, inputs = tiny.wan()
+    handle = accelerate(model)
+    assert not calls(model, inputs)["adaln_modulate"]
+    reason = "WanTransformerBlock has no fused forward"
+    assert handle.stats()["fused"] == {"blocks": {}, "left": {reason: 2}, "unfused": {}}
+    assert "blocks left with their own forward" in handle.report() and reason in handle.report()
 
 
 class Scaled(nn.Module):
@@ -126,7 +138,11 @@ def norms_of_first_blocks(model: nn.Module) -> list[tuple[nn.Module, str]]:
             continue
         seen.add(type(block).__name__)
         for name, child in block.named_children():
-            unused = type(block).__name__ == "AllegroTransformerBlock" and name == "norm3"  # by the stock forward too
+            # by the stock forward too, or called as it is
+            unused = (type(block).__name__, name) in (
+                ("AllegroTransformerBlock", "norm3"),
+                ("LuminaNextDiTBlock", "norm1_context"),
+            )
             if "norm" in name and not isinstance(child, nn.Identity) and not unused:
                 found.append((block, name))
                 found += [(child, "norm")] if isinstance(getattr(child, "norm", None), nn.Module) else []
@@ -137,12 +153,17 @@ def norms_of_first_blocks(model: nn.Module) -> list[tuple[nn.Module, str]]:
     "kind",
     [
         "allegro",
+        "animatediff",
         "cosmos_1",
         "easyanimate",
         "hunyuan_token_replace",
+        "latte",
+        "ltx2_3",
         "ltx_video",
+        "lumina_next",
         "mochi",
         "skyreels_df",
+        "svd",
         *sorted(BLOCKS),
     ],
 )

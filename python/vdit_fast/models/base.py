@@ -299,6 +299,11 @@ class ModelAdapter:
             return self.left_alone.get(kind) == CROSS_ATTENTION
         return self.skip_reason(name, module, processor) == CROSS_ATTENTION
 
+    def processor_beside(self, name: str, module: nn.Module, processor: Any) -> type[ServedProcessor] | None:
+        """What takes the place of the processor of a module that is left alone, to fuse its norms and RoPE and leave
+        its attention to that processor; its ``attends`` is False."""
+        return None
+
     def dense_reason(self, name: str, module: nn.Module) -> str | None:
         """Why a served module runs dense under every planner, or None: its tokens are not those of the video grid.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import ModelAdapter, ServedProcessor, patch_grid, split_heads
+from vdit_fast.models.factorised_block import FACTORISED_BLOCKS
 from vdit_fast.models.geometry import Volume
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
@@ -89,6 +90,7 @@ class FactorisedAdapter(ModelAdapter):
         "AttnProcessor": FactorisedProcessor,
         "AttnProcessor2_0": FactorisedProcessor,
     }
+    blocks = FACTORISED_BLOCKS
 
     def root_reason(self, root: nn.Module, module: nn.Module, processor: Any) -> str | None:
         model, kind = type(root).__name__, type(processor).__name__

@@ -8,6 +8,7 @@ offloading, which match blocks by their class, work as before.
 from __future__ import annotations
 
 import copy
+import functools
 import types
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.forwards import stock_forward
+from vdit_fast.forwards import ForwardStandIn
 from vdit_fast.models.kernels import missing_fused_kernel, under_autocast
 from vdit_fast.reference.adaln import Rounding
 
@@ -33,6 +34,7 @@ __all__ = [
     "distinct_rows_of",
     "fused_rounding",
     "is_plain",
+    "reclaim",
     "rounding_for",
     "stock_forward",
 ]
@@ -50,23 +52,30 @@ class Link:
     """Ties a block to the session of its transformer. In a copy of the whole it ties the copies, in a copy or pickle of
     a part it ties to nothing, and the stock forward runs."""
 
-    def __init__(self, session: Session | None, root: Any) -> None:
+    def __init__(self, session: Session | None, root: Any, stock: Callable[..., Any] | None) -> None:
         self.session = session
         self._root = root  # weak reference to the transformer
+        self.stock = stock
+        """The forward of the block's class, kept: the compiler does not find it through a class that is allowed in its
+        graphs as a whole."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         root = self._root() if self._root is not None else None
         if root is None or id(root) not in memo:
-            return Link(None, None)
-        return Link(copy.deepcopy(self.session, memo), weakref.ref(memo[id(root)]))
+            return Link(None, None, self.stock)
+        return Link(copy.deepcopy(self.session, memo), weakref.ref(memo[id(root)]), self.stock)
 
     def __reduce__(self) -> Any:
-        return Link, (None, None)
+        return Link, (None, None, None)
+
+
+def stock_forward(block: nn.Module) -> Callable[..., Any]:
+    """The forward that a block with a fused one would have."""
+    return functools.partial(getattr(block, LINK).stock, block)
 
 
 def attach(root: nn.Module, session: Session, forwards: Mapping[str, BlockForward]) -> None:
     """Give every known block of a transformer its fused forward; the session notes which and why not."""
-    link = Link(session, weakref.ref(root))
     for name, block in root.named_modules():
         fused = forwards.get(type(block).__name__)
         if fused is not None:
@@ -76,7 +85,7 @@ def attach(root: nn.Module, session: Session, forwards: Mapping[str, BlockForwar
         else:
             continue
         if reason is None and fused is not None:
-            object.__setattr__(block, LINK, link)
+            object.__setattr__(block, LINK, Link(session, weakref.ref(root), type(block).forward))
             object.__setattr__(block, "forward", types.MethodType(fused, block))
             session.fused[name] = type(block).__name__
         elif reason is not None:
@@ -116,9 +125,43 @@ def detach(root: nn.Module, session: Session) -> None:
     """Give the blocks their own forward back; one that was wrapped since stays inside and passes calls through."""
     for block in fused_blocks(root, session):
         forward = block.__dict__.get("forward")
-        if isinstance(forward, types.MethodType) and forward.__self__ is block:
+        if (isinstance(forward, types.MethodType) and forward.__self__ is block) or _owner(block) is not block:
             del block.__dict__["forward"]
             del block.__dict__[LINK]
+
+
+def _owner(block: nn.Module) -> Any:
+    """The block whose forward this one has: another one for a shallow copy, which took over all attributes."""
+    forward = block.__dict__.get("forward")
+    if isinstance(forward, ForwardStandIn):
+        return forward.module
+    owner = forward.__self__ if isinstance(forward, types.MethodType) else block
+    return owner if type(owner) is type(block) else block
+
+
+def reclaim(root: nn.Module, session: Session) -> None:
+    """Make shallow copies of blocks compute with their own weights, as the blocks of a transformer that runs now.
+
+    A copy gets a fused forward of its own. Replicas of ``DataParallel`` run in threads that share the session, so they
+    get their stock forward, and so does a copy of a block that somebody else stands around.
+    """
+    for name in session.fused:
+        block = _submodule(root, name)
+        link = block.__dict__.get(LINK) if block is not None else None
+        if block is None or link is None or link.session is not session or _owner(block) is block:
+            continue
+        forward = block.__dict__["forward"]
+        if isinstance(forward, types.MethodType) and not getattr(block, "_is_replica", False):
+            object.__setattr__(block, "forward", types.MethodType(forward.__func__, block))
+        else:
+            del block.__dict__["forward"], block.__dict__[LINK]
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module | None:
+    module: Any = root
+    for name in path.split("."):
+        module = module._modules.get(name) if isinstance(module, nn.Module) else None
+    return module if isinstance(module, nn.Module) else None
 
 
 def fused_blocks(root: nn.Module, session: Session) -> Iterator[nn.Module]:

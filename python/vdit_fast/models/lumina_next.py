@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast.models.base import CROSS_ATTENTION, ModelAdapter, ServedProcessor, is_prefix_mask, patch_grid
-from vdit_fast.models.lumina_next_block import LUMINA_NEXT_MODULES
+from vdit_fast.models.lumina_next_block import LUMINA_NEXT_BLOCKS, LUMINA_NEXT_MODULES
+from vdit_fast.models.qk import Rotary, turned_heads
 from vdit_fast.models.registry import register
 from vdit_fast.models.served import served_attention
 from vdit_fast.models.session import Geometry
@@ -21,10 +22,14 @@ from vdit_fast.models.session import Geometry
 __all__ = ["LuminaNextAdapter", "LuminaNextProcessor"]
 
 
-def _rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Multiply channel pairs of x [B, N, H, D] by a complex table [1, N, D / 2], in fp32."""
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * table.unsqueeze(2)
-    return torch.view_as_real(turned).flatten(-2).type_as(x)
+def _rotary(table: Tensor) -> Rotary:
+    """The rotation of neighbouring channels by a complex table [1, N, D / 2], in fp32."""
+
+    def rotate(x: Tensor) -> Tensor:
+        turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * table.unsqueeze(2)
+        return torch.view_as_real(turned).flatten(-2).type_as(x)
+
+    return Rotary(table.real.float().contiguous(), table.imag.float().contiguous(), rotate)
 
 
 class LuminaNextProcessor(ServedProcessor):
@@ -45,6 +50,8 @@ class LuminaNextProcessor(ServedProcessor):
         reason = None
         if hidden_states.ndim != 3 or hidden_states.shape != encoder_hidden_states.shape or key_rotary_emb is None:
             reason = "not self-attention over [batch, tokens, channels] with RoPE"
+        elif query_rotary_emb is not key_rotary_emb:
+            reason = "queries and keys have rotary tables of their own"
         elif attention_mask is None:
             reason = "no attention mask, which the stock processor needs"
         if self.stands_aside(None if known else attention_mask, reason):
@@ -67,9 +74,7 @@ class LuminaNextProcessor(ServedProcessor):
             key = attn.norm_k(key)
         dim = query.shape[-1] // attn.heads
         query, key, value = (tensor.unflatten(2, (-1, dim)) for tensor in (query, key, value))
-        if query_rotary_emb is not None:
-            query = _rotate(query, query_rotary_emb)
-        key = _rotate(key, key_rotary_emb)
+        query, key, value = turned_heads(self, (query, key, value), (None, None), _rotary(key_rotary_emb))
 
         scale = attn.scale
         if base_sequence_length is not None:
@@ -82,6 +87,7 @@ class LuminaNextProcessor(ServedProcessor):
 class LuminaNextAdapter(ModelAdapter):
     family = "lumina_next"
     processors: ClassVar[dict[str, type[ServedProcessor]]] = {"LuminaAttnProcessor2_0": LuminaNextProcessor}
+    blocks = LUMINA_NEXT_BLOCKS
     block_modules = LUMINA_NEXT_MODULES
     block_lists = ("layers",)
     rows = "a mask may hide image tokens, and which ones is not read on the host"

@@ -130,7 +130,9 @@ def unknown_block(blocks: Sequence[nn.Module], known: Mapping[str, BlockModules]
 def _submodules(blocks: Sequence[nn.Module], known: Mapping[str, BlockModules]) -> Iterator[tuple[str, nn.Module]]:
     for block in blocks:
         for name in known[type(block).__name__].hooked:
-            module = getattr(block, name, None)
+            module: Any = block
+            for part in name.split("."):
+                module = getattr(module, part, None)
             if isinstance(module, nn.Module):
                 yield name, module
 
