@@ -1,6 +1,7 @@
 """Stream long clips with the causal demo model and with the one it came from, and measure both.
 
-    python examples/causal/rollout.py --weights build/causal/weights.safetensors --out outputs/causal
+    python examples/causal/rollout.py                                                # the packaged weights
+    python examples/causal/rollout.py --weights build/causal/weights.safetensors     # those of your own training
 
 Writes a contact sheet and ``rollout.json``. Per model: the movement between neighbouring frames where two chunks meet,
 over that inside chunks (1 where a cut cannot be seen), and the detail (mean absolute difference of neighbouring pixels)
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vdit_fast import accelerate, report, stream
-from vdit_fast.demo.model import load_demo_model
+from vdit_fast.demo.model import CAUSAL_WEIGHTS, load_demo_model
 from vdit_fast.demo.prompts import embed
 from vdit_fast.streaming import SelfForcing
 
@@ -71,8 +72,7 @@ def numbers(clip: Tensor, chunk: int = 3) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    weights = Path("build/causal/weights.safetensors")
-    ap.add_argument("--weights", type=Path, default=weights, help="what examples/causal/train.py wrote")
+    ap.add_argument("--weights", type=Path, default=CAUSAL_WEIGHTS, help="what examples/causal/train.py wrote")
     ap.add_argument("--frames", type=int, default=36, help="of a clip, 3 in a chunk")
     ap.add_argument("--side", type=int, default=48, help="of the frames in pixels, a multiple of 4")
     ap.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance scale; 1 switches it off")

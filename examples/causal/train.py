@@ -94,7 +94,7 @@ def held_out(model: nn.Module, seed: int = 10_000) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--steps", type=int, default=1200, help="of the training; about one a second")
+    ap.add_argument("--steps", type=int, default=1200, help="of the training, one to two seconds each")
     ap.add_argument("--out", type=Path, default=Path("build/causal"), help="folder of the weights")
     ap.add_argument("--threads", type=int, default=1, help="of torch")
     ap.add_argument("--seed", type=int, default=0, help="of clips and noise")
