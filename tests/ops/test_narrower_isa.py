@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from narrower_isa import NARROWER, run_there
 
-FILES = [f"test_{name}.py" for name in ("adaln", "cache", "combine_rows", "linear_attention", "short_attention")]
+NAMES = ("adaln", "cache", "cache_e4m3", "combine_rows", "linear_attention", "short_attention")
+FILES = [f"test_{name}.py" for name in NAMES]
 TESTS = "equals_the_reference or as_exact_as_torch and float16 or test_nan or test_a_nan or not_finite or test_edges"
 
 
