@@ -118,10 +118,10 @@ def check(policy: CachePolicy, sizes: Sizes, dtype: torch.dtype, held: int = 0, 
     }
     fitting = [f"{name!r} ({count:,})" for name, count in needed.items() if count <= limit]
     remedy = f"granularity {' or '.join(fitting)} would fit" if fitting else "no other granularity of blocks fits"
-    if narrower := _narrower(policy, sizes[own], dtype, streams, min(limit, needs - 1)):
-        remedy += f"; storage {' or '.join(narrower)} would fit"
     if own != "model" and "model" in policy.granularities:
         remedy += "; 'model' keeps the least, the transformer's output"
+    if narrower := _narrower(policy, sizes[own], dtype, streams, limit):
+        remedy += f"; storage {' or '.join(narrower)} would fit"
     kept = storage_dtype(policy, dtype)
     scales = f" and {rows:,} scales of {_SCALE}" if kept == E4M3 else ""
     raise ValueError(
