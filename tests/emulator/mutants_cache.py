@@ -63,7 +63,7 @@ MUTANTS = [
     _bug("sums between modules are not rounded", "round_to<H>(total, p.round);", "", "roundings"),
     # ---- e4m3: who holds what
     _e4m3("rows beyond the last are taken", "row < a.rows ? a.pieces : 0", "a.pieces", "updates"),
-    _e4m3("batch items share the first one's tokens", "b = row / uint32_t(p.tokens)", "b = 0 * row", "updates"),
+    _e4m3("batch items share the first one's tokens", "b = row / uint32_t(p.tokens)", "b = 0 * row", "larger"),
     _e4m3("every row is the CTA's first", "a.threads) + threadIdx.x / a.threads;", "a.threads);", "updates"),
     _e4m3("a factor more is read than is known", "if (i >= p.last) continue;\n      old[k]",
           "if (i > p.last) continue;\n      old[k]", "every_byte"),

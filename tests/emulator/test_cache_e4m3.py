@@ -54,6 +54,15 @@ def test_roundings() -> None:
         check_forecast(*coded_forecast(variant, (1, 8, 520), "eager", (BF16, F16)[variant % 2]), RANDOMS[0])
 
 
+def test_rows_of_a_larger_tensor() -> None:
+    # Batch items that do not follow each other.
+    kwargs = coded_update(4, (2, 3, 64)) | {"known": 2}
+    for name in ("output", "minus"):
+        kwargs[name] = draw(5, 2, 7, 72, dtype=BF16)[:, 2:5, :64]
+        kwargs["factors"], kwargs["scales"] = coded(draw(0, 5, 2, 3, 64))
+        check_update(kwargs, RANDOMS[0])
+
+
 def test_misaligned_rows() -> None:
     for name, offset in (("output", 1), ("output", 4), ("minus", 2), ("factors", 1), ("factors", 4)):
         kwargs = coded_update(4, (2, 3, 64)) | {"known": 4}
