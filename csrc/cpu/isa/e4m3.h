@@ -69,10 +69,10 @@ static inline vf decode(vu code) {
 template <class T>
 constexpr bool kCodes = false;
 template <>
-constexpr bool kCodes<e4m3> = true;
+inline constexpr bool kCodes<e4m3> = true;
 
-static inline vf load_lanes(const e4m3* p) { return decode(load_codes(&p->bits, VL)); }
-static inline vf load_some(const e4m3* p, int n) { return decode(load_codes(&p->bits, n)); }
+static inline vf load_lanes(const e4m3* p) { return decode(load_codes(reinterpret_cast<const uint8_t*>(p), VL)); }
+static inline vf load_some(const e4m3* p, int n) { return decode(load_codes(reinterpret_cast<const uint8_t*>(p), n)); }
 
 // The larger of `top` and the bits of magnitudes, in each lane; of finite ones only.
 static inline vi largest(vi top, vf x) {

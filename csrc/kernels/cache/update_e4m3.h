@@ -1,7 +1,6 @@
 // factor_update with factors in e4m3: a row per group of neighbouring threads, up to a CTA, the row in registers.
 //
-//   issue output, minus, old codes and scales  ->  largest magnitude of every new factor, one sum over the group for
-//   all
+//   issue output, minus, old codes, scales  ->  largest magnitudes of all new factors, one exchange in the group
 //   ->  the factors once more, encoded  ->  codes, scales
 //
 // Thread t of the group holds pieces t, t + threads, ... of 8 neighbouring elements: the offset in fp32, old factors as
@@ -11,7 +10,7 @@
 
 namespace vdit::gpu::cache {
 
-constexpr int kMaxRowThreads = 512, kMaxRowWarps = kMaxRowThreads / 32;
+constexpr int kMaxRowThreads = 512, kMaxRowWarps = kMaxRowThreads / 32, kTops = kMaxFactors * kMaxRowWarps;
 
 struct RowArgs {
   FactorUpdateParams p;
@@ -79,7 +78,7 @@ VD_DEV void unpack_any(const Raw& r, DType dtype, float (&v)[kPiece]) {
 template <int kPieces, int kFactors>
 VD_KERNEL(kPieces <= 2 ? kThreads : kMaxRowThreads, 1)
 factor_update_e4m3(const VD_GRID_CONST RowArgs a) {
-  VD_SHARED(uint32_t, tops, kMaxFactors* kMaxRowWarps);
+  VD_SHARED(uint32_t, tops, kTops);
   const FactorUpdateParams& p = a.p;
   const bool wide = p.output.dtype == DType::f32;
   const int own = int(threadIdx.x) % a.threads;

@@ -63,8 +63,8 @@ def factor_update(
             float8_e4m3fn with rows of at most 16384. Every factor is contiguous; the stride between factors is free.
             Changed in place.
         output: what was computed; float32, float16 or bfloat16, at most one 16-bit dtype among all three tensors. Any
-            strides that three dimensions can express, the last of them contiguous. It may be a factor itself, but may
-            not overlap them otherwise.
+            strides that three dimensions can express, the last of them contiguous; with scales that is the row. It may
+            be a factor itself, but may not overlap them otherwise.
         distance: steps since the output before this one; finite, not 0. Ignored with ``known`` 0.
         known: factors that hold something, 0 (the first output) to order + 1.
         minus: None, or what is subtracted from the output, as ``output``.
