@@ -64,11 +64,12 @@ def test_rows_of_a_larger_tensor() -> None:
 
 
 def test_misaligned_rows() -> None:
-    for name, offset in (("output", 1), ("output", 4), ("minus", 2), ("factors", 1), ("factors", 4)):
+    for name, offset in (("output", 1), ("output", 4), ("minus", 2), ("factors", 1), ("factors", 4), ("stride", 4)):
         kwargs = coded_update(4, (2, 3, 64)) | {"known": 4}
         kwargs["factors"], kwargs["scales"] = coded(draw(0, 5, 2, 3, 64))
-        if name == "factors":
-            apart = torch.zeros(5, 384 + offset, dtype=torch.uint8)[:, offset:].unflatten(1, (2, 3, 64))
+        if name in ("factors", "stride"):  # the first factor aligned, or not
+            first = offset if name == "factors" else 0
+            apart = torch.zeros(5, 384 + offset, dtype=torch.uint8)[:, first : first + 384].unflatten(1, (2, 3, 64))
             apart.copy_(kwargs["factors"].view(torch.uint8))
             kwargs["factors"] = apart.view(E4M3)
         else:
