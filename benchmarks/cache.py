@@ -43,10 +43,12 @@ class Case:
     order: int
     rows: int = 4096
     width: int = 5120
+    coded: bool = False
+    """Whether factors are kept in e4m3, with a scale per row."""
 
     @property
     def name(self) -> str:
-        return f"{self.kind}, order {self.order}"
+        return f"{self.kind}, order {self.order}" + (", e4m3" if self.coded else "")
 
 
 CASES = [
@@ -60,6 +62,11 @@ CASES = [
     Case("gate_add in place", 1),
     Case("three modules", 1),
     Case("three modules in place", 1),
+    Case("update", 0, coded=True),
+    Case("update", 1, coded=True),
+    Case("forecast", 1, coded=True),
+    Case("gate_add in place", 1, coded=True),
+    Case("three modules in place", 1, coded=True),
 ]
 NAMED = {case.name: case for case in CASES}
 
@@ -98,8 +105,90 @@ def gate_add_in_place(x: Tensor, factors: list[Tensor], gates: list[Tensor | Non
     return x.copy_(gate_add(x, factors, gates))
 
 
+E4M3 = torch.float8_e4m3fn
+Held = list[tuple[Tensor, Tensor]]
+
+
+def encoded(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and the scale that torch users give a row."""
+    scales = value.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448
+    return (value / scales).to(E4M3), scales
+
+
+def coded_update(held: Held, output: Tensor) -> Held:
+    new = [output.float()]
+    for codes, scales in held[:-1]:
+        new.append((new[-1] - codes.float() * scales) / 5.0)
+    for (codes, scales), value in zip(held, new, strict=True):
+        found = encoded(value)
+        codes.copy_(found[0])
+        scales.copy_(found[1])
+    return held
+
+
+def coded_forecast(held: Held, dtype: torch.dtype) -> Tensor:
+    return sum((w * codes.float() * scales for w, (codes, scales) in zip(WEIGHTS, held, strict=False)), 0.0).to(dtype)
+
+
+def coded_gate_add(x: Tensor, held: list[Held], gates: list[Tensor | None]) -> Tensor:
+    new = x
+    for one, gate in zip(held, gates, strict=True):
+        branch = coded_forecast(one, x.dtype)
+        new = new + branch if gate is None else (new.float() + branch * gate).type_as(x)
+    return x.copy_(new)
+
+
+def coded_contenders(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[int, dict[str, Call]]:
+    """``contenders`` with factors in e4m3: codes and scales, for torch a tensor of each per factor."""
+
+    def draw() -> Tensor:
+        return torch.randn(case.rows, case.width, device=device).to(dtype)
+
+    def hold() -> tuple[Tensor, Tensor]:
+        scales = torch.full((case.order + 1, case.rows), 2.0**-7, device=device)
+        return (torch.randn(case.order + 1, case.rows, case.width, device=device) * 100).to(E4M3), scales
+
+    def apart(pair: tuple[Tensor, Tensor]) -> Held:
+        return [(codes.clone(), scales[..., None].clone()) for codes, scales in zip(*pair, strict=True)]
+
+    torch._dynamo.reset()
+    one, factor = case.rows * case.width * dtype.itemsize, case.rows * (case.width + 4)
+    if case.kind == "update":
+        pair, output = hold(), draw()
+
+        def own_update() -> list[Tensor]:
+            ops.factor_update(pair[0], output, 5.0, known=case.order + 1, scales=pair[1])
+            return list(pair[0])
+
+        compiled = torch.compile(coded_update, fullgraph=True, dynamic=False)
+        calls = {OWN: own_update, TORCH: partial(coded_update, apart(pair), output)}
+        return one + (2 * case.order + 1) * factor, calls | {COMPILED: partial(compiled, apart(pair), output)}
+    if case.kind == "forecast":
+        pair = hold()
+        compiled = torch.compile(coded_forecast, fullgraph=True, dynamic=False)
+        return one + 2 * factor, {
+            OWN: partial(ops.forecast, pair[0], weights=WEIGHTS, dtype=dtype, scales=pair[1]),
+            TORCH: partial(coded_forecast, apart(pair), dtype),
+            COMPILED: partial(compiled, apart(pair), dtype),
+        }
+    modules = 3 if case.kind.startswith("three") else 1
+    pairs, x = [hold() for _ in range(modules)], draw()
+    rows = torch.randn(modules, 1, case.width, device=device)
+    gates = [None if j == 1 else rows[j] for j in range(modules)]
+    codes, scales = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    compiled = torch.compile(coded_gate_add, fullgraph=True, dynamic=False)
+    held = [apart(pair) for pair in pairs]
+    return 2 * one + 2 * modules * factor, {
+        OWN: lambda: ops.forecast_gate_add(x, codes, gates, weights=WEIGHTS, out=x, scales=scales),
+        TORCH: partial(coded_gate_add, x.clone(), held, gates),
+        COMPILED: partial(compiled, x.clone(), held, gates),
+    }
+
+
 def contenders(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[int, dict[str, Call]]:
     """Bytes that must be moved, and the calls by name."""
+    if case.coded:
+        return coded_contenders(case, dtype, device)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, case.rows, case.width, device=device).to(dtype)
@@ -183,13 +272,14 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     ap.add_argument("--rounds", type=int, default=9)
     ap.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    ap.add_argument("--only", default="", help="run the cases whose name contains this")
     ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     torch.manual_seed(0)
     load, results = os.getloadavg()[1], []
     with torch.no_grad():
         for threads in args.threads:
-            for case in CASES:
+            for case in [case for case in CASES if args.only in case.name]:
                 for dtype in (torch.bfloat16, torch.float32):
                     results.append(row := measure(case, dtype, threads, args.rounds))
                     ratios = [report.format_ratio(*row[f"over {other}"]) for other in (TORCH, COMPILED)]

@@ -45,6 +45,10 @@ class Case:
 FULL_CASES = (
     *(Case(op, chain, (75_600, 5120)) for op in adaln.OPERATORS for chain in ("wan", "hunyuan_video")),
     *(Case("cache", name, (75_600, 5120)) for name in ("update, order 1", "three modules, order 1")),
+    *(
+        Case("cache", name, (75_600, 5120))
+        for name in ("update, order 1, e4m3", "three modules in place, order 1, e4m3")
+    ),
     Case("qk_norm_rope", "Wan 14B", (75_600,)),
     Case("qk_norm_rope", "HunyuanVideo", (118_800,)),
     Case("qk_norm_rope", "CogVideoX 5B", (17_550,)),

@@ -105,7 +105,19 @@ VD_DEV uint4 ldg128(const void* p) {
 }
 VD_DEV uint4 ldg128_stream(const void* p) { return ldg128(p); }
 VD_DEV uint4 ldg128_stream_written(const void* p) { return ldg128(p); }
-VD_DEV void stg32(void* p, uint32_t v) { memcpy(const_cast<void*>(emu::global_at(p, 4, "st.global")), &v, 4); }
+VD_DEV uint2 ldg64_stream(const void* p) {
+  uint2 v;
+  memcpy(&v, emu::ldg64(p), 8);
+  return v;
+}
+VD_DEV uint2 ldg64_stream_written(const void* p) { return ldg64_stream(p); }
+VD_DEV uint32_t ldg32(const void* p) {
+  uint32_t v;
+  memcpy(&v, emu::ldg32(p), 4);
+  return v;
+}
+VD_DEV void stg32(void* p, uint32_t v) { memcpy(emu::stg32(p), &v, 4); }
+VD_DEV void stg64(void* p, uint2 v) { memcpy(emu::stg64(p), &v, 8); }
 VD_DEV void stg128(void* p, uint4 v) { memcpy(emu::stg128(p), &v, 16); }
 VD_DEV uint32_t atomic_add(uint32_t* p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 

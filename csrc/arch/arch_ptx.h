@@ -139,7 +139,29 @@ VD_DEV uint4 ldg128_stream_written(const void* p) {
                : "memory");
   return v;
 }
+VD_DEV uint2 ldg64_stream(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0,%1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(__cvta_generic_to_global(p)));
+  return v;
+}
+VD_DEV uint2 ldg64_stream_written(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.L1::no_allocate.v2.b32 {%0,%1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(__cvta_generic_to_global(p))
+               : "memory");
+  return v;
+}
+// Read here and now, also where another thread may write to it later on.
+VD_DEV uint32_t ldg32(const void* p) {
+  uint32_t v;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
+  return v;
+}
 VD_DEV void stg32(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
+VD_DEV void stg64(void* p, uint2 v) { *static_cast<uint2*>(p) = v; }
 VD_DEV void stg128(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 VD_DEV uint32_t atomic_add(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 

@@ -52,7 +52,7 @@ extern Policy policy;
 
 struct Stats {
   uint64_t blocks, switches, collectives, mma, ldmatrix, ldmatrix_conflicts, wgmma, tma, cp_async;
-  uint64_t ldg128, stg128;  // 16-byte accesses of global memory
+  uint64_t ldg128, stg128, ldg64, stg64, ldg32, stg32;  // accesses of global memory through these wrappers
 };
 Stats& stats();  // since the last reset
 
@@ -87,6 +87,10 @@ unsigned char* smem_at(uint32_t address, uint32_t bytes, uint32_t align, const c
 const void* global_at(const void* p, uint32_t align, const char* who);
 const void* ldg128(const void* p);  // the same, counted
 void* stg128(void* p);
+const void* ldg64(const void* p);
+void* stg64(void* p);
+const void* ldg32(const void* p);
+void* stg32(void* p);
 void generic_write(uint32_t address, uint32_t bytes);  // a write the async proxy does not see before a proxy fence
 void fence_proxy_async();
 

@@ -27,9 +27,12 @@ struct Inputs {
       x.data = h.input_strided(name, x.data, element, {p.batch, p.tokens, p.dim}, {x.batch_stride, x.token_stride, 1},
                                align_of(x.data, element));
   }
-  const void* factors(const char* name, const void* data, int64_t stride, int64_t count) {
-    const size_t element = bytes_of(p.factor_dtype);
-    return h.input_strided(name, data, element, {count, p.total}, {stride, 1}, align_of(data, element));
+  void factors(ForecastModule& m) {
+    const size_t element = m.scales != nullptr ? 1 : bytes_of(p.factor_dtype);
+    m.factors = h.input_strided("factors", m.factors, element, {p.factors, p.total}, {m.factor_stride, 1},
+                                align_of(m.factors, element));
+    m.scales = static_cast<const float*>(
+        h.input_strided("scales", m.scales, 4, {p.factors, p.batch * p.tokens}, {m.scale_stride, 1}, 4));
   }
   void table(const char* name, AdaLNTable& t) {
     const size_t element = bytes_of(p.row_dtype), base = bytes_of(p.base_dtype);
@@ -53,9 +56,11 @@ VDIT_EMU_EXPORT int vdit_emu_factor_update(const FactorUpdateParams* params, int
     Inputs<FactorUpdateParams> in{h, *params};
     in.rows("output", p.output);
     in.rows("minus", p.minus);
-    const size_t element = bytes_of(p.factor_dtype);
+    const size_t element = p.scales != nullptr ? 1 : bytes_of(p.factor_dtype);
     const auto bytes = size_t((held - 1) * p.factor_stride + p.total) * element;
     p.factors = h.inout_bytes("factors", p.factors, bytes, align_of(p.factors, element));
+    const auto scales = size_t((held - 1) * p.scale_stride + p.batch * p.tokens) * sizeof(float);
+    p.scales = static_cast<float*>(h.inout_bytes("scales", p.scales, scales, 4));
     const int code = cuda_factor_update(p, nullptr);
     h.finish();
     return code;
@@ -76,7 +81,7 @@ VDIT_EMU_EXPORT int vdit_emu_forecast_gate_add(const ForecastParams* params, int
       in.rows("x", p.x);
     for (int j = 0; j < p.modules; ++j) {
       ForecastModule& m = p.module[j];
-      m.factors = in.factors("factors", m.factors, m.factor_stride, p.factors);
+      in.factors(m);
       in.table("gate", m.gate);
     }
     if (p.index != nullptr)

@@ -45,6 +45,26 @@ void* stg128(void* p) {
   return const_cast<void*>(global_at(p, 16, "st.global.v4"));
 }
 
+const void* ldg64(const void* p) {
+  ++blk->stats.ldg64;
+  return global_at(p, 8, "ld.global.v2");
+}
+
+void* stg64(void* p) {
+  ++blk->stats.stg64;
+  return const_cast<void*>(global_at(p, 8, "st.global.v2"));
+}
+
+const void* ldg32(const void* p) {
+  ++blk->stats.ldg32;
+  return global_at(p, 4, "ld.global");
+}
+
+void* stg32(void* p) {
+  ++blk->stats.stg32;
+  return const_cast<void*>(global_at(p, 4, "st.global"));
+}
+
 // PTX ISA "Async proxy": TMA and wgmma see a write made through the generic proxy only after fence.proxy.async.
 // A store's fence is due in the thread that stored. What cp.async (not bulk) brought is also a generic write; its fence
 // may be in any thread that knows it has landed, which is modelled as: in any thread, after it landed.

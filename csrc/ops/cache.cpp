@@ -76,15 +76,43 @@ class Call : public TokenCall<Params> {
     return t.size(0);
   }
 
-  void factor_dtype(const Tensor& t, const std::string& name) {
-    const DType type = dtype(t, name);
-    VDIT_CHECK(!any_factor_ || type == p.factor_dtype, op_, ": ", name, " is ", dtype_text(t.scalar_type()),
+  // Of factors in e4m3 the scales [m, *x.shape without D], each factor's contiguous; null for others, which have none.
+  float* scales(const Tensor& t, const std::string& name, const Optional& scales, const std::string& scales_name,
+                int64_t& stride) {
+    const ScalarType type = t.scalar_type();
+    const bool codes = type == ScalarType::Float8_e4m3fn;
+    VDIT_CHECK(!factor_type_ || type == *factor_type_, op_, ": ", name, " is ", dtype_text(type),
                " but the first module's factors are not; keep all modules in one dtype");
-    p.factor_dtype = type;
-    any_factor_ = true;
+    factor_type_ = type;
+    if (!codes) {
+      VDIT_CHECK(!scales, op_, ": ", scales_name, " beside factors in ", dtype_text(type),
+                 "; only those in float8_e4m3fn have scales: pass None");
+      p.factor_dtype = dtype(t, name);
+      return nullptr;
+    }
+    VDIT_CHECK(scales, op_, ": ", name, " is float8_e4m3fn without ", scales_name,
+               "; pass a float32 tensor of the shape of factors without the last dimension");
+    const int64_t rows = t.dim() - 1;
+    VDIT_CHECK(rows >= 1 && scales->dim() == rows &&
+                   std::equal(scales->sizes().begin(), scales->sizes().end(), t.sizes().begin()),
+               op_, ": ", scales_name, " has shape ", shape_text(*scales), "; expected that of ", name, ", ",
+               shape_text(t), ", without the last dimension");
+    VDIT_CHECK(scales->scalar_type() == ScalarType::Float, op_, ": ", scales_name, " is ",
+               dtype_text(scales->scalar_type()), "; expected float32");
+    VDIT_CHECK(t.size(rows) <= kMaxScaledRow, op_, ": ", name, " has rows of ", t.size(rows), " elements; at most ",
+               kMaxScaledRow, " share a scale: keep longer ones in another dtype");
+    same_place(*scales, scales_name);
+    VDIT_CHECK(
+        dense_from(*scales, 1) && (scales->size(0) == 1 || scales->stride(0) >= count(*scales) / scales->size(0)), op_,
+        ": ", scales_name,
+        " has strides between which the scales of a factor are not contiguous; make it "
+        "with torch.empty");
+    stride = scales->stride(0);
+    return scales->mutable_data_ptr<float>();
   }
 
-  // Sets the shape of the walk and the strides of everything walked over. `as_is`: [B, N, D] stays what it is.
+  // Sets the shape of the walk and the strides of everything walked over. `as_is`: [B, N, D] stays what it is. Rows
+  // that have a scale stay rows.
   void walk(const std::vector<Walked>& all, bool as_is) {
     for (const Walked& w : all) {
       same_place(*w.tensor, w.name);
@@ -102,12 +130,13 @@ class Call : public TokenCall<Params> {
       }
       return;
     }
-    if (std::all_of(all.begin(), all.end(), [](const Walked& w) { return dense_from(*w.tensor); })) {
+    const bool scaled = factor_type_ == ScalarType::Float8_e4m3fn;
+    if (!scaled && std::all_of(all.begin(), all.end(), [](const Walked& w) { return dense_from(*w.tensor); })) {
       set_shape(1, (p.total + kFlatRow - 1) / kFlatRow, std::min(p.total, kFlatRow));
       for (const Walked& w : all) w.rows->token_stride = kFlatRow;
       return;
     }
-    collapse(all);
+    collapse(all, scaled);
   }
 
  private:
@@ -118,14 +147,19 @@ class Call : public TokenCall<Params> {
     p.dim = int32_t(dim);
   }
 
-  // Joins dimensions that are one in every tensor; at most three may remain.
-  void collapse(const std::vector<Walked>& all) {
+  // Joins dimensions that are one in every tensor, the last one only where no rows are wanted; at most three may
+  // remain.
+  void collapse(const std::vector<Walked>& all, bool rows) {
     std::vector<int64_t> sizes, dims;  // from the innermost: joint size, and the dimension whose stride it steps by
-    for (int64_t i = x_.dim() - 1; i >= 0; --i) {
+    if (rows) {
+      sizes.push_back(x_.size(x_.dim() - 1));
+      dims.push_back(x_.dim() - 1);
+    }
+    for (int64_t i = x_.dim() - 1 - int64_t(rows); i >= 0; --i) {
       if (x_.size(i) == 1) continue;
-      const bool joins = !sizes.empty() && std::all_of(all.begin(), all.end(), [&](const Walked& w) {
-        return w.tensor->stride(i) == w.tensor->stride(dims.back()) * sizes.back();
-      });
+      const bool joins = sizes.size() > size_t(rows) && std::all_of(all.begin(), all.end(), [&](const Walked& w) {
+                           return w.tensor->stride(i) == w.tensor->stride(dims.back()) * sizes.back();
+                         });
       if (joins) {
         sizes.back() *= x_.size(i);
       } else {
@@ -134,7 +168,7 @@ class Call : public TokenCall<Params> {
       }
     }
     for (const Walked& w : all) {
-      const bool fits = sizes.size() <= 3 && w.tensor->stride(dims[0]) == 1;
+      const bool fits = sizes.size() <= 3 && (sizes[0] == 1 || w.tensor->stride(dims[0]) == 1);
       VDIT_CHECK(fits, op_, ": ", w.name,
                  " has a layout that is not [outer, rows, contiguous row]; call .contiguous()");
       w.rows->token_stride = sizes.size() > 1 ? w.tensor->stride(dims[1]) : 0;
@@ -143,15 +177,16 @@ class Call : public TokenCall<Params> {
     set_shape(sizes.size() > 2 ? sizes[2] : 1, sizes.size() > 1 ? sizes[1] : 1, sizes[0]);
   }
 
-  bool any_factor_ = false;
+  std::optional<ScalarType> factor_type_;
 };
 
 class Update : public Call<FactorUpdateParams> {
  public:
-  Update(const Tensor& factors, const Tensor& output, const Optional& minus, double distance, int64_t known)
+  Update(const Tensor& factors, const Tensor& output, const Optional& minus, double distance, int64_t known,
+         const Optional& scales)
       : Call("factor_update", output, false, "output") {
     const int64_t held = this->factors(factors, "factors", 1, p.factor_stride);
-    factor_dtype(factors, "factors");
+    p.scales = this->scales(factors, "factors", scales, "scales", p.scale_stride);
     p.factors = factors.mutable_data_ptr();
     VDIT_CHECK(known >= 0 && known <= held, "factor_update: known is ", known, "; expected 0 to ", held,
                ", the number of factors");
@@ -165,14 +200,26 @@ class Update : public Call<FactorUpdateParams> {
     VDIT_CHECK(!minus || p.minus.dtype == p.output.dtype, "factor_update: minus is ", dtype_text(minus->scalar_type()),
                " but output is ", dtype_text(output.scalar_type()), "; convert it");
     if (p.half == DType::f32) p.half = DType::bf16;  // there is no 16-bit tensor
-    for (const Walked& w : all) check_overlap(factors, *w.tensor, w.name);
+    for (const Walked& w : all) {
+      check_overlap(factors, *w.tensor, w.name);
+      VDIT_CHECK(!scales || !share_memory(*scales, *w.tensor), "factor_update: ", w.name,
+                 " overlaps scales; pass a copy of it");
+    }
+    VDIT_CHECK(!scales || !share_memory(*scales, factors),
+               "factor_update: scales overlaps factors; pass memory of "
+               "its own");
     p.stream = p.total * int64_t(factors.element_size()) >= kStreamBytes;
   }
 
   void run_cpu() const {
     if (p.total == 0) return;
+    const int64_t scratch = p.scales == nullptr ? 0 : (int64_t(p.dim) + 15) / 16 * 16 * (p.last + 1);
     torch::stable::parallel_for(0, p.batch * p.tokens, std::max<int64_t>(1, kElementsPerTask / p.dim),
-                                [this](int64_t first, int64_t last) { cpu_factor_update(p, first, last); });
+                                [this, scratch](int64_t first, int64_t last) {
+                                  if (scratch == 0) return cpu_factor_update(p, first, last);
+                                  std::vector<float> buffer(static_cast<size_t>(scratch));
+                                  cpu_factor_update_e4m3(p, first, last, buffer.data());
+                                });
   }
 
 #ifdef VDIT_CUDA
@@ -196,13 +243,15 @@ class Forecast : public Call<ForecastParams> {
  public:
   Forecast(const Optional& x, const std::vector<Tensor>& factors, const std::vector<Optional>& gates,
            const std::vector<Optional>& bases, const Optional& index, const std::vector<double>& weights, bool eager,
-           const Tensor& out)
+           const std::vector<Optional>& scales, const Tensor& out)
       : Call("forecast_gate_add", x ? *x : out, eager, x ? "x" : "out") {
     const auto modules = int64_t(factors.size());
     VDIT_CHECK(modules >= 1 && modules <= kMaxForecastModules, op_, ": ", modules, " modules; expected 1 to ",
                kMaxForecastModules);
     VDIT_CHECK(int64_t(gates.size()) == modules && int64_t(bases.size()) == modules, op_, ": ", modules,
                " modules but ", gates.size(), " gates and ", bases.size(), " bases; pass one or None for each");
+    VDIT_CHECK(int64_t(scales.size()) == modules, op_, ": ", modules, " modules but ", scales.size(),
+               " scales; pass one or None for each");
     VDIT_CHECK(!weights.empty() && weights.size() <= size_t(kMaxFactors), op_, ": ", weights.size(),
                " weights; expected 1 to ", kMaxFactors);
     for (size_t i = 0; i < weights.size(); ++i) {
@@ -217,6 +266,12 @@ class Forecast : public Call<ForecastParams> {
     AdaLNRows to{};
     std::vector<Walked> all{{"out", &out, &to}};
     if (x) all.push_back({"x", &*x, &p.x});
+    for (int64_t j = 0; j < modules; ++j) {
+      const std::string name = numbered("factors", j);
+      ForecastModule& m = p.module[j];
+      this->factors(factors[j], name, p.factors, m.factor_stride);
+      m.scales = this->scales(factors[j], name, scales[j], numbered("scales", j), m.scale_stride);
+    }
     walk(all, gated);
     p.out = out.mutable_data_ptr();
     p.out_batch_stride = to.batch_stride;
@@ -229,11 +284,9 @@ class Forecast : public Call<ForecastParams> {
     VDIT_CHECK(!x || in_place || !share_memory(*x, out), op_,
                ": out overlaps x without being it; pass x itself or memory of its own");
     for (int64_t j = 0; j < modules; ++j) {
-      const std::string name = numbered("factors", j);
+      VDIT_CHECK(!share_memory(factors[j], out) && !(scales[j] && share_memory(*scales[j], out)), op_,
+                 ": out overlaps ", numbered("factors", j), "; pass memory of its own");
       ForecastModule& m = p.module[j];
-      this->factors(factors[j], name, p.factors, m.factor_stride);
-      factor_dtype(factors[j], name);
-      VDIT_CHECK(!share_memory(factors[j], out), op_, ": out overlaps ", name, "; pass memory of its own");
       m.factors = factors[j].const_data_ptr();
       m.gate = table(numbered("gate", j), gates[j], bases[j]);
     }
@@ -309,15 +362,17 @@ struct Cuda {
 };
 
 template <class Device>
-void factor_update(const Tensor& factors, const Tensor& output, const Optional& minus, double distance, int64_t known) {
-  Device::run("factor_update", factors, [&] { return Update(factors, output, minus, distance, known); });
+void factor_update(const Tensor& factors, const Tensor& output, const Optional& minus, double distance, int64_t known,
+                   const Optional& scales) {
+  Device::run("factor_update", factors, [&] { return Update(factors, output, minus, distance, known, scales); });
 }
 
 template <class Device>
 void forecast_gate_add(const Optional& x, const std::vector<Tensor>& factors, const std::vector<Optional>& gates,
                        const std::vector<Optional>& bases, const Optional& index, const std::vector<double>& weights,
-                       bool eager, const Tensor& out) {
-  Device::run("forecast_gate_add", out, [&] { return Forecast(x, factors, gates, bases, index, weights, eager, out); });
+                       bool eager, const std::vector<Optional>& scales, const Tensor& out) {
+  Device::run("forecast_gate_add", out,
+              [&] { return Forecast(x, factors, gates, bases, index, weights, eager, scales, out); });
 }
 
 }  // namespace

@@ -26,10 +26,12 @@ STABLE_TORCH_LIBRARY(vdit_fast, m) {
       "compile_blocks(Tensor keep, Tensor q_len, Tensor kv_len, int lq, int? q_tile=None) -> "
       "(Tensor, Tensor, Tensor)");
   m.def("counting_sort(Tensor labels, int classes) -> (Tensor, Tensor)");
-  m.def("factor_update(Tensor(a!) factors, Tensor output, Tensor? minus, float distance, int known) -> ()");
+  m.def(
+      "factor_update(Tensor(a!) factors, Tensor output, Tensor? minus, float distance, int known, Tensor(b!)? scales) "
+      "-> ()");
   m.def(
       "forecast_gate_add(Tensor? x, Tensor[] factors, Tensor?[] gates, Tensor?[] bases, Tensor? index, "
-      "float[] weights, bool eager, Tensor(a!) out) -> ()");
+      "float[] weights, bool eager, Tensor?[] scales, Tensor(a!) out) -> ()");
   m.def(
       "gate_residual(Tensor x, Tensor y, Tensor? gate, Tensor? gate_base, Tensor? index, bool tanh_gate, "
       "int post_norm, float post_eps, Tensor? post_weight, Tensor? post_bias, bool eager) -> Tensor");

@@ -113,7 +113,7 @@ def test_offloaded_factors_lie_in_pinned_memory() -> None:
         found = [factors.added_to(x, [1.0, 0.5, 0.1][: factors.known]) for factors in (here, away)]
         assert torch.equal(*found)
     del found
-    assert away._kept.is_pinned() and torch.cuda.memory_allocated() <= before
+    assert away._kept[0].is_pinned() and torch.cuda.memory_allocated() <= before
     assert away.nbytes == here.nbytes
 
 

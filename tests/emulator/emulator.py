@@ -75,7 +75,8 @@ class Stats(ctypes.Structure):
     """Counters since the last ``stats(reset=True)``."""
 
     _names = (
-        "blocks switches collectives mma ldmatrix ldmatrix_conflicts wgmma tma cp_async ldg128 stg128"  # order of emu.h
+        "blocks switches collectives mma ldmatrix ldmatrix_conflicts wgmma tma cp_async "
+        "ldg128 stg128 ldg64 stg64 ldg32 stg32"  # order of emu.h
     )
     _fields_ = [(name, ctypes.c_uint64) for name in _names.split()]
 

@@ -11,12 +11,16 @@ from emulator_adaln import _Rows, _Table
 from torch import Tensor
 
 from emulator import DTYPES, LAZY_FORWARD, Policy, c_policy, call, load
+from vdit_fast import reference
 
 FLAT_ROW = 1 << 14
 
 
 class _Module(ctypes.Structure):
-    _fields_ = [("factors", ctypes.c_void_p), ("factor_stride", ctypes.c_int64), ("gate", _Table)]
+    _fields_ = [
+        ("factors", ctypes.c_void_p), ("factor_stride", ctypes.c_int64), ("gate", _Table),
+        ("scales", ctypes.c_void_p), ("scale_stride", ctypes.c_int64),
+    ]  # fmt: skip
 
 
 class FactorUpdateParams(ctypes.Structure):
@@ -28,6 +32,8 @@ class FactorUpdateParams(ctypes.Structure):
         *((name, _Rows) for name in ("output", "minus")),
         ("factors", ctypes.c_void_p),
         ("factor_stride", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
+        ("scale_stride", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("last", "stream")),
         ("distance", ctypes.c_float),
     ]
@@ -54,11 +60,16 @@ def _half(*tensors: Tensor | None) -> int:
     return next((DTYPES[t.dtype] for t in tensors if t is not None and t.element_size() == 2), 2)
 
 
-def _walk(p: Any, tensors: Sequence[Tensor | None], as_is: bool, flat_row: int) -> list[_Rows]:
-    """Shape and strides of the rows, as the operator passes them."""
+def _walk(p: Any, tensors: Sequence[Tensor | None], as_is: bool, flat_row: int, scaled: bool) -> list[_Rows]:
+    """Shape and strides of the rows, as the operator passes them; rows with a scale are those of the tensors."""
     held = [t for t in tensors if t is not None]
     p.total = held[0].numel()
-    flat = not as_is and all(t.is_contiguous() for t in held)
+    if scaled and not as_is:
+        while held[0].dim() != 3:
+            change = (lambda t: t[None]) if held[0].dim() < 3 else (lambda t: t.flatten(0, 1))
+            tensors = [None if t is None else change(t) for t in tensors]
+            held = [t for t in tensors if t is not None]
+    flat = not as_is and not scaled and all(t.is_contiguous() for t in held)
     if flat:
         p.batch, p.tokens, p.dim = 1, -(-p.total // flat_row), min(p.total, flat_row)
     else:
@@ -76,6 +87,7 @@ def factor_update(
     *,
     known: int,
     minus: Tensor | None = None,
+    scales: Tensor | None = None,
     flat_row: int = FLAT_ROW,
     policy: Policy = LAZY_FORWARD,
 ) -> int:
@@ -87,9 +99,12 @@ def factor_update(
     library = load("cache")
     size = library.vdit_emu_factor_update_params_bytes()
     assert size == ctypes.sizeof(FactorUpdateParams), f"Python has {ctypes.sizeof(FactorUpdateParams)}, C++ {size}"
-    p = FactorUpdateParams(half=_half(factors, output, minus), factor_dtype=DTYPES[factors.dtype], distance=distance)
-    p.output, p.minus = _walk(p, (output, minus), False, flat_row)
+    p = FactorUpdateParams(half=_half(factors, output, minus), distance=distance)
+    p.factor_dtype = DTYPES.get(factors.dtype, 0)
+    p.output, p.minus = _walk(p, (output, minus), False, flat_row, scales is not None)
     p.factors, p.factor_stride = factors.data_ptr(), factors.stride(0)
+    if scales is not None:
+        p.scales, p.scale_stride = scales.data_ptr(), scales.stride(0)
     p.last = min(known, len(factors) - 1)
     run_policy = c_policy(policy)
     call(library.vdit_emu_factor_update, policy, ctypes.byref(p), ctypes.c_int(len(factors)), ctypes.byref(run_policy))
@@ -105,6 +120,7 @@ def forecast_gate_add(
     index: Tensor | None = None,
     rounding: str = "fast",
     out: Tensor | None = None,
+    scales: Any = None,
     flat_row: int = FLAT_ROW,
     policy: Policy = LAZY_FORWARD,
 ) -> Tensor:
@@ -120,12 +136,16 @@ def forecast_gate_add(
         assert x is not None
         out = torch.full(x.shape, torch.nan, dtype=x.dtype)
     every = [x, out, *modules, *(t for pair in parts for t in pair)]
-    p = ForecastParams(half=_half(*every), factor_dtype=DTYPES[modules[0].dtype], out_dtype=DTYPES[out.dtype])
-    to, p.x = _walk(p, (out, x), any(g is not None for g in gates), flat_row)
+    p = ForecastParams(half=_half(*every), out_dtype=DTYPES[out.dtype])
+    p.factor_dtype = DTYPES.get(modules[0].dtype, 0)
+    held = reference.cache.scales_of(modules, scales)
+    to, p.x = _walk(p, (out, x), any(g is not None for g in gates), flat_row, held[0] is not None)
     p.out, p.out_batch_stride, p.out_token_stride = to.data, to.batch_stride, to.token_stride
-    for j, (one, (base, rows)) in enumerate(zip(modules, parts, strict=True)):
+    for j, (one, row_scales, (base, rows)) in enumerate(zip(modules, held, parts, strict=True)):
         m = p.module[j]
         m.factors, m.factor_stride = one.data_ptr(), one.stride(0)
+        if row_scales is not None:
+            m.scales, m.scale_stride = row_scales.data_ptr(), row_scales.stride(0)
         if rows is None:
             continue
         rounded = eager and all(t is None or t.element_size() == 2 for t in (base, rows))

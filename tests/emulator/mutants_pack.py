@@ -10,6 +10,7 @@ def _bug(name: str, file: str, old: str, new: str, select: str = "") -> Mutant:
 
 
 PARAMS, MOVE, COMPRESS, ENTRY = (f"kernels/pack/{name}" for name in ("pack.h", "move.h", "compress.h", "pack.cu"))
+CODES = "kernels/fused/e4m3.h"
 
 MUTANTS = [
     # ---- where a slice is
@@ -76,13 +77,13 @@ MUTANTS = [
         "slices that are too long are begun", ENTRY, "if (most > INT32_MAX - per_cta) return kInvalid;", "", "too_much"
     ),
     # ---- e4m3
-    _bug("448 needs the next power", COMPRESS, "> 0x600000 ? 1 : 0", ">= 0x600000 ? 1 : 0", "e4m3"),
-    _bug("the power is too small by one", COMPRESS, "(magnitude >> 23) - 8 +", "(magnitude >> 23) - 9 +", "e4m3"),
-    _bug("powers of blocks of tiny numbers wrap", COMPRESS, "return e < 1 ? 1 : e;", "return e;", "e4m3"),
-    _bug("infinity makes the power", COMPRESS, "magnitude < 0x7f800000 && magnitude > top", "magnitude > top", "e4m3"),
+    _bug("448 needs the next power", CODES, "> 0x600000 ? 1 : 0", ">= 0x600000 ? 1 : 0", "e4m3"),
+    _bug("the power is too small by one", CODES, "(magnitude >> 23) - 8 +", "(magnitude >> 23) - 9 +", "e4m3"),
+    _bug("powers of blocks of tiny numbers wrap", CODES, "return e < 1 ? 1 : e;", "return e;", "e4m3"),
+    _bug("infinity makes the power", CODES, "magnitude < 0x7f800000 && magnitude > top", "magnitude > top", "e4m3"),
     _bug(
         "signs take part in the largest",
-        COMPRESS,
+        CODES,
         "arch::as_uint(v[e]) & 0x7fffffff;\n    if",
         "arch::as_uint(v[e]);\n    if",
         "e4m3",
@@ -103,7 +104,7 @@ MUTANTS = [
     ),
     _bug(
         "infinity is the largest code",
-        COMPRESS,
+        CODES,
         "const bool finite = (arch::as_uint(v[e]) & 0x7fffffff) < 0x7f800000;",
         "const bool finite = (arch::as_uint(v[e]) & 0x7fffffff) <= 0x7f800000;",
         "e4m3",
@@ -114,22 +115,22 @@ MUTANTS = [
     _bug(
         "scales of the first block serve all",
         COMPRESS,
-        "s.packed[pack_aligned(codes) + at.group])) << 23",
-        "s.packed[pack_aligned(codes)])) << 23",
+        "uint8_t(s.packed[pack_aligned(all) + at.group])",
+        "uint8_t(s.packed[pack_aligned(all)])",
         "e4m3",
     ),
     _bug(
         "large codes overflow",
         COMPRESS,
-        "v[e + i] = x > limit ? limit : x < -limit ? -limit : x;",
-        "v[e + i] = x;",
+        "v[e] = v[e] > limit ? limit : v[e] < -limit ? -limit : v[e];",
+        "v[e] += 0.f;",
         "ends",
     ),
     _bug(
         "NaN becomes the largest",
         COMPRESS,
-        "v[e + i] = x > limit ? limit : x < -limit ? -limit : x;",
-        "v[e + i] = x <= limit ? x : limit;",
+        "v[e] = v[e] > limit ? limit : v[e] < -limit ? -limit : v[e];",
+        "v[e] = v[e] <= limit ? v[e] : limit;",
         "e4m3",
     ),
     _bug(
@@ -146,7 +147,7 @@ MUTANTS = [
         "at.whole = at.any;",
         "e4m3 or bf16",
     ),
-    _bug("channels beyond the row are written", COMPRESS, "if (first + e < t.dim) to[e] =", "to[e] =", "e4m3"),
+    _bug("channels beyond the row are written", CODES, "if (first + e < dim) to[e] =", "to[e] =", "e4m3"),
     _bug("subnormal codes are not rounded", "arch/arch.h", "if (magnitude < 0x3c800000)", "if (magnitude < 0)", "e4m3"),
     _bug("halves go up", "arch/arch.h", "magnitude + 0x7ffff + (magnitude >> 20 & 1)", "magnitude + 0x80000", "e4m3"),
     _bug(

@@ -95,6 +95,12 @@ def test_e4m3() -> None:
     assert torch.equal(torch.signbit(back)[:128], torch.signbit(numbers)[:128])
 
 
+def test_global_widths() -> None:
+    data, out = words(64 * 6), torch.zeros(64 * 6, dtype=torch.int32)
+    run_case("global_widths", [data], [out])
+    assert torch.equal(out.view(64, 6), data.view(64, 6).flip(0))
+
+
 def test_bits() -> None:
     data = torch.cat(
         [torch.tensor([0, 1, -1, -(2**31)], dtype=torch.int32), words(60) >> (torch.arange(60) % 31).int()]

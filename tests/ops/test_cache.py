@@ -285,17 +285,17 @@ def test_threads_and_repeats_change_nothing() -> None:
 
 def test_raw_operators() -> None:
     factors, output = draw(0, 3, 2, 5, 40, dtype=BF16), draw(1, 2, 5, 40, dtype=BF16)
-    torch.library.opcheck(torch.ops.vdit_fast.factor_update, (factors, output, output.clone(), 2.0, 2))
+    torch.library.opcheck(torch.ops.vdit_fast.factor_update, (factors, output, output.clone(), 2.0, 2, None))
     kwargs = forecast_arguments(4, (2, 5, 40))
     (b0, g0), (b1, g1) = (g if isinstance(g, tuple) else (None, g) for g in kwargs["gate"])
     torch.library.opcheck(
         torch.ops.vdit_fast.forecast_gate_add,
         (kwargs["x"], kwargs["factors"], [g0, g1], [b0, b1], kwargs["index"], kwargs["weights"], True,
-         torch.empty_like(kwargs["x"])),
+         [None, None], torch.empty_like(kwargs["x"])),
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.vdit_fast.forecast_gate_add,
-        (None, [factors], [None], [None], None, [1.0], False, torch.empty_like(output)),
+        (None, [factors], [None], [None], None, [1.0], False, [None], torch.empty_like(output)),
     )
 
 

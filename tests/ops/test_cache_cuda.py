@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from adaln_cases import BF16, F16, F32, draw, within
-from cache_cases import FORECASTS, UPDATES, double, forecast_arguments, update_arguments
+from cache_cases import (
+    FORECASTS,
+    UPDATES,
+    coded_forecast,
+    coded_update,
+    double,
+    forecast_arguments,
+    same_codes,
+    update_arguments,
+)  # fmt: skip
 from torch import Tensor
 
 from vdit_fast import ops, reference
@@ -49,6 +58,40 @@ def test_forecasts(dim: int, rounding: str) -> None:
         given = on_device(kwargs)
         ops.forecast_gate_add(**given, out=given["x"])
         assert torch.equal(given["x"], got)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 40), (7, 13), (3,), (2, 300, 1536), (3, 4104), (2, 5120), (2, 16384)], ids=str
+)
+def test_updates_in_e4m3_to_the_bit(shape: tuple[int, ...]) -> None:
+    for variant in UPDATES:
+        kwargs = coded_update(variant, shape)
+        given = on_device(kwargs)
+        assert ops.factor_update(**given) == reference.factor_update(**kwargs)
+        assert same_codes(given["factors"].cpu(), kwargs["factors"])
+        torch.testing.assert_close(given["scales"].cpu(), kwargs["scales"], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rounding", ["fast", "eager"])
+@pytest.mark.parametrize("dim", [1, 8, 13, 264, 1152, 5120, 5121])
+def test_forecasts_in_e4m3(dim: int, rounding: str) -> None:
+    for variant in FORECASTS:
+        kwargs, exact = coded_forecast(variant, (2, 50, dim), rounding, (BF16, F16, F32)[variant % 3])
+        got = ops.forecast_gate_add(**on_device(kwargs))
+        within(got.cpu(), reference.forecast_gate_add(**kwargs), reference.forecast_gate_add(**exact))
+
+
+def test_edges_in_e4m3() -> None:
+    most = torch.finfo(F32).max
+    x = torch.zeros(6, 320)
+    x[0, :4] = torch.tensor([most, -most, 1.0, 3.3e38])
+    x[1, :2] = torch.tensor([1e-45, torch.finfo(F32).tiny])
+    x[2, 300], x[2, 7], x[3, 300], x[3, 7] = torch.inf, 2.0, torch.nan, 2.0
+    x[4, 319], x[5, 0] = 448.0, 448.0001
+    codes, scales = torch.zeros(1, 6, 320, device="cuda").to(torch.float8_e4m3fn), torch.zeros(1, 6, device="cuda")
+    ops.factor_update(codes, x.cuda(), 1.0, known=0, scales=scales)
+    want, want_scales = reference.cache.quantised(x)
+    assert same_codes(codes[0].cpu(), want) and torch.equal(scales[0].cpu(), want_scales)
 
 
 def test_many_rows_repeat_exactly_and_do_not_synchronise() -> None:

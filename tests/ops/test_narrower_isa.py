@@ -19,6 +19,7 @@ TESTS = {
     "attention": "odd_lengths",
     "block_mass": "odd_sizes",
     "cache": LIKE_THE_REFERENCE,
+    "cache_e4m3": LIKE_THE_REFERENCE,
     "clusters": "nearest_centroids and 300 or lowest_index or in_range or test_means and one_long or any_lengths",
     "combine_rows": LIKE_THE_REFERENCE,
     "linear_attention": LIKE_THE_REFERENCE,

@@ -9,7 +9,12 @@ import torch
 from adaln_cases import BF16, F16, F32, draw
 from torch import Tensor
 
-__all__ = ["FORECASTS", "UPDATES", "double", "forecast_arguments", "update_arguments"]
+from vdit_fast.reference.cache import E4M3, quantised
+
+__all__ = [
+    "E4M3", "FORECASTS", "UPDATES", "coded", "coded_forecast", "coded_update", "double", "forecast_arguments",
+    "same_codes", "update_arguments", "values",
+]  # fmt: skip
 
 UPDATES = range(20)
 FORECASTS = range(24)
@@ -72,3 +77,50 @@ def double(kwargs: dict[str, Any]) -> dict[str, Any]:
         return v.to(torch.float64, copy=True) if isinstance(v, Tensor) and v.is_floating_point() else v
 
     return {k: one(v) for k, v in kwargs.items()} | ({"rounding": "fast"} if "rounding" in kwargs else {})
+
+
+# ---- factors in e4m3
+
+
+def coded(factors: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Factors as codes and scales, their rows of very different magnitudes; a factor of NaN stays one, with NaN for its
+    scales: whoever reads it shows."""
+    rows = torch.randint(-12, 13, factors.shape[:-1], generator=torch.Generator().manual_seed(seed))
+    codes, scales = quantised(factors.float() * rows.exp2()[..., None])
+    return codes, scales.where(~factors.isnan().all(-1), torch.nan)
+
+
+def values(codes: Tensor, scales: Tensor) -> Tensor:
+    """What they stand for, in fp64, which holds it exactly."""
+    return codes.double() * scales.double()[..., None]
+
+
+def same_codes(a: Tensor, b: Tensor) -> bool:
+    """Bit by bit, but for the signs of NaN."""
+    x, y = a.view(torch.uint8), b.view(torch.uint8)
+    return bool(((x == y) | ((x & 0x7F == 0x7F) & (y & 0x7F == 0x7F))).all())
+
+
+def coded_update(variant: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    """``update_arguments`` with factors in e4m3, and outputs whose rows differ as much as theirs."""
+    kwargs = update_arguments(variant, shape)
+    for name in ("output", "minus"):
+        if kwargs[name] is not None:
+            rows = torch.randint(-8, 9, shape[:-1], generator=torch.Generator().manual_seed(variant))
+            kwargs[name] = (kwargs[name].float() * rows.exp2()[..., None]).to(kwargs[name].dtype)
+    kwargs["factors"], kwargs["scales"] = coded(kwargs["factors"], variant)
+    return kwargs
+
+
+def coded_forecast(
+    variant: int, shape: tuple[int, ...], rounding: str = "fast", dtype: torch.dtype | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``forecast_arguments`` with factors in e4m3, and the same in fp64 with what these stand for."""
+    kwargs = forecast_arguments(variant, shape, rounding, dtype)
+    modules = kwargs["factors"] if isinstance(kwargs["factors"], list) else [kwargs["factors"]]
+    pairs = [coded(factors, variant) for factors in modules]
+    exact = double(kwargs) | {"factors": [values(*pair) for pair in pairs]}
+    exact["gate"] = exact["gate"] if isinstance(kwargs["factors"], list) else [exact["gate"]]
+    codes, scales = ([pair[i] for pair in pairs] for i in (0, 1))
+    one = not isinstance(kwargs["factors"], list)
+    return kwargs | {"factors": codes[0] if one else codes, "scales": scales[0] if one else scales}, exact

@@ -2,7 +2,8 @@
 // so that the loops over factors and modules cost little beside the memory; the forecasts of a plain sum are compiled
 // for their number of modules and for TaylorSeer's two factors (together 5 to 10 % in fp32). Rows of gates are
 // converted and completed when they change, which is rarely: neighbouring tokens mostly share them.
-#include "cpu/isa/table_rows.h"
+#include "cpu/isa/cache_steps.h"
+#include "cpu/isa/e4m3.h"
 #include "kernels/cache/cache.h"
 
 namespace VDIT_NS {
@@ -12,21 +13,6 @@ using vdit::DType;
 using vdit::FactorUpdateParams;
 using vdit::ForecastModule;
 using vdit::ForecastParams;
-
-template <int N>
-struct Vectors {
-  static constexpr int value = N;
-};
-
-// f(first column, All or Some, how many vectors); f must be inlined: what it captures would be read again for every
-// step.
-template <class F>
-inline void steps(int dim, F f) {
-  int i = 0;
-  for (; i + 4 * VL <= dim; i += 4 * VL) f(i, All{}, Vectors<4>{});
-  for (; i + VL <= dim; i += VL) f(i, All{}, Vectors<1>{});
-  if (i < dim) f(i, Some{dim - i}, Vectors<1>{});
-}
 
 template <class T>
 void put_streamed(T* p, vf v, All) {
@@ -40,32 +26,6 @@ template <class T>
 bool streams(const T* row, int32_t wanted) {
   return wanted && reinterpret_cast<uintptr_t>(row) % kLaneBytes<T> == 0;
 }
-
-// Hardware prefetchers stop at the end of a page, and its successor's address is yet to be translated: once per page of
-// T, the first line of a later one is asked for. One line, 16 KB ahead: a tenth in fp32, where a second line, or one
-// per half page, gave part of it back (measured, AMD EPYC). Addresses beyond a tensor are never read, and do no harm.
-constexpr uint64_t kPage = 4096, kAhead = 4 * kPage;
-template <class T>
-bool begins_page(int64_t element) {
-  return (uint64_t(element) & (kPage / sizeof(T) - 1)) < 4 * VL;
-}
-void ask_ahead(const void* p) { __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(p) + kAhead)); }
-
-// Where row `at` begins and ends.
-struct Place {
-  int64_t b, n, offset;
-  int dim;
-
-  template <class Params>
-  Place(const Params& p, int64_t at) : b(at / p.tokens), n(at % p.tokens), offset(at * p.dim) {
-    dim = p.total - offset < p.dim ? int(p.total - offset) : p.dim;
-  }
-  template <class T>
-  const T* row(const vdit::AdaLNRows& t) const {
-    if (t.data == nullptr) return nullptr;
-    return static_cast<const T*>(t.data) + b * t.batch_stride + n * t.token_stride;
-  }
-};
 
 template <class O, class F>
 void update_row(const FactorUpdateParams& p, int64_t at) {
@@ -107,6 +67,14 @@ void update_row(const FactorUpdateParams& p, int64_t at) {
   });
 }
 
+// Of a factor; scale: of the row, where there are scales.
+template <class F, class Part>
+inline vf value(const F* p, Part part, float scale) {
+  const vf v = get(p, part);
+  if constexpr (kCodes<F>) return v * scale;
+  return v;
+}
+
 template <class X, class F, class H>
 struct Forecast {
   const ForecastParams& p;
@@ -141,9 +109,12 @@ struct Forecast {
     for (int f = 0; f < factors; ++f) weight[f] = splat(p.weight[f]);
     ForecastModule module[vdit::kMaxForecastModules];
     const float* gates[vdit::kMaxForecastModules];
+    float scale[vdit::kMaxForecastModules][vdit::kMaxFactors]{};
     for (int j = 0; j < modules; ++j) {
       module[j] = p.module[j];
       gates[j] = gate[j];
+      if constexpr (kCodes<F>)
+        for (int f = 0; f < factors; ++f) scale[j][f] = module[j].scales[f * module[j].scale_stride + at];
     }
     steps(place.dim, [&](int i, auto part, auto vectors) __attribute__((always_inline)) {
       constexpr int kVectors = decltype(vectors)::value;
@@ -163,11 +134,11 @@ struct Forecast {
       for (int j = 0; j < modules; ++j) {
         const F* factor = static_cast<const F*>(module[j].factors) + offset;
 #pragma GCC unroll 4
-        for (int k = 0; k < kVectors; ++k) v[k] = weight[0] * get(factor + k * VL, part);
+        for (int k = 0; k < kVectors; ++k) v[k] = weight[0] * value(factor + k * VL, part, scale[j][0]);
         for (int f = 1; f < factors; ++f) {
           factor += module[j].factor_stride;
 #pragma GCC unroll 4
-          for (int k = 0; k < kVectors; ++k) v[k] += weight[f] * get(factor + k * VL, part);
+          for (int k = 0; k < kVectors; ++k) v[k] += weight[f] * value(factor + k * VL, part, scale[j][f]);
         }
         const float* const g = gates[j];
         const bool round_gated = kRound && module[j].gate.round;
@@ -227,6 +198,7 @@ void forecast(const ForecastParams& p, int64_t first, int64_t last, float* scrat
 
 template <class X, class H>
 void forecast_to(const ForecastParams& p, int64_t first, int64_t last, float* scratch) {
+  if (p.module[0].scales != nullptr) return forecast<X, e4m3, H>(p, first, last, scratch);
   if (p.factor_dtype == DType::f32) return forecast<X, float, H>(p, first, last, scratch);
   forecast<X, H, H>(p, first, last, scratch);
 }

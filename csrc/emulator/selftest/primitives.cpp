@@ -38,6 +38,7 @@ constexpr auto run_wgmma = one_block<warpgroup_mma<T, N, TransposeA, TransposeB,
 const Case kCases[] = {
     {"numbers", one_block<numbers, 128, 0>},
     {"e4m3", one_block<e4m3, 128, 0>},
+    {"global_widths", one_block<global_widths, 64, 0>},
     {"bits", one_block<bits, 128, 0>},
     {"shared_widths", one_block<shared_widths, 64, 2048>},
     {"collectives", one_block<collectives, 96, 0>},

@@ -31,6 +31,16 @@ VD_KERNEL(128, 1) e4m3(const VD_GRID_CONST Io io) {
   }
 }
 
+// Every thread copies 24 bytes of global memory, 8 and 8 and two times 4, to the mirrored thread's place.
+VD_KERNEL(64, 1) global_widths(const VD_GRID_CONST Io io) {
+  const uint32_t* in = input<uint32_t>(io, 0) + threadIdx.x * 6;
+  uint32_t* out = output<uint32_t>(io, 0) + (63 - threadIdx.x) * 6;
+  arch::stg64(out, arch::ldg64_stream(in));
+  arch::stg64(out + 2, arch::ldg64_stream_written(in + 2));
+  arch::stg32(out + 4, arch::ldg32(in + 4));
+  arch::stg32(out + 5, arch::ldg32(in + 5));
+}
+
 // in: words. out: their popc and highest_bit.
 VD_KERNEL(128, 1) bits(const VD_GRID_CONST Io io) {
   const int n = int(io.number[0]);

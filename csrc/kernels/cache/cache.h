@@ -6,12 +6,23 @@
 // A factor is contiguous; those of one module lie factor_stride elements apart. Without gates nothing depends on the
 // shape, so a tensor that is contiguous as a whole may be passed as rows of any length: `total` cuts the last one.
 // Rows and tables are those of the adaptive norms. Every dtype is f32 or `half`; arithmetic is fp32.
+//
+// Where there are scales, factors are e4m3 codes, and row r of factor i stands for code * scales[i * scale_stride + r].
+// Rows are then those of [B, N, D]: total is batch * tokens * dim. A row's scale is the smallest power of two, at least
+// 2^-126, with which no finite number of the row is beyond 448 times it, so that dividing by it is exact; factors are
+// read, worked with and rounded anew. Infinity is stored as NaN, and what would be rounded beyond fp32's range as the
+// largest code within it.
 #pragma once
 #include "kernels/fused/adaln.h"
 
 namespace vdit {
 
 constexpr int kMaxFactors = 5, kMaxForecastModules = 3;
+constexpr int kMaxScaledRow = 16384;  // elements of a row that has a scale
+
+// Of the scale 2^120, under which a code of 256 or more would stand for 2^128: the largest number that has a code.
+constexpr int32_t kTopExponent = 247;
+constexpr uint32_t kTopBits = 0x7f700000;  // 240 * 2^120
 
 struct FactorUpdateParams {
   int64_t batch, tokens, total;  // total: elements, more than (batch * tokens - 1) * dim
@@ -20,6 +31,8 @@ struct FactorUpdateParams {
   AdaLNRows output, minus;  // minus null: nothing is subtracted
   void* factors;
   int64_t factor_stride;
+  float* scales;  // null: factors are of factor_dtype
+  int64_t scale_stride;
   int32_t last;    // F_0 ... F_last are written, those before F_last are read
   int32_t stream;  // CPU: F_last goes past the caches
   float distance;
@@ -28,7 +41,9 @@ struct FactorUpdateParams {
 struct ForecastModule {
   const void* factors;
   int64_t factor_stride;
-  AdaLNTable gate;  // null: 1
+  AdaLNTable gate;      // null: 1
+  const float* scales;  // null: factors are of factor_dtype; in all modules or in none
+  int64_t scale_stride;
 };
 
 struct ForecastParams {

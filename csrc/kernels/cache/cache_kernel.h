@@ -6,6 +6,7 @@
 // Whatever is streamed may be written by the same thread afterwards (factors; out may be x), never by another one.
 #pragma once
 #include "kernels/cache/cache.h"
+#include "kernels/fused/e4m3.h"
 #include "kernels/fused/pieces.h"
 
 namespace vdit::gpu::cache {
@@ -82,8 +83,39 @@ factor_update(const VD_GRID_CONST Args<FactorUpdateParams> a) {
   }
 }
 
+// A piece of factor i of a module in flight: fp32 or 16-bit numbers, or codes and the scale of their row, which L1
+// holds.
+template <bool kE4m3>
+struct Stored {
+  Raw raw;
+
+  VD_METHOD void load(const ForecastModule& m, int i, const Place& at, int64_t row, bool wide) {
+    raw = pieces::load<Load::stream>(element(m.factors, i * m.factor_stride + row, wide), wide, at.piece, at.end,
+                                     at.aligned);
+  }
+  template <class H>
+  VD_METHOD void unpack(bool wide, float (&v)[kPiece]) const {
+    pieces::unpack<H>(raw, wide, v);
+  }
+};
+template <>
+struct Stored<true> {
+  uint2 codes;
+  uint32_t scale;
+
+  VD_METHOD void load(const ForecastModule& m, int i, const Place& at, int64_t row, bool) {
+    const void* from = static_cast<const uint8_t*>(m.factors) + i * m.factor_stride + row;
+    codes = e4m3::load<Load::stream>(from, at.piece, at.end, at.aligned);
+    scale = arch::ldg32(m.scales + i * m.scale_stride + at.row);
+  }
+  template <class H>
+  VD_METHOD void unpack(bool, float (&v)[kPiece]) const {
+    e4m3::decode(codes, arch::as_float(scale), v);
+  }
+};
+
 // kFactors: the most that are read of a module.
-template <class H, int kFactors>
+template <class H, int kFactors, bool kE4m3>
 VD_KERNEL(kThreads, kFactors <= 2 ? 3 : 2)
 forecast_gate_add(const VD_GRID_CONST Args<ForecastParams> a) {
   const ForecastParams& p = a.p;
@@ -95,21 +127,20 @@ forecast_gate_add(const VD_GRID_CONST Args<ForecastParams> a) {
   float total[kPiece], v[kPiece], t[kPiece];
   for (int j = 0; j < p.modules; ++j) {
     const ForecastModule& module = p.module[j];
-    Raw factor[kFactors];
+    Stored<kE4m3> factor[kFactors];
     VD_UNROLL for (int i = 0; i < kFactors; ++i) {
       if (i >= p.factors) continue;
-      const void* from = element(module.factors, i * module.factor_stride + at.row * p.dim, wide);
-      factor[i] = load<Load::stream>(from, wide, at.piece, at.end, at.aligned);
+      factor[i].load(module, i, at, at.row * p.dim, wide);
     }
     const void* gate = row_of(p, module.gate, at.b, at.n);
     if (gate != nullptr) table_piece<H>(p, module.gate, gate, at.piece, at.end, at.aligned, t);
     if (j == 0) unpack<H>(x, wide_out, total);
-    unpack<H>(factor[0], wide, v);
+    factor[0].template unpack<H>(wide, v);
     VD_UNROLL for (int e = 0; e < kPiece; ++e) v[e] *= p.weight[0];
     VD_UNROLL for (int i = 1; i < kFactors; ++i) {
       if (i >= p.factors) continue;
       float f[kPiece];
-      unpack<H>(factor[i], wide, f);
+      factor[i].template unpack<H>(wide, f);
       VD_UNROLL for (int e = 0; e < kPiece; ++e) v[e] += p.weight[i] * f[e];
     }
     round_to<H>(v, p.round);

@@ -3,6 +3,7 @@
 // shuffles have all lanes.
 #pragma once
 #include "arch/arch.h"
+#include "kernels/fused/e4m3.h"
 #include "kernels/fused/pieces.h"
 #include "kernels/pack/move.h"
 
@@ -40,48 +41,21 @@ struct Blocks {
   }
 };
 
-// The biased exponent of the smallest power of two, at least 2^-126, with which a magnitude is at most 448 = 1.75 *
-// 2^8.
-VD_DEV int32_t scale_exponent(uint32_t magnitude) {
-  const int32_t e = int32_t(magnitude >> 23) - 8 + ((magnitude & 0x7fffff) > 0x600000 ? 1 : 0);
-  return e < 1 ? 1 : e;
-}
-
 template <class H>
 VD_DEV void encode_e4m3(const PackParams& p, const PackTensor& t, const PackSlice& s, const Blocks& blocks,
                         const Part& at, float (&v)[pieces::kPiece]) {
-  uint32_t top = 0;
-  VD_UNROLL for (int e = 0; e < pieces::kPiece; ++e) {
-    const uint32_t magnitude = arch::as_uint(v[e]) & 0x7fffffff;
-    if (magnitude < 0x7f800000 && magnitude > top) top = magnitude;
-  }
+  uint32_t top = e4m3::largest(v, 0);
   for (int lane = 1; lane < blocks.lanes; lane *= 2) {
     const uint32_t other = arch::shfl_xor(top, lane);
     top = other > top ? other : top;
   }
   if (!at.any) return;
-  const int32_t exponent = scale_exponent(top);
-  const float inverse = arch::as_float(uint32_t(254 - exponent) << 23);
-  uint32_t word[2] = {};
-  VD_UNROLL for (int e = 0; e < pieces::kPiece; ++e) {
-    const bool finite = (arch::as_uint(v[e]) & 0x7fffffff) < 0x7f800000;
-    v[e] = finite ? v[e] * inverse : arch::as_float(0x7fffffff);
-  }
-  VD_UNROLL for (int e = 0; e < pieces::kPiece; e += 2) {
-    word[e / 4] |= arch::pack_e4m3(v[e], v[e + 1]) << (e % 4 * 8);
-  }
-  const int32_t first = at.piece * pieces::kPiece;
-  char* const to = s.packed + int64_t(at.vector) * t.dim + first;
-  if (at.whole) {
-    *reinterpret_cast<uint2*>(to) = uint2{word[0], word[1]};
-  } else {
-    VD_UNROLL for (int e = 0; e < pieces::kPiece; ++e) {
-      if (first + e < t.dim) to[e] = char(word[e / 4] >> (e % 4 * 8));
-    }
-  }
+  const int32_t exponent = e4m3::scale_exponent(top);
+  const uint2 codes = e4m3::encode(v, e4m3::inverse(exponent));
+  e4m3::store(s.packed + int64_t(at.vector) * t.dim, at.piece, t.dim, at.whole, codes);
   if (threadIdx.x % blocks.lanes == 0) {
-    const int64_t codes = int64_t(p.batch) * s.rows * s.heads * t.dim;
-    s.packed[pack_aligned(codes) + at.group] = char(exponent);
+    const int64_t all = int64_t(p.batch) * s.rows * s.heads * t.dim;
+    s.packed[pack_aligned(all) + at.group] = char(exponent);
   }
 }
 
@@ -132,25 +106,12 @@ expand_slices(const VD_GRID_CONST PackParams p, int32_t aligned) {
     if (!at.any) continue;
     float v[pieces::kPiece];
     if constexpr (kE4m3) {
-      const int32_t first = at.piece * pieces::kPiece;
-      const char* const from = s.packed + int64_t(at.vector) * t.dim + first;
-      uint32_t word[2] = {};
-      if (at.whole) {
-        const uint2 both = *reinterpret_cast<const uint2*>(from);
-        word[0] = both.x, word[1] = both.y;
-      } else {
-        VD_UNROLL for (int e = 0; e < pieces::kPiece; ++e) {
-          if (first + e < t.dim) word[e / 4] |= uint32_t(uint8_t(from[e])) << (e % 4 * 8);
-        }
-      }
-      const int64_t codes = int64_t(p.batch) * s.rows * s.heads * t.dim;
-      const float scale = arch::as_float(uint32_t(uint8_t(s.packed[pack_aligned(codes) + at.group])) << 23);
-      VD_UNROLL for (int e = 0; e < pieces::kPiece; e += 2) {
-        arch::unpack_e4m3(word[e / 4] >> (e % 4 * 8), v[e], v[e + 1]);
-        VD_UNROLL for (int i = 0; i < 2; ++i) {
-          const float x = v[e + i] * scale;  // NaN stays NaN
-          v[e + i] = x > limit ? limit : x < -limit ? -limit : x;
-        }
+      const char* const from = s.packed + int64_t(at.vector) * t.dim;
+      const uint2 codes = e4m3::load<e4m3::Load::stream>(from, at.piece, t.dim, at.whole);
+      const int64_t all = int64_t(p.batch) * s.rows * s.heads * t.dim;
+      e4m3::decode(codes, e4m3::scale(uint8_t(s.packed[pack_aligned(all) + at.group])), v);
+      VD_UNROLL for (int e = 0; e < pieces::kPiece; ++e) {
+        v[e] = v[e] > limit ? limit : v[e] < -limit ? -limit : v[e];  // NaN stays NaN
       }
     } else {
       const char* const from = s.packed + int64_t(at.vector) * t.dim * 2;

@@ -20,7 +20,7 @@ REGISTRY: dict[str, type[CachePolicy]] = {}
 GRANULARITIES = ("model", "span", "block", "module")
 """What is cached, from the least memory to the most."""
 
-STORAGE = ("auto", "fp32", "bf16", "fp16")
+STORAGE = ("auto", "fp32", "bf16", "fp16", "float8_e4m3fn")
 
 SIGMA_SLACK = 1e-6
 """Noise levels come from fp32 timesteps: 1 - 0.8 is 0.19999999 there, and counts as 0.2."""
@@ -44,8 +44,8 @@ class CachePolicy:
             that reason. Unlike steps they mean the same in a part of a schedule.
         interval: after that, every interval-th step is computed and those between are forecast; 1 computes all.
         min_steps: schedules of fewer steps are computed as a whole: a student of 4 steps has nothing to forecast.
-        storage: dtype of what is kept: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: fp32 for ``"model"``, else
-            the features' own.
+        storage: dtype of what is kept: ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"float8_e4m3fn"`` with a fp32 scale per
+            row of the last dimension, or ``"auto"``: fp32 for ``"model"``, else the features' own.
         max_bytes: most bytes kept in one transformer, an int or text such as "8 GB" or "512 MiB"; more is refused
             before anything is allocated. None: no limit.
         offload: keep factors in CPU memory between uses.

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .base import GRANULARITIES
+from ..reference.cache import E4M3, MAX_SCALED_ROW
+from .base import GRANULARITIES, STORAGE
 from .checks import size
 
 if TYPE_CHECKING:
     from .base import CachePolicy
 
-__all__ = ["Sizes", "check", "nbytes", "storage_dtype"]
+__all__ = ["Size", "Sizes", "check", "check_rows", "nbytes", "size_of", "storage_dtype"]
 
-Sizes = Mapping[str, int]
-"""Granularity -> elements of all its features in one guidance branch, as far as they are known."""
 
-_STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+class Size(NamedTuple):
+    """Of features in one guidance branch."""
+
+    elements: int
+    rows: int
+    """Of their last dimension: each has a scale in float8_e4m3fn."""
+
+
+Sizes = Mapping[str, Size]
+"""By granularity, of all its features, as far as they are known."""
+
+_STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "float8_e4m3fn": E4M3}
+_SCALE = 4  # bytes
+
+
+def size_of(features: Iterable[Tensor], times: int = 1) -> Size:
+    """Of so many times these features together."""
+    found = [(x.numel(), x.numel() // max(x.shape[-1], 1) if x.ndim else 1) for x in features]
+    return Size(times * sum(elements for elements, _ in found), times * sum(rows for _, rows in found))
 
 
 def storage_dtype(policy: CachePolicy, dtype: torch.dtype, granularity: str | None = None) -> torch.dtype:
@@ -27,51 +45,102 @@ def storage_dtype(policy: CachePolicy, dtype: torch.dtype, granularity: str | No
     Raises:
         ValueError: a storage of another 16-bit dtype than the features'.
     """
-    if policy.storage == "auto":
-        return torch.float32 if (granularity or policy.granularity) == "model" else dtype
-    wanted = _STORAGE[policy.storage]
+    return _stored(policy.storage, dtype, granularity or policy.granularity)
+
+
+def _stored(storage: str, dtype: torch.dtype, granularity: str) -> torch.dtype:
+    if storage == "auto":
+        return torch.float32 if granularity == "model" else dtype
+    wanted = _STORAGE[storage]
     if wanted != dtype and wanted.itemsize == dtype.itemsize == 2:
         raise ValueError(
-            f"storage is {policy.storage!r} but the model computes in {str(dtype).removeprefix('torch.')}; set storage "
+            f"storage is {storage!r} but the model computes in {str(dtype).removeprefix('torch.')}; set storage "
             "to 'auto' or 'fp32'"
         )
     return wanted
 
 
-def nbytes(policy: CachePolicy, elements: int, dtype: torch.dtype, granularity: str | None = None) -> int:
-    """Bytes of the factors of so many elements in one guidance branch: (order + 1) · elements · itemsize.
+def check_rows(shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise ValueError where a feature of a shape is not kept in a dtype with advantage: rows with a scale each that
+    are too short to save anything over 16 bits, or longer than the kernels take."""
+    width = shape[-1] if len(shape) else 1
+    if dtype != E4M3 or width + _SCALE < 2 * width <= 2 * MAX_SCALED_ROW:
+        return
+    why = (
+        f"at most {MAX_SCALED_ROW:,} numbers can share a scale"
+        if width > MAX_SCALED_ROW
+        else f"with a scale of {_SCALE} bytes each they take no less than 16-bit numbers"
+    )
+    raise ValueError(
+        f"storage is 'float8_e4m3fn' but a feature {list(shape)} has rows of {width:,} numbers in its last dimension: "
+        f"{why}; set storage to 'auto'"
+    )
+
+
+def nbytes(
+    policy: CachePolicy, elements: int, dtype: torch.dtype, granularity: str | None = None, rows: int = 0
+) -> int:
+    """Bytes of the factors of so many elements in one guidance branch: (order + 1) · elements · itemsize, and in
+    float8_e4m3fn (order + 1) · rows · 4 for the scales.
 
     Args:
         elements: of all features together.
         dtype: of the features.
         granularity: where it is not the policy's.
+        rows: of the last dimension of all features together; counts in float8_e4m3fn only.
     """
-    return (policy.degree + 1) * elements * storage_dtype(policy, dtype, granularity).itemsize
+    kept = storage_dtype(policy, dtype, granularity)
+    return (policy.degree + 1) * _one(Size(elements, rows), kept)
+
+
+def _one(size: Size, kept: torch.dtype) -> int:
+    return size.elements * kept.itemsize + (size.rows * _SCALE if kept == E4M3 else 0)
 
 
 def check(policy: CachePolicy, sizes: Sizes, dtype: torch.dtype, held: int = 0, branches: int = 1) -> None:
     """Raise ValueError where a new stream of features does not fit beside ``held`` bytes of the others, or where so
     many guidance branches will not.
 
-    The message names the bytes that are needed, and the granularities of the policy that would fit.
+    The message names the bytes that are needed, and the granularities and storages of the policy that would fit.
     """
     if policy.max_bytes is None:
         return
     limit, own = size("max_bytes", policy.max_bytes), policy.granularity
-    elements = sizes[own]
-    new = nbytes(policy, elements, dtype)
+    elements, rows = sizes[own]
+    new = nbytes(policy, elements, dtype, rows=rows)
     needs = max(held + new, branches * new)
     if needs <= limit:
         return
     streams = max(branches, 1 + round(held / new))
     others = [name for name in GRANULARITIES if name in sizes and name in policy.granularities and name != own]
-    needed = {name: streams * nbytes(policy, sizes[name], dtype, name) for name in others}
+    needed = {
+        name: streams * nbytes(policy, sizes[name].elements, dtype, name, rows=sizes[name].rows) for name in others
+    }
     fitting = [f"{name!r} ({count:,})" for name, count in needed.items() if count <= limit]
     remedy = f"granularity {' or '.join(fitting)} would fit" if fitting else "no other granularity of blocks fits"
     if own != "model" and "model" in policy.granularities:
         remedy += "; 'model' keeps the least, the transformer's output"
+    if narrower := _narrower(policy, sizes[own], dtype, streams, limit):
+        remedy += f"; storage {' or '.join(narrower)} would fit"
+    kept = storage_dtype(policy, dtype)
+    scales = f" and {rows:,} scales of {_SCALE}" if kept == E4M3 else ""
     raise ValueError(
         f"the cache {policy.name!r} needs {needs:,} bytes at granularity {own!r}: {streams} guidance branches of "
-        f"{policy.degree + 1} factors · {elements:,} elements · {storage_dtype(policy, dtype).itemsize} bytes, but "
-        f"max_bytes is {limit:,}; {remedy}"
+        f"{policy.degree + 1} factors · {elements:,} elements · {kept.itemsize} bytes{scales}, but max_bytes is "
+        f"{limit:,}; {remedy}"
     )
+
+
+def _narrower(policy: CachePolicy, size: Size, dtype: torch.dtype, streams: int, limit: int) -> list[str]:
+    """Storages in which this fits, with their bytes; one of a width."""
+    found: dict[int, str] = {}
+    for storage in STORAGE[1:]:
+        try:
+            kept = _stored(storage, dtype, policy.granularity)
+        except ValueError:  # the other 16-bit dtype
+            continue
+        count = streams * (policy.degree + 1) * _one(size, kept)
+        saves = kept != E4M3 or _one(size, kept) < 2 * size.elements
+        if count <= limit and saves:
+            found.setdefault(count, storage)
+    return [f"{storage!r} ({count:,})" for count, storage in found.items()]

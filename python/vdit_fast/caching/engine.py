@@ -240,6 +240,7 @@ class FeatureCache:
             policy = self.policy
             assert policy is not None
             kept = budget.storage_dtype(policy, dtype or like.dtype)
+            budget.check_rows(like.shape, kept)
             found = Factors(like.shape, policy.degree, kept, like.device, policy.offload)
             run.stream.factors[key] = found
         return found

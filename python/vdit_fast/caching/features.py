@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from . import budget
+
 if TYPE_CHECKING:
     from ..models.blocks import BlockCall
     from .engine import FeatureCache, Run
@@ -67,9 +69,9 @@ class Features(ABC):
         return tuple(new) if self._forms[call.block.index] else new[0]
 
     def _afford(self, run: Run, call: BlockCall, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        added = sum(y.numel() for _, y in pairs)
         first, end = run.span
-        sizes = {"span": added, "block": (end - first) * added}
+        changed = [y for _, y in pairs]
+        sizes = {"span": budget.size_of(changed), "block": budget.size_of(changed, end - first)}
         self.cache.afford(run, sizes, pairs[0][1].dtype)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..forwards import ForwardStandIn
+from . import budget
 from .engine import FeatureCache, Run
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run_cached(
             f"{type(output).__name__}; set cache to null in the configuration"
         )
     parts, wrap = found
-    cache.afford(run, {"model": sum(part.numel() for part in parts)}, parts[0].dtype)
+    cache.afford(run, {"model": budget.size_of(parts)}, parts[0].dtype)
     for index, part in enumerate(parts):
         cache.factors(run, index, part).update(run.step, part.detach())
     stream.form = wrap, [part.dtype for part in parts]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.cache import E4M3
 from .arithmetic import factor_update, forecast, forecast_gate_add
 
 __all__ = ["Factors", "Stream"]
@@ -20,7 +21,7 @@ class Factors:
     Args:
         shape: of the feature.
         order: highest difference.
-        dtype: in which factors are kept.
+        dtype: in which factors are kept; in float8_e4m3fn a fp32 scale per row of the last dimension is kept as well.
         device: where they are used.
         offload: keep them in CPU memory between uses, pinned where the device is a GPU.
     """
@@ -36,36 +37,44 @@ class Factors:
         self._away = offload and device.type != "cpu"
         self._pinned = self._away and device.type == "cuda"
         place = torch.device("cpu") if self._away else device
+        parts = [((order + 1, *shape), dtype)]
+        if dtype == E4M3:
+            parts.append(((order + 1, *shape[:-1]), torch.float32))
         with torch.inference_mode(False):  # an inference tensor could not be updated outside of inference mode
-            self._kept = torch.empty((order + 1, *shape), dtype=dtype, device=place, pin_memory=self._pinned)
+            self._kept = [torch.empty(size, dtype=kind, device=place, pin_memory=self._pinned) for size, kind in parts]
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._kept.numel() * self._kept.element_size()
+        return sum(part.numel() * part.element_size() for part in self._kept)
 
-    def here(self) -> Tensor:
-        """The factors ``[order + 1, *shape]`` on the device that uses them."""
+    def here(self) -> tuple[Tensor, Tensor | None]:
+        """The factors ``[order + 1, *shape]`` and their scales, if they have any, on the device that uses them."""
         # Transfers are queued behind each other on the device's stream: nothing waits on the host.
-        return self._kept.to(self._device, non_blocking=self._pinned) if self._away else self._kept
+        found = [part.to(self._device, non_blocking=self._pinned) if self._away else part for part in self._kept]
+        return found[0], found[1] if len(found) > 1 else None
 
     def update(self, step: int, output: Tensor, minus: Tensor | None = None) -> None:
         """Take note of the feature computed at ``step``, or of the offset ``output - minus``. A step that is not later
         than the last one begins anew."""
         known = self.known if step > self.step else 0
-        factors = self.here()
-        self.known = factor_update(factors, output, step - self.step, known=known, minus=minus)
+        factors, scales = self.here()
+        self.known = factor_update(factors, output, step - self.step, known=known, minus=minus, scales=scales)
         self.step = step
         if self._away:
-            self._kept.copy_(factors, non_blocking=self._pinned)
+            for kept, new in zip(self._kept, (factors, scales), strict=False):
+                assert new is not None
+                kept.copy_(new, non_blocking=self._pinned)
 
     def forecast(self, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
         """The feature in ``dtype``: the sum of the factors under ``weights``."""
-        return forecast(self.here(), weights=weights, dtype=dtype)
+        factors, scales = self.here()
+        return forecast(factors, weights=weights, dtype=dtype, scales=scales)
 
     def added_to(self, x: Tensor, weights: Sequence[float]) -> Tensor:
         """x plus the feature, a new tensor in x's dtype."""
-        return forecast_gate_add(x, [self.here()], [None], weights=weights)
+        factors, scales = self.here()
+        return forecast_gate_add(x, [factors], [None], weights=weights, scales=[scales])
 
 
 @dataclass

@@ -43,9 +43,10 @@ class Forecast:
         x, names = as_rows(x), list(gates)
         for at in range(0, len(names), _AT_ONCE):
             some = names[at : at + _AT_ONCE]
+            held = [self._factors[name].here() for name in some]
             x = forecast_gate_add(
-                x, [self._factors[name].here() for name in some], [gates[name] for name in some],
-                weights=self._weights, index=index, rounding=self._rounding,
+                x, [factors for factors, _ in held], [gates[name] for name in some],
+                weights=self._weights, index=index, rounding=self._rounding, scales=[scales for _, scales in held],
             )  # fmt: skip
         return x
 

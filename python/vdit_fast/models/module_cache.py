@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from vdit_fast.caching import budget
 from vdit_fast.caching.engine import FeatureCache, Run
 from vdit_fast.caching.features import Features
 from vdit_fast.models.block_modules import BlockModules, Forecast
@@ -87,16 +88,17 @@ class ModuleFeatures(Features):
         return block.forecast(call.module, call.arguments, found)
 
     def _afford_modules(self, run: Run, call: BlockCall) -> None:
-        sizes = [x.numel() if x is not None else 0 for x in call.inputs]
         first, end = run.span
-        elements = sum(
-            sizes[stream] for parts in self.parts[first:end] for streams in parts.values() for stream in streams
-        )
+
+        def size(streams: Iterable[int], times: int = 1) -> budget.Size:
+            return budget.size_of((x for stream in streams if (x := call.inputs[stream]) is not None), times)
+
+        kept = [stream for parts in self.parts[first:end] for streams in parts.values() for stream in streams]
         changed = {stream for parts in self.parts for streams in parts.values() for stream in streams}
-        added = sum(sizes[stream] for stream in changed)
         x = call.inputs[0]
         assert x is not None
-        self.cache.afford(run, {"module": elements, "block": (end - first) * added, "span": added}, x.dtype)
+        sizes = {"module": size(kept), "block": size(changed, end - first), "span": size(changed)}
+        self.cache.afford(run, sizes, x.dtype)
 
 
 class _Capture:

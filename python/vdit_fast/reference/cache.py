@@ -10,26 +10,61 @@ from torch import Tensor
 from .adaln import Rounding, Table, table_rows
 
 Gates = Table | Sequence[Table | None] | None
+Scales = Tensor | Sequence[Tensor | None] | None
 
 
-def factor_update(factors: Tensor, output: Tensor, distance: float, *, known: int, minus: Tensor | None = None) -> int:
-    """See ``ops.factor_update``; every tensor may also be fp64, and the arithmetic is fp64 where one is."""
+E4M3 = torch.float8_e4m3fn
+MAX_SCALED_ROW = 16384
+"""Most elements that share a scale."""
+
+
+def factor_update(
+    factors: Tensor,
+    output: Tensor,
+    distance: float,
+    *,
+    known: int,
+    minus: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> int:
+    """See ``ops.factor_update``; every tensor but the scales may also be fp64, and the arithmetic is fp64 where one
+    is."""
     wide = _wide(factors, output, minus)
     new = output.to(wide, copy=True)
     if minus is not None:
         new -= minus
     last = min(known, len(factors) - 1)
     for i in range(last):
-        old = factors[i].to(wide, copy=True)
-        factors[i] = new
+        old = _value(factors, scales, i, wide).clone()
+        _keep(factors, scales, i, new)
         new = (new - old) / distance
-    factors[last] = new
+    _keep(factors, scales, last, new)
     return last + 1
 
 
-def forecast(factors: Tensor, *, weights: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as e4m3 codes and the fp32 scales of its rows: the smallest powers of two, at least 2⁻¹²⁶, with which every
+    finite number is at most 448 scales. Infinities become NaN.
+
+    Args:
+        x: ``[*, D]``, fp32 or fp64.
+
+    Returns:
+        Codes ``[*, D]`` in float8_e4m3fn, and scales ``[*]``.
+    """
+    x = x.where(x.isfinite(), torch.nan)
+    mantissa, exponent = x.nan_to_num(0.0).abs().amax(-1).frexp()  # in [0.5, 1); 448 is 0.875 · 2⁹
+    exponent = (exponent - 9 + (mantissa > 0.875)).clamp_min(-126).where(mantissa > 0, -126)
+    scales = torch.ones_like(exponent, dtype=torch.float32).ldexp(exponent)
+    within = x.clamp(-240 * 2.0**120, 240 * 2.0**120).where((exponent == 120)[..., None], x)  # 256 · 2¹²⁰ is infinity
+    return (within / scales[..., None]).float().to(E4M3), scales
+
+
+def forecast(
+    factors: Tensor, *, weights: Sequence[float], dtype: torch.dtype | None = None, scales: Tensor | None = None
+) -> Tensor:
     """See ``ops.forecast``."""
-    return _sum(factors, weights, _wide(factors)).to(dtype or factors.dtype)
+    return _sum(factors, scales, weights, _wide(factors)).to(dtype or factors.dtype)
 
 
 def forecast_gate_add(
@@ -40,14 +75,16 @@ def forecast_gate_add(
     weights: Sequence[float],
     index: Tensor | None = None,
     rounding: Rounding = "fast",
+    scales: Scales = None,
 ) -> Tensor:
     """See ``ops.forecast_gate_add``."""
     modules, gates = modules_and_gates(factors, gate)
+    held = scales_of(modules, scales)
     tables = [t for g in gates for t in (g if isinstance(g, tuple) else (g,))]
     wide, eager = _wide(x, *modules, *tables), rounding == "eager"
     total = x.to(wide)
-    for one, table in zip(modules, gates, strict=True):
-        branch = _rounded(_sum(one, weights, wide), eager, x.dtype)
+    for one, row_scales, table in zip(modules, held, gates, strict=True):
+        branch = _rounded(_sum(one, row_scales, weights, wide), eager, x.dtype)
         if table is not None:
             half = all(t.element_size() == 2 for t in (table if isinstance(table, tuple) else (table,)))
             rows = table_rows(table, x.shape[1], index, rounding, wide)
@@ -75,10 +112,37 @@ def modules_and_gates(factors: Tensor | Sequence[Tensor], gate: Gates) -> tuple[
     return modules, gates
 
 
-def _sum(factors: Tensor, weights: Sequence[float], wide: torch.dtype) -> Tensor:
-    total = factors[0].to(wide) * weights[0]
-    for factor, weight in zip(factors[1 : len(weights)], weights[1:], strict=True):
-        total = total + factor.to(wide) * weight
+def scales_of(modules: Sequence[Tensor], scales: Scales) -> list[Tensor | None]:
+    """Scales as a list, one or None for every module.
+
+    Raises:
+        ValueError: there are not as many as modules.
+    """
+    if scales is None:
+        return [None] * len(modules)
+    found: list[Tensor | None] = [scales] if isinstance(scales, Tensor) else list(scales)
+    if len(found) != len(modules):
+        raise ValueError(f"{len(modules)} modules but {len(found)} scales; pass one for every module, or None")
+    return found
+
+
+def _value(factors: Tensor, scales: Tensor | None, i: int, wide: torch.dtype) -> Tensor:
+    """What factor i stands for."""
+    value = factors[i].to(wide)
+    return value if scales is None else value * scales[i][..., None]
+
+
+def _keep(factors: Tensor, scales: Tensor | None, i: int, value: Tensor) -> None:
+    if scales is None:
+        factors[i] = value
+    else:
+        factors[i], scales[i] = quantised(value)
+
+
+def _sum(factors: Tensor, scales: Tensor | None, weights: Sequence[float], wide: torch.dtype) -> Tensor:
+    total = _value(factors, scales, 0, wide) * weights[0]
+    for i, weight in enumerate(weights[1:], 1):
+        total = total + _value(factors, scales, i, wide) * weight
     return total
 
 
