@@ -175,11 +175,12 @@ def coded_contenders(case: Case, dtype: torch.dtype, device: str = "cpu") -> tup
     pairs, x = [hold() for _ in range(modules)], draw()
     rows = torch.randn(modules, 1, case.width, device=device)
     gates = [None if j == 1 else rows[j] for j in range(modules)]
-    codes, scales = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    codes, scales = ([pair[i][:, None] for pair in pairs] for i in (0, 1))
+    own_x = x[None]
     compiled = torch.compile(coded_gate_add, fullgraph=True, dynamic=False)
     held = [apart(pair) for pair in pairs]
     return 2 * one + 2 * modules * factor, {
-        OWN: lambda: ops.forecast_gate_add(x, codes, gates, weights=WEIGHTS, out=x, scales=scales),
+        OWN: partial(ops.forecast_gate_add, own_x, codes, gates, weights=WEIGHTS, out=own_x, scales=scales),
         TORCH: partial(coded_gate_add, x.clone(), held, gates),
         COMPILED: partial(compiled, x.clone(), held, gates),
     }

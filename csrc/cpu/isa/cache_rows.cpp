@@ -1,7 +1,7 @@
 // The feature cache's kernels: every element is read, worked on in registers and written once, four vectors at a time,
-// so that the loops over factors and modules cost little beside the memory; the forecasts of a plain sum are compiled
-// for their number of modules and for TaylorSeer's two factors (together 5 to 10 % in fp32). Rows of gates are
-// converted and completed when they change, which is rarely: neighbouring tokens mostly share them.
+// so that the loops over factors and modules cost little beside the memory; what is used most is compiled for its
+// numbers of factors and modules (5 to 10 % in fp32, up to 40 % of an update in bf16). Rows of gates are converted and
+// completed when they change, which is rarely: neighbouring tokens mostly share them.
 #include "cpu/isa/cache_steps.h"
 #include "cpu/isa/e4m3.h"
 #include "kernels/cache/cache.h"
@@ -27,19 +27,59 @@ bool streams(const T* row, int32_t wanted) {
   return wanted && reinterpret_cast<uintptr_t>(row) % kLaneBytes<T> == 0;
 }
 
-template <class O, class F>
+// Numbers of 16 bits as they are in memory, for what goes from one tensor to another of its type: to round again what
+// is rounded costs as much as a factor.
+template <class T>
+inline vh bits_at(const T* p, All) {
+  return *reinterpret_cast<const vh_u*>(p);
+}
+template <class T>
+inline vh bits_at(const T* p, Some s) {
+  vh bits{};
+  __builtin_memcpy(&bits, p, size_t(s.n) * 2);
+  return bits;
+}
+template <class T>
+inline void put_bits(T* p, vh bits, All, [[maybe_unused]] bool stream) {
+#if defined(__AVX512F__)
+  if (stream) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)bits);
+#elif defined(__AVX__)
+  if (stream) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)bits);
+#endif
+  *reinterpret_cast<vh_u*>(p) = bits;
+}
+template <class T>
+inline void put_bits(T* p, vh bits, Some s, bool) {
+  __builtin_memcpy(p, &bits, size_t(s.n) * 2);
+}
+
+// kLast: p.last, or -1 for any. kCopy: F_0 is the output itself, in 16 bits both.
+template <int kLast, bool kCopy, class O, class F>
 void update_row(const FactorUpdateParams& p, int64_t at) {
   const Place place(p, at);
   const O *const output = place.row<O>(p.output), *const minus = place.row<O>(p.minus);
   F* const factors = static_cast<F*>(p.factors) + place.offset;
-  const bool stream = streams(factors + p.last * p.factor_stride, p.stream);
+  const int64_t factor_stride = p.factor_stride;
+  const int last = kLast >= 0 ? kLast : p.last;
+  const bool stream = streams(factors + last * factor_stride, p.stream);
   const vf distance = splat(p.distance);
   steps(place.dim, [&](int i, auto part, auto vectors) __attribute__((always_inline)) {
     constexpr int kVectors = decltype(vectors)::value;
     if (begins_page<F>(place.offset + i)) {
       ask_ahead(output + i);
       if (minus != nullptr) ask_ahead(minus + i);
-      for (int f = 0; f < p.last; ++f) ask_ahead(factors + f * p.factor_stride + i);
+      for (int f = 0; f < last; ++f) ask_ahead(factors + f * factor_stride + i);
+    }
+    F* factor = factors + i;
+    vh bits[kVectors];
+    if constexpr (kCopy) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kVectors; ++k) bits[k] = bits_at(output + i + k * VL, part);
+      if (last == 0) {
+#pragma GCC unroll 4
+        for (int k = 0; k < kVectors; ++k) put_bits(factor + k * VL, bits[k], part, stream);
+        return;
+      }
     }
     vf v[kVectors];
 #pragma GCC unroll 4
@@ -48,12 +88,14 @@ void update_row(const FactorUpdateParams& p, int64_t at) {
 #pragma GCC unroll 4
       for (int k = 0; k < kVectors; ++k) v[k] -= get(minus + i + k * VL, part);
     }
-    F* factor = factors + i;
-    for (int f = 0; f < p.last; ++f, factor += p.factor_stride) {
+    for (int f = 0; f < last; ++f, factor += factor_stride) {
 #pragma GCC unroll 4
       for (int k = 0; k < kVectors; ++k) {
         const vf old = get(factor + k * VL, part);
-        put(factor + k * VL, v[k], part);
+        if (kCopy && f == 0)
+          put_bits(factor + k * VL, bits[k], part, false);
+        else
+          put(factor + k * VL, v[k], part);
         v[k] = (v[k] - old) / distance;
       }
     }
@@ -178,9 +220,25 @@ struct Forecast {
   }
 };
 
+template <int kLast, class O, class F>
+void update_rows(const FactorUpdateParams& p, int64_t first, int64_t last) {
+  if constexpr (sizeof(O) == 2 && sizeof(F) == 2) {
+    if (p.minus.data == nullptr) {
+      for (int64_t at = first; at < last; ++at) update_row<kLast, true, O, F>(p, at);
+      return;
+    }
+  }
+  for (int64_t at = first; at < last; ++at) update_row<kLast, false, O, F>(p, at);
+}
+
 template <class O, class F>
 void update(const FactorUpdateParams& p, int64_t first, int64_t last) {
-  for (int64_t at = first; at < last; ++at) update_row<O, F>(p, at);
+  switch (p.last) {
+    case 0: return update_rows<0, O, F>(p, first, last);
+    case 1: return update_rows<1, O, F>(p, first, last);
+    case 2: return update_rows<2, O, F>(p, first, last);
+    default: return update_rows<-1, O, F>(p, first, last);
+  }
 }
 
 template <class H>
