@@ -206,8 +206,7 @@ class Update : public Call<FactorUpdateParams> {
                  " overlaps scales; pass a copy of it");
     }
     VDIT_CHECK(!scales || !share_memory(*scales, factors),
-               "factor_update: scales overlaps factors; pass memory of "
-               "its own");
+               "factor_update: scales overlaps factors; pass memory of its own");
     p.stream = p.total * int64_t(factors.element_size()) >= kStreamBytes;
   }
 
@@ -284,8 +283,10 @@ class Forecast : public Call<ForecastParams> {
     VDIT_CHECK(!x || in_place || !share_memory(*x, out), op_,
                ": out overlaps x without being it; pass x itself or memory of its own");
     for (int64_t j = 0; j < modules; ++j) {
-      VDIT_CHECK(!share_memory(factors[j], out) && !(scales[j] && share_memory(*scales[j], out)), op_,
-                 ": out overlaps ", numbered("factors", j), "; pass memory of its own");
+      VDIT_CHECK(!share_memory(factors[j], out), op_, ": out overlaps ", numbered("factors", j),
+                 "; pass memory of its own");
+      VDIT_CHECK(!scales[j] || !share_memory(*scales[j], out), op_, ": out overlaps ", numbered("scales", j),
+                 "; pass memory of its own");
       ForecastModule& m = p.module[j];
       m.factors = factors[j].const_data_ptr();
       m.gate = table(numbered("gate", j), gates[j], bases[j]);

@@ -25,6 +25,7 @@ const char* dtype_text(ScalarType type) {
     case ScalarType::Bool: return "bool";
     case ScalarType::Byte: return "uint8";
     case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
     default: return "another dtype";
   }
 }

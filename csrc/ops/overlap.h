@@ -40,10 +40,7 @@ class Footprint {
 
   bool meets(const Footprint& other) const {
     if (run_ == 0 || other.run_ == 0) return false;
-    if (begin_ >= other.end() || other.begin_ >= end()) return false;
-    if (apart_in_every_pitch(other)) return false;
-    const Footprint &few = runs() <= other.runs() ? *this : other, &many = &few == this ? other : *this;
-    return few.any_run_meets(few.levels_.size(), few.begin_, many);
+    return meets(levels_.size(), begin_, other, other.levels_.size(), other.begin_);
   }
 
  private:
@@ -58,30 +55,34 @@ class Footprint {
     return bytes;
   }
   int64_t extent() const { return extent(levels_.size()); }
-  uintptr_t end() const { return begin_ + uintptr_t(extent()); }
 
-  double runs() const {
-    double count = 1;
-    for (const Level& level : levels_) count *= double(level.count);
-    return count;
+  // Whether the first `depth` levels, from `at` on, share a byte with the first `depths` levels of another, from
+  // `there` on. The larger of the outermost steps is taken apart until the rest steps by one pitch: twice for views of
+  // one buffer whose batch items lie anyhow.
+  bool meets(size_t depth, uintptr_t at, const Footprint& other, size_t depths, uintptr_t there) const {
+    const auto bytes = uintptr_t(extent(depth)), others = uintptr_t(other.extent(depths));
+    if (at >= there + others || there >= at + bytes) return false;
+    if (depth == 0) return other.meets_range(depths, there, at, at + bytes);
+    if (depths == 0) return meets_range(depth, at, there, there + others);
+    if (apart_in_every_pitch(depth, at, other, depths, there)) return false;
+    if (levels_[depth - 1].stride < other.levels_[depths - 1].stride)
+      return other.meets(depths, there, *this, depth, at);
+    const auto stride = uintptr_t(levels_[depth - 1].stride), inner = uintptr_t(extent(depth - 1));
+    const uintptr_t first = there < at + inner ? 0 : (there - at - inner) / stride + 1;
+    const uintptr_t last =
+        std::min<uintptr_t>(uintptr_t(levels_[depth - 1].count) - 1, (there + others - 1 - at) / stride);
+    for (uintptr_t i = first; i <= last; ++i)
+      if (meets(depth - 1, at + i * stride, other, depths, there)) return true;
+    return false;
   }
 
   // Where all strides are multiples of one pitch, as in views of one buffer, the runs' places in it say enough.
-  bool apart_in_every_pitch(const Footprint& other) const {
+  bool apart_in_every_pitch(size_t depth, uintptr_t at, const Footprint& other, size_t depths, uintptr_t there) const {
     int64_t pitch = 0;
-    for (const Level& level : levels_) pitch = std::gcd(pitch, level.stride);
-    for (const Level& level : other.levels_) pitch = std::gcd(pitch, level.stride);
-    if (pitch == 0) return false;
-    const int64_t after = (int64_t(other.begin_ - begin_) % pitch + pitch) % pitch;
+    for (size_t i = 0; i < depth; ++i) pitch = std::gcd(pitch, levels_[i].stride);
+    for (size_t i = 0; i < depths; ++i) pitch = std::gcd(pitch, other.levels_[i].stride);
+    const int64_t after = (int64_t(there - at) % pitch + pitch) % pitch;
     return after >= run_ && after + other.run_ <= pitch;
-  }
-
-  bool any_run_meets(size_t depth, uintptr_t at, const Footprint& other) const {
-    if (depth == 0) return other.meets_range(other.levels_.size(), other.begin_, at, at + uintptr_t(run_));
-    const Level& level = levels_[depth - 1];
-    for (int64_t i = 0; i < level.count; ++i)
-      if (any_run_meets(depth - 1, at + uintptr_t(i * level.stride), other)) return true;
-    return false;
   }
 
   // Whether the first `depth` levels, from `at` on, have a byte in [from, to).
@@ -103,6 +104,21 @@ class Footprint {
   std::vector<Level> levels_;
 };
 
-inline bool share_memory(const Tensor& a, const Tensor& b) { return Footprint(a).meets(Footprint(b)); }
+// The bytes from a tensor's first element to behind its last.
+inline uintptr_t span_bytes(const Tensor& t) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) == 0) return 0;
+    last += (t.size(i) - 1) * t.stride(i);
+  }
+  return uintptr_t((last + 1) * int64_t(t.element_size()));
+}
+
+inline bool share_memory(const Tensor& a, const Tensor& b) {
+  const auto first = reinterpret_cast<uintptr_t>(a.const_data_ptr()),
+             second = reinterpret_cast<uintptr_t>(b.const_data_ptr());
+  if (first >= second + span_bytes(b) || second >= first + span_bytes(a)) return false;  // nearly always
+  return Footprint(a).meets(Footprint(b));
+}
 
 }  // namespace vdit

@@ -111,7 +111,7 @@ def check(policy: CachePolicy, sizes: Sizes, dtype: torch.dtype, held: int = 0, 
     needs = max(held + new, branches * new)
     if needs <= limit:
         return
-    streams = max(branches, 1 + round(held / new))
+    streams = max(branches, 1 + -(-held // new))
     others = [name for name in GRANULARITIES if name in sizes and name in policy.granularities and name != own]
     needed = {
         name: streams * nbytes(policy, sizes[name].elements, dtype, name, rows=sizes[name].rows) for name in others
@@ -135,6 +135,8 @@ def _narrower(policy: CachePolicy, size: Size, dtype: torch.dtype, streams: int,
     """Storages in which this fits, with their bytes; one of a width."""
     found: dict[int, str] = {}
     for storage in STORAGE[1:]:
+        if storage == policy.storage:
+            continue
         try:
             kept = _stored(storage, dtype, policy.granularity)
         except ValueError:  # the other 16-bit dtype
