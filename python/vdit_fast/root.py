@@ -62,6 +62,8 @@ class _BeforeForward:
         timestep = arguments.get("timestep")
         new = {} if torch.compiler.is_compiling() else self.adapter.simplify(module, arguments)
         noted = begin_forward(self.session, timestep, self.adapter.geometry(module, arguments))
+        if self.session.forward is not None and not torch.compiler.is_compiling():
+            self.session.forward.modulated_by_timestep = self.adapter.modulated_by_timestep(arguments)
         if self.session.regions is not None:
             new |= _prompts(self.session, arguments)
         if self.session.hooks.sites and self.session.forward is not None and not torch.compiler.is_compiling():

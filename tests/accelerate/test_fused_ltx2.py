@@ -44,6 +44,19 @@ def audio_timesteps(inputs: Inputs) -> Inputs:
     }
 
 
+def audio_noise_levels(inputs: Inputs) -> Inputs:
+    """The video's rows toward the audio stem from noise levels per audio token, the others from one timestep each."""
+    if "sigma" in inputs:
+        pytest.skip("the stock model has no noise levels per token where they modulate the text")
+    tokens = inputs["timestep"].shape[1]
+    return audio_timesteps(inputs) | {
+        "use_cross_timestep": True,
+        "sigma": torch.tensor([700.0, 300.0]),
+        "audio_sigma": 1000 * torch.rand(2, tokens),
+        "timestep": torch.tensor([[700.0], [300.0]]).expand(2, tokens),
+    }
+
+
 def masked(inputs: Inputs) -> Inputs:
     tokens = inputs["timestep"].shape[1]
     return inputs | {"video_self_attention_mask": (torch.rand(2, tokens, tokens) > 0.3).float()}
@@ -53,7 +66,7 @@ def as_it_is(inputs: Inputs) -> Inputs:
     return inputs
 
 
-FORMS = (as_it_is, isolated, one_timestep, a_timestep_per_token, audio_timesteps, masked)
+FORMS = (as_it_is, isolated, one_timestep, a_timestep_per_token, audio_timesteps, audio_noise_levels, masked)
 
 
 def build(kind: str, dtype: torch.dtype = torch.float32, form: Callable[[Inputs], Inputs] = as_it_is) -> Any:

@@ -320,6 +320,10 @@ class ModelAdapter:
         """Batch and token grid of the finest level, for families whose layers see frames or places one at a time."""
         return None
 
+    def modulated_by_timestep(self, arguments: dict[str, Any]) -> bool:
+        """Whether tokens of equal ``timestep`` have equal rows in all tables of modulation."""
+        return True
+
     def simplify(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a forward of the transformer, by name, to be exchanged for simpler ones of the same meaning.
 

@@ -84,7 +84,8 @@ def _block() -> BlockForward:
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
                 cross_attention_kwargs, class_labels, added_cond_kwargs,
             )  # fmt: skip
-        x, more = as_rows(hidden_states), cross_attention_kwargs or {}
+        x = as_rows(hidden_states)
+        more = {name: given for name, given in (cross_attention_kwargs or {}).items() if name != "gligen"}
         own = encoder_hidden_states if self.only_cross_attention else None
         told = {"encoder_hidden_states": own, "attention_mask": attention_mask, **more}
         text = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask, **more}

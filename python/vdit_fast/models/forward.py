@@ -60,6 +60,8 @@ class Forward:
     """Which rows its blocks get on this rank; None: all."""
     fed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Another transformer's keys and values that its layers read, kept only while gradients are recorded."""
+    modulated_by_timestep: bool = True
+    """Whether tokens of equal timesteps have equal rows of modulation."""
     _distinct: Distinct | None = None
 
     def keep(self, layer: int, decision: Decision, q: Tensor) -> None:
@@ -82,6 +84,8 @@ class Forward:
         argument says less, or where an earlier call of this forward was about other tokens. A GPU is waited for
         once per forward."""
         timestep = self.timestep
+        if not self.modulated_by_timestep:
+            return None
         if self.subset is not None and self.subset.partial:  # the tokens are not those of the timesteps
             return None
         if not isinstance(timestep, Tensor) or timestep.ndim < 2 or timestep.shape[0] != batch or timestep.is_meta:

@@ -237,6 +237,13 @@ class LTX2Adapter(ModelAdapter):
     def dense_reason(self, name: str, module: nn.Module) -> str | None:
         return "audio tokens have no video grid" if name.rpartition(".")[2] == "audio_attn1" else None
 
+    def modulated_by_timestep(self, arguments: dict[str, Any]) -> bool:
+        """Not where the video's rows toward the audio stem from noise levels per audio token."""
+        sigma = arguments.get("audio_sigma")
+        sigma = arguments.get("sigma") if sigma is None else sigma
+        per_token = isinstance(sigma, Tensor) and sigma.ndim > 1 and sigma.shape[1] > 1
+        return not (arguments.get("use_cross_timestep") and per_token)
+
     def geometry(self, module: nn.Module, arguments: dict[str, Any]) -> Geometry | None:
         sizes: tuple[Any, ...] = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
         config = getattr(module, "config", None)
