@@ -102,7 +102,7 @@ def test_notes_tell_what_spoils_the_numbers() -> None:
         return {
             "config": {"attention": {}},
             "steps": [{"mode": mode}],
-            "report": {"layers": [{"dense": {"too small": 4}, "fallbacks": {"odd": 1}}] * 2},
+            "report": {"layers": [{"dense": {"too small": 4}, "unasked": {}, "fallbacks": {"odd": 1}}] * 2},
             "speed": {"dense_seconds": row, "fast_seconds": row | {"max": row["min"]}},
         }
 

@@ -299,7 +299,7 @@ MIXED = {"weights": [1.0], "scales": [S, None]}
         (lambda: ops.factor_update(F, X.to(E4M3), 1, known=0, scales=S), "output is float8_e4m3fn; convert it"),
         (lambda: ops.forecast_gate_add(X, [F, F.half()], **MIXED), r"factors\[1\] is float16 but the first"),
         (lambda: ops.forecast_gate_add(X, [F, F], **MIXED), r"factors\[1\] is float8_e4m3fn without scales\[1\]"),
-        (lambda: ops.factor_update(F.view(torch.float8_e5m2), X, 1, known=0), "factors is another dtype; convert it"),
+        (lambda: ops.factor_update(F.view(torch.float8_e5m2), X, 1, known=0), "factors is float8_e5m2; convert it"),
         (
             lambda: ops.factor_update(torch.empty(2, dtype=E4M3), X[0, 0, 0], 1, known=0, scales=S[:2, 0, 0]),
             r"scales has shape \[2\]; expected that of factors, \[2\], without the last dimension",

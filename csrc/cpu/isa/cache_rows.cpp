@@ -214,31 +214,32 @@ struct Forecast {
   }
   void run(int64_t first, int64_t last) {
     if (p.round) return rows<true, 0, 0>(first, last);
-    if (p.modules == 1) return plain<1>(first, last);
-    if (p.modules == 3) return plain<3>(first, last);
+    if constexpr (VL > 4) {  // the generic build is not for speed
+      if (p.modules == 1) return plain<1>(first, last);
+      if (p.modules == 3) return plain<3>(first, last);
+    }
     rows<false, 0, 0>(first, last);
   }
 };
 
-template <int kLast, class O, class F>
+template <int kLast, bool kCopy, class O, class F>
 void update_rows(const FactorUpdateParams& p, int64_t first, int64_t last) {
-  if constexpr (sizeof(O) == 2 && sizeof(F) == 2) {
-    if (p.minus.data == nullptr) {
-      for (int64_t at = first; at < last; ++at) update_row<kLast, true, O, F>(p, at);
-      return;
-    }
-  }
-  for (int64_t at = first; at < last; ++at) update_row<kLast, false, O, F>(p, at);
+  for (int64_t at = first; at < last; ++at) update_row<kLast, kCopy, O, F>(p, at);
 }
 
 template <class O, class F>
 void update(const FactorUpdateParams& p, int64_t first, int64_t last) {
-  switch (p.last) {
-    case 0: return update_rows<0, O, F>(p, first, last);
-    case 1: return update_rows<1, O, F>(p, first, last);
-    case 2: return update_rows<2, O, F>(p, first, last);
-    default: return update_rows<-1, O, F>(p, first, last);
+  if constexpr (sizeof(O) == 2 && sizeof(F) == 2) {  // bound by what is computed, not by memory
+    if (p.minus.data == nullptr) {
+      switch (p.last) {
+        case 0: return update_rows<0, true, O, F>(p, first, last);
+        case 1: return update_rows<1, true, O, F>(p, first, last);
+        case 2: return update_rows<2, true, O, F>(p, first, last);
+        default: return update_rows<-1, true, O, F>(p, first, last);
+      }
+    }
   }
+  update_rows<-1, false, O, F>(p, first, last);
 }
 
 template <class H>
