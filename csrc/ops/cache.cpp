@@ -285,7 +285,8 @@ class Forecast : public Call<ForecastParams> {
     for (int64_t j = 0; j < modules; ++j) {
       VDIT_CHECK(!share_memory(factors[j], out), op_, ": out overlaps ", numbered("factors", j),
                  "; pass memory of its own");
-      VDIT_CHECK(!scales[j] || !share_memory(*scales[j], out), op_, ": out overlaps ", numbered("scales", j),
+      const Optional& own = scales[j];
+      VDIT_CHECK(!own || !share_memory(*own, out), op_, ": out overlaps ", numbered("scales", j),
                  "; pass memory of its own");
       ForecastModule& m = p.module[j];
       m.factors = factors[j].const_data_ptr();
