@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from benchmarks import adaln, cache, kv_cache, linear_attention, pack, qk_norm_rope, short_attention
-
 from torch import Tensor
 
 from . import machine, timing
@@ -140,8 +139,8 @@ def difference(got: Any, want: Any) -> float:
 def limit(case: Case) -> float:
     """Of the difference between the contenders."""
     if case.operator == "cache" and case.model.startswith("update") and cache.NAMED[case.model].coded:
-        # Both sides round to e4m3, with scales of their own. In [2^e, 2^(e + 1)) codes are 2^(e - 3) apart: an error's
-        # rms is that / sqrt(12), at most 2^-3 / sqrt(12) of a number; of two errors that are independent, sqrt(2) times.
+        # Both sides round to e4m3, each with its own scales. Codes in [2^e, 2^(e + 1)) are 2^(e - 3) apart, so an
+        # error's rms is 2^(e - 3) / sqrt(12), at most 2^-3 / sqrt(12) of a number; two independent ones, times sqrt(2).
         return 2**-3 / 6**0.5
     return 2e-2
 
