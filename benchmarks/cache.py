@@ -155,10 +155,11 @@ def coded_contenders(case: Case, dtype: torch.dtype, device: str = "cpu") -> tup
     one, factor = case.rows * case.width * dtype.itemsize, case.rows * (case.width + 4)
     if case.kind == "update":
         pair, output = hold(), draw()
+        own = [(codes, scales[..., None]) for codes, scales in zip(*pair, strict=True)]
 
-        def own_update() -> list[Tensor]:
+        def own_update() -> Held:
             ops.factor_update(pair[0], output, 5.0, known=case.order + 1, scales=pair[1])
-            return list(pair[0])
+            return own
 
         compiled = torch.compile(coded_update, fullgraph=True, dynamic=False)
         calls = {OWN: own_update, TORCH: partial(coded_update, apart(pair), output)}

@@ -37,7 +37,7 @@ def test_updates(policy: Policy, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dim", [1, 257, 2048, 2056, 4096, 4104, 5121, 8200, 16384])
 def test_every_number_of_pieces(dim: int) -> None:
-    # From one lane to a CTA per row; from one piece per thread to eight.
+    # From one lane to a CTA per row; from one piece per thread over two to four.
     for variant in (1, 6, 14):
         check_update(coded_update(variant, (2, dim)), RANDOMS[variant % 3])
 

@@ -406,6 +406,18 @@ def test_bad_choices(call: Any, message: str) -> None:
         call()
 
 
+def test_dimensions_that_run_into_each_other_are_refused_where_ranges_meet() -> None:
+    buffer = draw(0, 64)
+    x = buffer.as_strided((3, 2, 2), (6, 8, 1))  # pairs at 0, 6, 12 and 8, 14, 20: within [0, 22)
+    factors = draw(1, 1, 3, 2, 2)
+    want = ops.forecast_gate_add(x.contiguous(), factors, weights=[1.0])
+    behind = buffer.as_strided((3, 2, 2), (4, 2, 1), 22)
+    assert torch.equal(ops.forecast_gate_add(x, factors, weights=[1.0], out=behind), want)
+    between = buffer.as_strided((3, 2, 2), (24, 2, 1), 2)  # 2 to 5, 26 to 29, 50 to 53: none of x
+    with pytest.raises(RuntimeError, match="out overlaps x without being it"):
+        ops.forecast_gate_add(x, factors, weights=[1.0], out=between)
+
+
 def test_a_gate_in_the_result_is_refused() -> None:
     x = torch.randn(1, 3, 8)
     index = torch.tensor([0, 1, 0], dtype=torch.int32)

@@ -211,12 +211,55 @@ def test_edges_strides_and_layouts() -> None:
     assert held.isfinite().sum() == 10 and arena.float().isfinite().sum() == 120
 
 
+REFUSED = {
+    "factors is float8_e4m3fn without scales": lambda of: of.factor_update(F.clone(), X, 1, known=0),
+    "factors is float8_e4m3fn without scales; pass a": lambda of: of.forecast(F, weights=[1.0], dtype=F32),
+    r"factors\[1\] is float8_e4m3fn without scales\[1\]": lambda of: of.forecast_gate_add(X, [F, F], **MIXED),
+    "scales beside factors in float32; only those in": lambda of: of.factor_update(F.float(), X, 1, known=0, scales=S),
+    "scales beside factors in bfloat16": lambda of: of.forecast(F.bfloat16(), weights=[1.0], scales=S),
+    r"scales has shape \[2, 2, 6\]; expected that of factors, \[3, 2, 6, 24\]": lambda of: of.factor_update(
+        F.clone(), X, 1, known=0, scales=S[:2]
+    ),
+    r"scales has shape \[3, 2, 6, 1\]": lambda of: of.forecast_gate_add(X, F, weights=[1.0], scales=S[..., None]),
+    r"scales has shape \[2\]; expected that of factors, \[2\]": lambda of: of.factor_update(
+        torch.empty(2, dtype=E4M3), X[0, 0, 0], 1, known=0, scales=S[:2, 0, 0]
+    ),
+    "scales is float16; expected float32": lambda of: of.forecast(F, weights=[1.0], dtype=F32, scales=S.half()),
+    "factors has rows of 16385 elements; at most 16384 share a scale": lambda of: of.factor_update(
+        LONG, LONG[0].float(), 1, known=0, scales=LONG[..., 0].float()
+    ),
+    "rows of 16385": lambda of: of.forecast(LONG, weights=[1.0], dtype=F32, scales=LONG[..., 0].float()),
+    r"factors\[1\] is float16 but the first module's": lambda of: of.forecast_gate_add(X, [F, F.half()], **MIXED),
+    "output is float8_e4m3fn; convert it": lambda of: of.factor_update(F.clone(), X.to(E4M3), 1, known=0, scales=S),
+    "minus is float8_e4m3fn; convert it": lambda of: of.factor_update(
+        F.clone(), X, 1, known=0, minus=X.to(E4M3), scales=S
+    ),
+    "is float8_e4m3fn; convert it": lambda of: of.forecast_gate_add(X.to(E4M3), F, weights=[1.0], scales=S),
+    "convert it": lambda of: of.factor_update(F.view(torch.float8_e5m2), X, 1, known=0),
+    "factors are torch.float8_e4m3fn, which no": lambda of: of.forecast(F, weights=[1.0], scales=S),
+    "dtype is torch.float8_e4m3fn; expected": lambda of: of.forecast(F, weights=[1.0], dtype=E4M3, scales=S),
+    "2 modules but 1 scales": lambda of: of.forecast_gate_add(X, [F, F], weights=[1.0], scales=S),
+}
+
+
+@pytest.mark.parametrize("of", [ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("message", REFUSED)
+def test_the_reference_refuses_what_the_operators_do(message: str, of: Any) -> None:
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        REFUSED[message](of)
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)], ids=str)
 def test_edges_empty(shape: tuple[int, ...]) -> None:
     x, codes, scales = torch.empty(shape), torch.empty(2, *shape, dtype=E4M3), torch.empty(2, *shape[:-1])
-    assert ops.factor_update(codes, x, 1, known=1, scales=scales) == 2
-    assert ops.forecast(codes, weights=[1.0], dtype=F32, scales=scales).shape == shape
-    assert ops.forecast_gate_add(x, codes, x[:, :1], weights=[1.0], scales=scales).shape == shape
+    scales.fill_(3.0)
+    for of in (ops, reference):
+        assert of.factor_update(codes, x, 1, known=1, scales=scales) == 2
+        assert of.forecast(codes, weights=[1.0], dtype=F32, scales=scales).shape == shape
+        assert of.forecast_gate_add(x, codes, x[:, :1], weights=[1.0], scales=scales).shape == shape
+    assert (scales == 3.0).all()
+    kept, of_rows = reference.cache.quantised(x)
+    assert kept.shape == shape and kept.dtype == E4M3 and torch.equal(of_rows, torch.full(shape[:-1], 2.0**-126))
 
 
 def test_threads_and_repeats_change_nothing() -> None:
@@ -276,7 +319,9 @@ def test_gradients_are_refused() -> None:
 X = draw(0, 2, 6, 24)
 F, S = coded(draw(1, 3, 2, 6, 24))
 LONG = torch.zeros(1, 2, 16385, dtype=E4M3)
-BOTH = torch.zeros(316)
+BOTH = torch.zeros(320)
+BYTES = BOTH.view(E4M3)[:864].view(3, 2, 6, 24)  # codes in the memory of BOTH[:216]
+OUT, INTO = BOTH[:288].view(2, 6, 24), BOTH[280:316].view(3, 2, 6)  # a result, and scales in its memory
 MIXED = {"weights": [1.0], "scales": [S, None]}
 
 
@@ -292,9 +337,24 @@ MIXED = {"weights": [1.0], "scales": [S, None]}
         (lambda: ops.factor_update(F, X, 1, known=0, scales=S.mT), r"scales has shape \[3, 6, 2\]"),
         (lambda: ops.factor_update(F, X, 1, known=0, scales=S[:1].expand(3, 2, 6)), "scales has strides between which"),
         (
-            lambda: ops.factor_update(F, BOTH[:288].view(2, 6, 24), 1, known=0, scales=BOTH[280:].view(3, 2, 6)),
+            lambda: ops.factor_update(F, OUT, 1, known=0, scales=INTO),
             "output overlaps scales",
         ),
+        (
+            lambda: ops.factor_update(F, X, 1, known=0, minus=OUT, scales=INTO),
+            "minus overlaps scales",
+        ),
+        (
+            lambda: ops.factor_update(BYTES, X, 1, known=0, scales=BOTH[200:236].view(3, 2, 6)),
+            "scales overlaps factors; pass memory of its own",
+        ),
+        (lambda: ops.forecast(F, weights=[1.0], out=OUT, scales=INTO), "out overlaps scales"),
+        (lambda: ops.forecast_gate_add(X, F, weights=[1.0], out=OUT, scales=INTO), "out overlaps scales"),
+        (
+            lambda: ops.forecast_gate_add(X, [F, F], weights=[1.0], out=OUT, scales=[S, INTO]),
+            r"out overlaps scales\[1\]",
+        ),
+        (lambda: ops.forecast_gate_add(X, BYTES, weights=[1.0], out=OUT, scales=S), "out overlaps factors"),
         (lambda: ops.factor_update(LONG, LONG[0].float(), 1, known=0, scales=LONG[..., 0].float()), "rows of 16385"),
         (lambda: ops.factor_update(F, X.to(E4M3), 1, known=0, scales=S), "output is float8_e4m3fn; convert it"),
         (lambda: ops.forecast_gate_add(X, [F, F.half()], **MIXED), r"factors\[1\] is float16 but the first"),

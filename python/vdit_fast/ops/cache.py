@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference.adaln import Rounding
-from ..reference.cache import Gates, Scales, modules_and_gates, scales_of
+from ..reference.cache import Gates, Scales, modules_and_gates, result_dtype, scales_of
 from ._no_gradient import refuses_gradients
 from .adaln import _eager, _table
 
@@ -105,12 +105,10 @@ def forecast(
 
     Raises:
         RuntimeError: shapes, dtypes, devices or weights do not fit, or a gradient is asked for.
-        ValueError: dtype is not that of out, or neither is there and the factors are in float8_e4m3fn.
+        ValueError: dtype is not that of out, or float8, or neither is there and the factors are in float8_e4m3fn.
     """
-    if out is None and dtype is None and factors.dtype.itemsize == 1:
-        raise ValueError(f"factors are {factors.dtype}, which no result has; pass dtype or out")
     if out is None:
-        out = factors.new_empty(factors.shape[1:], dtype=dtype)
+        out = factors.new_empty(factors.shape[1:], dtype=result_dtype(factors, dtype))
     elif dtype not in (None, out.dtype):
         raise ValueError(f"dtype is {dtype} but out is {out.dtype}; pass one of them")
     torch.ops.vdit_fast.forecast_gate_add(

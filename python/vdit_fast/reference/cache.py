@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .adaln import Rounding, Table, table_rows
 
@@ -28,12 +29,20 @@ def factor_update(
     scales: Tensor | None = None,
 ) -> int:
     """See ``ops.factor_update``; every tensor but the scales may also be fp64, and the arithmetic is fp64 where one
-    is."""
+    is.
+
+    Raises:
+        ValueError: factors and scales do not fit each other, or output or minus is in float8.
+    """
+    _check_factors(factors, scales)
+    _check_wide(output=output, minus=minus)
     wide = _wide(factors, output, minus)
     new = output.to(wide, copy=True)
     if minus is not None:
         new -= minus
     last = min(known, len(factors) - 1)
+    if new.numel() == 0:  # scales of rows without numbers stay what they are
+        return last + 1
     for i in range(last):
         old = _value(factors, scales, i, wide).clone()
         _keep(factors, scales, i, new)
@@ -53,7 +62,8 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
         Codes ``[*, D]`` in float8_e4m3fn, and scales ``[*]``.
     """
     x = x.where(x.isfinite(), torch.nan)
-    mantissa, exponent = x.nan_to_num(0.0).abs().amax(-1).frexp()  # in [0.5, 1); 448 is 0.875 · 2⁹
+    magnitudes = pad(x.nan_to_num(0.0).abs(), (0, 1))  # a zero more: rows may have no numbers
+    mantissa, exponent = magnitudes.amax(-1).frexp()  # in [0.5, 1); 448 is 0.875 · 2⁹
     exponent = (exponent - 9 + (mantissa > 0.875)).clamp_min(-126).where(mantissa > 0, -126)
     scales = torch.ones_like(exponent, dtype=torch.float32).ldexp(exponent)
     within = x.clamp(-240 * 2.0**120, 240 * 2.0**120).where((exponent == 120)[..., None], x)  # 256 · 2¹²⁰ is infinity
@@ -63,8 +73,14 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 def forecast(
     factors: Tensor, *, weights: Sequence[float], dtype: torch.dtype | None = None, scales: Tensor | None = None
 ) -> Tensor:
-    """See ``ops.forecast``."""
-    return _sum(factors, scales, weights, _wide(factors)).to(dtype or factors.dtype)
+    """See ``ops.forecast``.
+
+    Raises:
+        ValueError: factors and scales do not fit each other, or the result would be in float8.
+    """
+    result = result_dtype(factors, dtype)
+    _check_factors(factors, scales)
+    return _sum(factors, scales, weights, _wide(factors)).to(result)
 
 
 def forecast_gate_add(
@@ -77,9 +93,16 @@ def forecast_gate_add(
     rounding: Rounding = "fast",
     scales: Scales = None,
 ) -> Tensor:
-    """See ``ops.forecast_gate_add``."""
+    """See ``ops.forecast_gate_add``.
+
+    Raises:
+        ValueError: as there, or factors and scales do not fit each other, or x is in float8.
+    """
     modules, gates = modules_and_gates(factors, gate)
     held = scales_of(modules, scales)
+    for j, (one, row_scales) in enumerate(zip(modules, held, strict=True)):
+        _check_factors(one, row_scales, f"[{j}]" if len(modules) > 1 else "", modules[0])
+    _check_wide(x=x)
     tables = [t for g in gates for t in (g if isinstance(g, tuple) else (g,))]
     wide, eager = _wide(x, *modules, *tables), rounding == "eager"
     total = x.to(wide)
@@ -124,6 +147,63 @@ def scales_of(modules: Sequence[Tensor], scales: Scales) -> list[Tensor | None]:
     if len(found) != len(modules):
         raise ValueError(f"{len(modules)} modules but {len(found)} scales; pass one for every module, or None")
     return found
+
+
+def result_dtype(factors: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a forecast.
+
+    Raises:
+        ValueError: None is asked for and the factors are in float8, or float8 is.
+    """
+    if dtype is None and factors.dtype.itemsize == 1:
+        raise ValueError(f"factors are {factors.dtype}, which no result has; pass dtype or out")
+    if dtype is not None and dtype.itemsize == 1:
+        raise ValueError(f"dtype is {dtype}; expected that of a result, float32, float16 or bfloat16")
+    return dtype or factors.dtype
+
+
+def _check_factors(factors: Tensor, scales: Tensor | None, number: str = "", first: Tensor | None = None) -> None:
+    """The operators' checks of a module's factors beside their scales, with their words."""
+    name, of_scales = f"factors{number}", f"scales{number}"
+    if first is not None and factors.dtype != first.dtype:
+        raise ValueError(
+            f"{name} is {_text(factors.dtype)} but the first module's factors are not; keep all modules in one dtype"
+        )
+    if factors.dtype != E4M3:
+        if scales is not None:
+            raise ValueError(
+                f"{of_scales} beside factors in {_text(factors.dtype)}; only those in float8_e4m3fn have scales: "
+                "pass None"
+            )
+        _check_wide(**{name: factors})
+        return
+    if scales is None:
+        raise ValueError(
+            f"{name} is float8_e4m3fn without {of_scales}; pass a float32 tensor of the shape of factors without the "
+            "last dimension"
+        )
+    if factors.dim() < 2 or scales.shape != factors.shape[:-1]:
+        raise ValueError(
+            f"{of_scales} has shape {list(scales.shape)}; expected that of {name}, {list(factors.shape)}, without the "
+            "last dimension"
+        )
+    if scales.dtype != torch.float32:
+        raise ValueError(f"{of_scales} is {_text(scales.dtype)}; expected float32")
+    if factors.shape[-1] > MAX_SCALED_ROW:
+        raise ValueError(
+            f"{name} has rows of {factors.shape[-1]} elements; at most {MAX_SCALED_ROW} share a scale: keep longer "
+            "ones in another dtype"
+        )
+
+
+def _check_wide(**tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.dtype.itemsize == 1:
+            raise ValueError(f"{name} is {_text(t.dtype)}; convert it")
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _value(factors: Tensor, scales: Tensor | None, i: int, wide: torch.dtype) -> Tensor:
