@@ -14,9 +14,7 @@ from long_video import SHAPE, prompt, tiny_wan
 from torch import Tensor
 
 import vdit_fast
-from vdit_fast.parallel import RankFailed, guidance_parallel, sequence_parallel
-from vdit_fast.parallel.collectives import all_sum
-from vdit_fast.parallel.members import Members
+from vdit_fast.parallel import guidance_parallel, sequence_parallel
 
 assert diffusers  # imported here, so that forked ranks have it
 
@@ -91,26 +89,3 @@ def killed(folder: Path, victim: int) -> None:
     if dist.get_rank() == victim:
         time.sleep(50)
     call(model)
-
-
-def outsider(folder: Path) -> None:
-    """Rank 0, which keeps the store, is none of the group and ends; later rank 1 ends, too, and rank 2 misses it."""
-    rank, group = dist.get_rank(), dist.new_group([1, 2])
-    members = Members(group, "the group", 2.0) if rank else None
-    dist.barrier()
-    if members is None:
-        return
-    x, until = torch.ones(3), time.monotonic() + 20
-    while members._watch is not None and members._watch.store_gone is None:
-        assert time.monotonic() < until, "the store is still there"
-        time.sleep(0.05)
-    began = time.monotonic()
-    for _ in range(8):  # for longer than anything waits for a rank that might have failed
-        assert float(all_sum(x, group, members.run).sum()) == 6
-        time.sleep(0.5)
-    assert time.monotonic() - began > 3.5
-    if rank == 2:
-        try:
-            all_sum(x, group, members.run)
-        except RankFailed as caught:
-            (folder / "error").write_text(str(caught))
