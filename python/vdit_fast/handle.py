@@ -151,11 +151,11 @@ class Handle:
             processors = root.processors().values()
             if root.module() is not None and not any(processor.takes_positions for processor in processors):
                 raise RuntimeError(f"positions: no served layer of family {root.adapter.family!r} takes rotary tables")
-        if fn is not None or any(root.session.positions is not None for root in self.roots):
+        if any(root.session.positions is not fn for root in self.roots):
             self.reset()
-        for root in self.roots:
-            root.session.positions = fn
-            root.session.repositioned.clear()
+            for root in self.roots:
+                root.session.positions = fn
+                root.session.repositioned.clear()
         return self
 
     def regions(self, regions: Regions | None) -> Handle:

@@ -26,6 +26,7 @@ from vdit_fast.regions import attach as regions
 if TYPE_CHECKING:
     from vdit_fast.handle import Handle
     from vdit_fast.parallel.guidance import GuidanceParallel
+    from vdit_fast.parallel.sequence import SequenceParallel
 
 __all__ = ["ATTRIBUTE", "NO_STEPS", "Root"]
 
@@ -135,6 +136,7 @@ class Root:
         self.handle = handle
         self.hooked = False
         self.guidance: GuidanceParallel | None = None
+        self.sequence: SequenceParallel | None = None
         object.__setattr__(module, ATTRIBUTE, self)
         handle.roots.append(self)
 
@@ -286,6 +288,10 @@ class Root:
             regions.detach(module, self.session)
         processors = self.processors()
         self.session.active = False
+        for parallel in (self.sequence, self.guidance):
+            if parallel is not None:
+                parallel.members.close()  # the other ranks are to hear of it
+        self.sequence = self.guidance = None
         if module is None:
             return
         for name, processor in processors.items():
@@ -309,7 +315,6 @@ class Root:
         self.session.cache.forget()
         self.session.forward = self.session.cache.forward = None  # the last forward holds its stream
         self.session.stand_ins.clear()
-        self.guidance = None
         self.session.around.pop("sequence", None)
         self.session.state.clear()
         self.session.static.clear()

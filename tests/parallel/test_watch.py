@@ -23,6 +23,7 @@ class Store:
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
         self.lock = threading.Lock()
+        self.gone = False
 
     def set(self, key: str, value: str) -> None:
         with self.lock:
@@ -32,6 +33,8 @@ class Store:
         return self.values[key]
 
     def check(self, keys: list[str]) -> bool:
+        if self.gone:
+            raise ConnectionError("Broken pipe")
         return all(key in self.values for key in keys)
 
     def compare_set(self, key: str, expected: str, value: str) -> bytes:
@@ -145,6 +148,55 @@ def test_a_closed_rank_of_a_group_is_noted_only(make: Make) -> None:
         first.check()
 
 
+def test_a_lost_store_is_no_failure_of_a_group_that_does_not_keep_it(make: Make, store: Store) -> None:
+    two, three = (
+        make(1, ranks=ranks, patience=20.0, closing_fails=False, of="the group", keeper=None, end_process=True)
+        for ranks in (2, 3)
+    )
+    store.gone = True
+    until(lambda: two.store_gone and three.store_gone)
+    time.sleep(0.6)  # more than what was sent before, and a process, are waited for
+    for one in (two, three):
+        one.check()
+        assert not one._thread.is_alive()
+    reset = ConnectionError("Connection reset")
+    assert str(two.unexplained(reset)) == "rank 0 of the group failed: its connection to rank 1 broke: Connection reset"
+    assert str(three.unexplained(reset)) == (
+        "rank 0 of all ranks, the process that keeps the store, failed: the store that its process keeps is gone: "
+        "Broken pipe, so that none of the group can say which of them broke: Connection reset"
+    )
+    for one in (two, three):
+        with pytest.raises(RankFailed):
+            one.check()
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_lost_store_is_a_failure_where_one_of_the_ranks_kept_it(make: Make, store: Store, closed: bool) -> None:
+    """A group waits for what that one sent before; one that had ended its part before has not failed."""
+    pipeline = make(2, ranks=3, keeper=1)
+    group = make(2, ranks=3, closing_fails=False, of="the group", keeper=1)
+    group.closed |= {1} if closed else set()
+    store.gone = True
+    until(lambda: pipeline.failure and group.store_gone)
+    with pytest.raises(RankFailed, match=r"rank 1 of the pipeline failed: .*Broken pipe"):
+        pipeline.check()
+    group.check()
+    time.sleep(0.4)
+    if closed:
+        group.check()
+        return
+    with pytest.raises(RankFailed, match="rank 1 of the group failed: the store that its process keeps is gone"):
+        group.check()
+
+
+def test_a_process_that_waits_for_who_kept_the_store_is_ended(make: Make, store: Store, monkeypatch: Any) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(watching.os, "_exit", lambda code: ended.set())
+    make(1, closing_fails=False, end_process=True)
+    store.gone = True
+    assert ended.wait(LIMIT)
+
+
 def test_runs_have_keys_of_their_own(make: Make) -> None:
     first, second = make(0), make(1)
     for one in (first, second):
@@ -169,7 +221,7 @@ def test_no_process_ends_in_the_callers_code(make: Make, monkeypatch: pytest.Mon
 
 def test_a_store_that_does_not_answer(make: Make) -> None:
     began = time.monotonic()
-    with pytest.raises(RankFailed, match=r"rank 0 .*cannot be reached: no answer within 0\.2 s"):
+    with pytest.raises(RankFailed, match=r"keeps the store, .*cannot be reached: no answer within 0\.2 s"):
         reach(lambda: time.sleep(3), 0.2)
     assert time.monotonic() - began < 2
     with pytest.raises(RankFailed, match="refused"):

@@ -18,7 +18,8 @@ from vdit_fast.parallel import guidance_parallel, sequence_parallel
 
 assert diffusers  # imported here, so that forked ranks have it
 
-CASES = ("raises", "raises in its branch", "errs outside", "leaves", "is slow")
+CASES = ("raises", "raises in its branch", "errs outside", "leaves", "removes", "removes its branch", "is slow")
+ENDS = ("leaves", "removes", "removes its branch")
 VICTIM = 1
 
 
@@ -50,7 +51,7 @@ def _case(how: str, group: Any) -> dict[str, Any]:
     model, mine = tiny_wan(), dist.get_rank() == VICTIM
     want = call(model)
     handle = vdit_fast.accelerate(model, "exact")
-    if how == "raises in its branch":
+    if how.endswith("branch"):
         guidance_parallel(handle, group)
         calls = 2
     else:
@@ -65,8 +66,8 @@ def _case(how: str, group: Any) -> dict[str, Any]:
         if mine and how == "errs outside":
             with parallel:
                 raise MemoryError("the caller's own")
-        if mine and how == "leaves":
-            parallel()
+        if mine and how in ENDS:
+            parallel() if how == "leaves" else handle.remove()
             return {"error": "", "waited": 0.0, "far": 0.0}
         if mine and how == "is slow":  # twice the patience in the caller's code, and again in the forward
             time.sleep(2)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from vdit_fast.parallel.watch import CAUSE, INTERVAL, RankFailed, Watch, reach
 
-__all__ = ["Members", "ranks_store"]
+__all__ = ["Members", "keeper", "ranks_store"]
 
 
 def ranks_store(members: Sequence[int], rank: int, patience: float, of: str) -> dist.Store:
@@ -33,7 +33,12 @@ def ranks_store(members: Sequence[int], rank: int, patience: float, of: str) -> 
         number = own.add(f"{name}/made/{rank}", 1)  # of those that these ranks have made, the same on all
         return dist.PrefixStore(f"{name}/{number}", own)
 
-    return reach(connect, patience, of)
+    return reach(connect, patience)
+
+
+def keeper(members: Sequence[int]) -> int | None:
+    """Which of these ranks is the one among all whose process keeps the store, None where it is none of them."""
+    return members.index(0) if 0 in members else None
 
 
 class Members:
@@ -61,7 +66,14 @@ class Members:
             store = ranks_store(everybody, self.rank, patience, of)
             # No call of this class sits where it does not see a failure, but NCCL's do.
             self._watch = Watch(
-                store, self.rank, self.ranks, patience, end_process=self._on_device, closing_fails=False, of=of
+                store,
+                self.rank,
+                self.ranks,
+                patience,
+                end_process=self._on_device,
+                closing_fails=False,
+                of=of,
+                keeper=keeper(everybody),
             )
             self._watch.aside = True
             weakref.finalize(self, self._watch.close).atexit = False  # then it closes by itself, in the right order
@@ -86,9 +98,13 @@ class Members:
             try:
                 work.wait(timedelta(seconds=INTERVAL))
                 return
-            except RuntimeError as error:
-                if work.is_completed():
-                    self._explain(watch, error)
+            except RuntimeError:
+                if work.is_completed():  # what it says now: it may have ended well after the wait had timed out
+                    try:
+                        work.wait()
+                        return
+                    except RuntimeError as error:
+                        self._explain(watch, error)
             watch.check()
             if watch.closed and time.monotonic() - began > CAUSE:  # what was sent before may be under way
                 raise self._gone(watch)
@@ -100,6 +116,8 @@ class Members:
             watch.check()
             if watch.closed:
                 raise self._gone(watch) from error
+            if watch.store_gone is not None:
+                raise watch.unexplained(error) from error
             time.sleep(INTERVAL / 5)
         raise error  # all live: the connection's own fault
 

@@ -160,21 +160,23 @@ class SequenceParallel:
 
     def __init__(self, roots: list[Root], members: Members) -> None:
         self._roots = roots
-        self._members = members
+        self.members = members
         self.group = members.group
         self.rank, self.ranks = members.rank, members.ranks
 
     def __call__(self) -> None:
         """Every rank computes all rows again. Safe to call again."""
         for root in self._roots:
+            if root.sequence is self:
+                root.sequence = None
             rows = root.session.around.get("sequence")
-            if isinstance(rows, ShardedRows) and rows.members is self._members:
+            if isinstance(rows, ShardedRows) and rows.members is self.members:
                 del root.session.around["sequence"]
                 root.session.around_heads.pop("sequence", None)
                 root.session.begin_records()
                 root.rewrap()
         self._roots = []
-        self._members.close()
+        self.members.close()
 
     def __enter__(self) -> SequenceParallel:
         return self
@@ -183,7 +185,7 @@ class SequenceParallel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._members.failed(error)
+            self.members.failed(error)
         self()
 
 
@@ -224,13 +226,15 @@ def sequence_parallel(handle: Handle, group: Any = None, *, patience: float = 10
         if reason is not None:
             raise RuntimeError(f"sequence_parallel: {root.session.expert} ({root.adapter.family}): {reason}")
     members = Members(ranks, "the sequence group", patience)
+    new = SequenceParallel(roots, members)
     for root in roots:
         assert isinstance(root.adapter.rows, RowLayout)
+        root.sequence = new
         root.session.around["sequence"] = ShardedRows(members, root.adapter.rows)
         root.session.around_heads["sequence"] = Ulysses(ranks, _rows_of, members.run)
         root.session.begin_records()
         root.rewrap()
-    return SequenceParallel(roots, members)
+    return new
 
 
 def _obstacle(handle: Handle, root: Root) -> str | None:

@@ -29,6 +29,9 @@ GRACE = 8.0
 
 CLOSED, ASIDE = "closed", " aside"
 
+KEEPER = "all ranks, the process that keeps the store,"
+"""Whose rank 0 it is, where that need not be one of the ranks under watch."""
+
 Result = TypeVar("Result")
 
 
@@ -36,7 +39,7 @@ class RankFailed(RuntimeError):
     """A rank of a pipeline or group has failed; all others end with this error.
 
     Attributes:
-        rank: which one, counted in the pipeline or group.
+        rank: which one, counted in the pipeline or group; 0 where only the process that keeps the store is known.
         reason: its own error with the traceback where there is one, else how it was noticed.
     """
 
@@ -46,12 +49,12 @@ class RankFailed(RuntimeError):
         self.reason = reason
 
 
-def reach(call: Callable[[], Result], seconds: float, of: str = "the pipeline") -> Result:
+def reach(call: Callable[[], Result], seconds: float) -> Result:
     """Run something that needs the store. It runs in a thread: connecting to a store whose process is gone goes on for
     the store's own timeout.
 
     Raises:
-        RankFailed: the first rank's, whose process may keep the store.
+        RankFailed: that of the process that keeps the store.
     """
     answer: list[Result] = []
     why = [f"no answer within {seconds:g} s"]
@@ -66,7 +69,7 @@ def reach(call: Callable[[], Result], seconds: float, of: str = "the pipeline") 
     thread.start()
     thread.join(seconds)
     if not answer:
-        raise RankFailed(0, f"the store that its process may keep cannot be reached: {why[0]}", of)
+        raise RankFailed(0, f"the store cannot be reached: {why[0]}", KEEPER)
     return answer[0]
 
 
@@ -84,8 +87,10 @@ class Watch:
             time that a rank is in the caller's code does not count.
         end_process: end the process where a failure is known and the main thread does not come back to hear of it,
             unless it is in the caller's code.
-        closing_fails: a rank that closes has failed; otherwise it is noted in ``closed``.
+        closing_fails: a rank that closes has failed, and so has the whole where the store is gone; otherwise who has
+            closed is noted in ``closed``, and without the store nobody hears of the others until connections break.
         of: what the ranks make up, for messages.
+        keeper: which of the ranks keeps the store in its process, None where it is none of them.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Watch:
         end_process: bool = True,
         closing_fails: bool = True,
         of: str = "the pipeline",
+        keeper: int | None = 0,
     ) -> None:
         self.rank, self.ranks = rank, ranks
         self.patience, self.timeout, self.end_process = patience, timeout, end_process
@@ -106,7 +112,10 @@ class Watch:
         """The main thread is in the caller's code."""
         self.closed: set[int] = set()
         """Ranks that have closed, where that is no failure."""
+        self.store_gone: str | None = None
+        """Why nothing is heard of the others any more."""
         self.of = of
+        self._keeper = keeper
         self._closing_fails = closing_fails
         self._store = store
         self._run = 0
@@ -191,6 +200,16 @@ class Watch:
         Returns what is known then."""
         return self._publish(self._failed(rank, reason))
 
+    def unexplained(self, error: BaseException) -> RankFailed:
+        """A connection broke, and without the store nobody says at whose end."""
+        if self._keeper is not None:
+            return self.lost(self._keeper, self._without_store())
+        if self.ranks == 2:
+            return self.lost(1 - self.rank, f"its connection to rank {self.rank} broke: {_first_line(error)}")
+        reason = f"{self._without_store()}, so that none of {self.of} can say which of them broke: {_first_line(error)}"
+        self.failure = self.failure or RankFailed(0, reason, KEEPER)
+        return self.failure
+
     def leave(self) -> None:
         """The run is over: wait for the others, so that nobody mistakes a rank that has ended for one that has died."""
         self.set(f"done/{self.rank}", "1")
@@ -255,6 +274,8 @@ class Watch:
     def _publish(self, failure: RankFailed) -> RankFailed:
         """Tell all ranks, unless one has told something before; returns what stands in the store then."""
         try:
+            if self.store_gone is not None:
+                raise ConnectionError(self.store_gone)
             told = json.dumps([failure.rank, failure.reason])
             rank, reason = json.loads(self._store.compare_set("failed", "", told).decode() or told)
             failure = self._failed(rank, reason)
@@ -267,14 +288,20 @@ class Watch:
         beat, known_since = 0, 0.0
         while not self._left.wait(INTERVAL if beat else 0):
             beat += 1
-            if self.failure is None:
+            if self.failure is None and self.store_gone is None:
                 try:
                     self._beat(beat)
                 except Exception as error:
                     if self._left.is_set():
                         return
-                    self.failure = self._failed(0, f"the store that its process may keep is gone: {_first_line(error)}")
+                    self._lose_store(_first_line(error))
                 known_since = time.monotonic()
+            elif self.failure is None:
+                if self._broken is None:
+                    return
+                known_since = time.monotonic()
+                if known_since - self._broken[0] > CAUSE:
+                    self.failure = self._broken[1]
             elif self._heard or not self.end_process:
                 return
             elif self.aside:
@@ -282,9 +309,22 @@ class Watch:
             elif time.monotonic() - known_since > GRACE:
                 print(f"[rank {self.rank}] {self.failure}", file=sys.stderr, flush=True)
                 os._exit(1)
-        if self.failure is None:
+        if self.failure is None and self.store_gone is None:
             with suppress(Exception):  # the store may be gone
                 self._store.set(f"beat/{self.rank}", CLOSED)
+
+    def _lose_store(self, why: str) -> None:
+        """A pipeline needs it. Other ranks need each other only: whoever kept it may have ended well without them."""
+        self.store_gone = why
+        reason = self._without_store()
+        failure = RankFailed(0, reason, KEEPER) if self._keeper is None else self._failed(self._keeper, reason)
+        if self._closing_fails:
+            self.failure = failure
+        elif self._keeper is not None and self._keeper not in self.closed:
+            self._broken = time.monotonic(), failure  # what it sent before may be under way
+
+    def _without_store(self) -> str:
+        return f"the store that its process keeps is gone: {self.store_gone}"
 
     def _beat(self, beat: int) -> None:
         self._store.set(f"beat/{self.rank}", f"{beat}{ASIDE if self.aside else ''}")
