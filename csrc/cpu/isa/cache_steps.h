@@ -28,9 +28,7 @@ template <class T>
 static inline bool begins_page(int64_t element) {
   return (uint64_t(element) & (kPage / sizeof(T) - 1)) < 4 * VL;
 }
-static inline void ask_ahead(const void* p) {
-  __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(p) + kAhead));
-}
+static inline void ask_ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead); }
 
 // Where row `at` begins and ends.
 struct Place {
