@@ -131,7 +131,7 @@ struct Forecast {
   void find_gates(const Place& place) {
     for (int j = 0; j < p.modules; ++j) {
       const void* row = row_of(p, p.module[j].gate, place.b, place.n);
-      if (row == gate_row[j]) continue;
+      if (row == nullptr || row == gate_row[j]) continue;
       gate_row[j] = row;
       complete_row<H>(p, p.module[j].gate, row, gate[j], [](vf v) { return v; });
     }
