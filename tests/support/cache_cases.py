@@ -62,7 +62,7 @@ def forecast_arguments(
         "x": draw(4, *shape, dtype=x_dtype, mean=1.0),
         "factors": factors if modules > 1 or variant % 2 else factors[0],
         "gate": gate if modules > 1 or variant % 2 else gate[0],
-        "weights": [(0.75 + 0.5 * (variant % 3)) ** i / math.factorial(i) for i in range(terms)],
+        "weights": [(0.75 + 0.5 * (variant % 3)) ** (i + 1) / math.factorial(i) for i in range(terms)],  # none is 1
         "index": (index if variant % 2 else index[0]) if gated else None,
         "rounding": rounding,
     }
