@@ -54,7 +54,7 @@ def compile_blocks(model: Any, *names: str, **kw: Any) -> None:
                 "cosmos_2": 1,
                 "allegro": 1,
                 "consisid": 2,  # like the stock blocks
-                "easyanimate": 2,  # with and without projections for the text
+                "easyanimate": 3,  # with and without projections for the text; the first block gets a transposed view
             }.items()
         ),
     ],
@@ -86,6 +86,8 @@ def test_ten_layers_share_one_graph(kind: str, sizes: dict[str, int], blocks: li
 )
 def test_stock_and_fused_blocks_make_as_many_graphs(kind: str, blocks: list[str], expected: int, fuse: Any) -> None:
     """The compiler takes the classes of some blocks as a whole, and does not look for their forward in there."""
+    if kind == "wan_t2v" and fuse == "off":
+        expected = 1  # the stock blocks hand on the strides that they get
     model, inputs = tiny.build(kind, layers=4)
     accelerate(model, Config(fuse=fuse))
     want = tiny.run(model, inputs)
