@@ -134,7 +134,7 @@ def kept(x: Tensor) -> tuple[Tensor, Tensor]:
 def test_edges() -> None:
     most, tiny = torch.finfo(F32).max, torch.finfo(F32).tiny
     x = torch.zeros(8, 320)
-    x[0, :4] = torch.tensor([most, -most, 1.0, 3.3e38])
+    x[0, :6] = torch.tensor([most, -most, 1.0, 3.3e38, torch.inf, torch.nan])
     x[1, :3] = torch.tensor([1e-45, tiny, -tiny])
     x[2] = -0.0
     x[3, 300], x[3, 7] = torch.inf, 2.0

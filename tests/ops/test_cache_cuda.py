@@ -84,7 +84,7 @@ def test_forecasts_in_e4m3(dim: int, rounding: str) -> None:
 def test_edges_in_e4m3() -> None:
     most = torch.finfo(F32).max
     x = torch.zeros(6, 320)
-    x[0, :4] = torch.tensor([most, -most, 1.0, 3.3e38])
+    x[0, :6] = torch.tensor([most, -most, 1.0, 3.3e38, torch.inf, torch.nan])
     x[1, :2] = torch.tensor([1e-45, torch.finfo(F32).tiny])
     x[2, 300], x[2, 7], x[3, 300], x[3, 7] = torch.inf, 2.0, torch.nan, 2.0
     x[4, 319], x[5, 0] = 448.0, 448.0001

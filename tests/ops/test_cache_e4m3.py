@@ -161,6 +161,9 @@ def test_edges_tiny_and_huge_numbers() -> None:
     assert kept.float().isfinite().all()  # 256 · 2¹²⁰ would be infinity
     assert ((kept - x.repeat(1, 5)).abs() <= x.abs().amax(-1, keepdim=True).double() / 16 + 2.0**-136).all()
     assert kept[0, 1] == tiny and kept[1, 0] == 240 * 2.0**120
+    x[1, 2:] = torch.tensor([torch.inf, torch.nan])  # beside numbers that are kept in range
+    codes, scales = stored(x.repeat(1, 5))
+    assert torch.equal(values(codes, scales).isnan(), ~x.repeat(1, 5).isfinite()) and scales[1] == 2.0**120
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
