@@ -106,7 +106,7 @@ MUTANTS = [
         "sums of the wrong features",
         _STATE,
         "m / C::kSumTiles == group()",
-        "m / C::kSumTiles != group()",
+        "m / C::kSumTiles == 0",
         "hedgehog-128",
     ),
     # ---- parts
@@ -138,7 +138,7 @@ MUTANTS = [
         _READOUT,
         "arch::pack<T>(x[0] - rounded[0], x[1] - rounded[1])",
         "0u",
-        "relu-fp16 or identity or elu",
+        "cancel",
     ),
     _bug(
         "the state overflows fp16",

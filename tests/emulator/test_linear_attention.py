@@ -114,6 +114,22 @@ def test_eps_is_added(eps: float) -> None:
         no_worse(out, eager_readout(problem.q, problem.want_state, {**options, "eps": eps}), want)
 
 
+@pytest.mark.parametrize("feature_map", ["identity", "relu"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_sums_that_cancel(dim: int, dtype: torch.dtype, feature_map: str) -> None:
+    """Rows of the state whose sum is smaller than what rounding them leaves over."""
+    q, state = torch.zeros(1, 1, 1, dim, dtype=dtype), torch.zeros(1, 1, dim, dim + 1)
+    one, other = torch.randn(2, dim)
+    for row, values in ((3, one), (dim - 5, other * 2.0**-9 - one)):
+        q[..., row] = 1
+        state[..., row, :-1], state[..., row, -1] = values, 0.5
+    want = state.double().sum(2)[:, None, :, :-1]
+    out = linear_attention_readout(q, state, feature_map=feature_map)
+    rounding = torch.finfo(dtype).eps / 2
+    assert ((out - want).abs() <= rounding * want.abs() + 4 * rounding**2 * one.abs() + 2.0**-24).all()
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_nan_stays_in_its_row(dtype: torch.dtype) -> None:
     for feature_map in ("hedgehog", "relu", "elu"):
