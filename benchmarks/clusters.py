@@ -9,14 +9,13 @@ rounds' own ratios, with their minimum and maximum.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import parser, write
 from torch import Tensor
 
 import vdit_fast
@@ -101,10 +100,7 @@ def problems(dtype: torch.dtype, dim: int) -> dict[str, Contenders]:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=11)
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
-    args = ap.parse_args()
+    args = parser(__doc__, rounds=11).parse_args()
     torch.set_num_threads(1)
     results, rows = [], []
     for dtype, dim in ((torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 128)):
@@ -130,10 +126,8 @@ def main() -> None:
         },
         "results": results,
         "command": f"python benchmarks/clusters.py --rounds {args.rounds}",
-        "environment": report.environment(),
     }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("written:", report.write_json(args.out / "clusters.json", document))
+    write(args.out / "clusters.json", document)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ minimum and maximum.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import parser
 from torch import Tensor
 
 from vdit_fast import AttentionPlan, attention, report
@@ -108,12 +107,10 @@ def listed(part: str, seconds: dict[str, list[float]], expected: dict[str, float
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=5)
+    ap = parser(__doc__, rounds=5)
     ap.add_argument("--tokens", type=int, default=TOKENS)
     ap.add_argument("--frame", type=int, default=240, help="tokens of a frame of the clip in chunks")
     ap.add_argument("--threads", type=int, default=1)
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
