@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import parser, write
+from harness import in_turns, parser, write
 from pages import SETTINGS, keep_pages
 from torch import Tensor
 
@@ -89,13 +89,7 @@ def measure(threads: int, chain: Callable[..., Any], op: str, width: int, rows: 
     torch._dynamo.reset()
     moved, calls = contenders(chain, op, width, rows, dtype)
     clock = time.thread_time if threads == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):  # the first two compile and warm up
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if round_ > 1:
-                times[name].append(clock() - start)
+    times = in_turns(calls, rounds, clock)
     row: dict[str, Any] = {
         "operator": op, "chain": chain.__name__, "dtype": str(dtype).removeprefix("torch."), "threads": threads,
         "width": width, "rows": rows, "bytes": moved,

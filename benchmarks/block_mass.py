@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import parser, write
+from harness import in_turns, parser, write
 from torch import Tensor
 
 import vdit_fast
@@ -63,13 +62,7 @@ def measure(shape: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, batch, tokens, heads, dim).unbind(0)
     calls = contenders(q, k, v)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):  # the first warms up
-        for name, (_, call) in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_:
-                times[name].append(time.perf_counter() - start)
+    times = in_turns({name: call for name, (_, call) in calls.items()}, rounds, warm=1)
     rows = []
     for name, (flop, _) in calls.items():
         ratios = [a / b for a, b in zip(times[name], times[DENSE], strict=True)]

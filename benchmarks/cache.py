@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from benchmarks.traffic import Counter
-from harness import parser, write
+from harness import in_turns, parser, write
 from torch import Tensor
 from torch._inductor import metrics
 from torch._inductor.compile_fx import inductor_metrics_log
@@ -251,13 +251,7 @@ def measure(case: Case, dtype: torch.dtype, threads: int, rounds: int) -> dict[s
     moved, calls = contenders(case, dtype)
     nbytes = {"least": moved} | counted(calls)
     clock = time.thread_time if threads == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):  # the first two warm up
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if round_ > 1:
-                times[name].append(clock() - start)
+    times = in_turns(calls, rounds, clock)
     row: dict[str, Any] = {
         "case": case.name, "dtype": str(dtype).removeprefix("torch."), "threads": threads, "rows": case.rows,
         "width": case.width, "bytes": nbytes, "seconds": {name: statistics.median(t) for name, t in times.items()},

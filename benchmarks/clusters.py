@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import parser, write
+from harness import in_turns, parser, write
 from torch import Tensor
 
 import vdit_fast
@@ -25,19 +25,6 @@ TOKENS, HEADS = 6144, 2
 CLUSTERS = {"queries": 100, "keys": 200}
 ITERATIONS = 2
 Contenders = dict[str, Callable[[], Any]]
-
-
-def run(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every contender in every round."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
-        call()
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            start = time.thread_time()
-            call()
-            times[name].append(time.thread_time() - start)
-    return times
 
 
 def torch_assign(x: Tensor, centroids: Tensor) -> Tensor:
@@ -105,7 +92,7 @@ def main() -> None:
     results, rows = [], []
     for dtype, dim in ((torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 128)):
         for name, contenders in problems(dtype, dim).items():
-            times = run(contenders, args.rounds)
+            times = in_turns(contenders, args.rounds, time.thread_time, warm=1)
             own, other = times.values()
             ratios = [b / a for a, b in zip(own, other, strict=True)]
             label = f"{str(dtype).removeprefix('torch.')}, dim {dim}"

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import parser, write
+from harness import in_turns, parser, write
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -163,14 +163,8 @@ def token_calls(share: float, dtype: torch.dtype) -> Calls:
 
 
 def measure(calls: Calls, rounds: int, first: str) -> list[dict[str, Any]]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for round_ in range(rounds + 2):  # the first two warm up
-            for name, call in calls.items():
-                start = time.process_time()
-                call()
-                if round_ > 1:
-                    times[name].append(time.process_time() - start)
+        times = in_turns(calls, rounds, time.process_time)
     rows = []
     for name, seconds in times.items():
         own = times[first if first in times else next(n for n in times if n.split(":")[0] == name.split(":")[0])]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from benchmarks.cache import counted
-from harness import parser, write
+from harness import in_turns, parser, write
 from torch import Tensor
 
 from vdit_fast import report
@@ -171,13 +171,7 @@ def measure(case: Case, dtype: torch.dtype, threads: int, rounds: int, page: int
     moved, calls = contenders(case, dtype, page=page)
     nbytes = {"least": moved} | (counted(calls) if COPY in calls else {})
     clock = time.thread_time if threads == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):  # the first two warm up
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if round_ > 1:
-                times[name].append(clock() - start)
+    times = in_turns(calls, rounds, clock)
     own = times[OWN]
     flops = 4 * (case.queries or page) * case.capacity * page * case.heads * DIM if case.kind == "decode" else 0
     row: dict[str, Any] = {

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import parser, write
+from harness import in_turns, parser, write
 from pages import SETTINGS, keep_pages
 from torch import Tensor
 from torch.nn import functional
@@ -162,13 +161,7 @@ def build(family: Family, device: str = "cpu") -> tuple[int, dict[str, Callable[
 def measure(family: Family, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     moved, calls = build(family)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):  # two warm up
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_ >= 2:
-                times[name].append(time.perf_counter() - start)
+    times = in_turns(calls, rounds)
     rows = []
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times[FUSED], strict=True)]

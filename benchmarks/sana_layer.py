@@ -14,14 +14,13 @@ import copy
 import logging
 import os
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers import SanaVideoTransformer3DModel
-from harness import parser, write
+from harness import in_turns, parser, write
 from torch import Tensor, nn
 
 from vdit_fast import accelerate, report
@@ -80,14 +79,8 @@ def measure(
     calls = contenders(grid, heads, DTYPES[dtype], projections)
     if not compiled:
         calls.pop(COMPILED)
-    times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for round_ in range(-1, rounds):  # the first warms up
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                if round_ >= 0:
-                    times[name].append(time.perf_counter() - start)
+        times = in_turns(calls, rounds, warm=1)
     rows = []
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times[OWN], strict=True)]

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from harness import parser, write
+from harness import in_turns, parser, write
 from pages import SETTINGS, keep_pages
 from torch import Tensor
 
@@ -71,14 +70,8 @@ def measure(name: str, dtype: str, rounds: int) -> dict[str, Any]:
     frames, places, heads, dim = shape
     torch._dynamo.reset()
     calls = contenders(shape, DTYPES[dtype])
-    times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for round_ in range(rounds + 2):  # the first two warm up
-            for contender, call in calls.items():
-                start = time.perf_counter()
-                call()
-                if round_ > 1:
-                    times[contender].append(time.perf_counter() - start)
+        times = in_turns(calls, rounds)
     rows = []
     for contender, seconds in times.items():
         own = times[contender.split(":")[0] + ": short_attention"]
