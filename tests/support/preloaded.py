@@ -1,4 +1,4 @@
-"""One process of a test session that has imported what ranks need: they are forked from it, all tests' alike."""
+"""One process of a test run that has imported what ranks need: they are forked from it, all tests' alike."""
 
 from __future__ import annotations
 
