@@ -10,16 +10,16 @@ compiles computes as "fast" does. Freed pages stay mapped (pages.py).
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import in_turns, parser, write
+from pages import SETTINGS, keep_pages
 from torch import Tensor
 
 from vdit_fast import ops, report
@@ -89,13 +89,7 @@ def measure(threads: int, chain: Callable[..., Any], op: str, width: int, rows: 
     torch._dynamo.reset()
     moved, calls = contenders(chain, op, width, rows, dtype)
     clock = time.thread_time if threads == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):  # the first two compile and warm up
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if round_ > 1:
-                times[name].append(clock() - start)
+    times = in_turns(calls, rounds, clock)
     row: dict[str, Any] = {
         "operator": op, "chain": chain.__name__, "dtype": str(dtype).removeprefix("torch."), "threads": threads,
         "width": width, "rows": rows, "bytes": moved,
@@ -110,12 +104,7 @@ def measure(threads: int, chain: Callable[..., Any], op: str, width: int, rows: 
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=9)
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
-    args = ap.parse_args()
-    from pages import SETTINGS, keep_pages  # beside this script
-
+    args = parser(__doc__, rounds=9).parse_args()
     keep_pages()
     torch.manual_seed(0)
     load, results = os.getloadavg()[1], []
@@ -142,10 +131,8 @@ def main() -> None:
         "allocator": {name: os.environ.get(name) for name in SETTINGS},
         "load_average_5_min": load,
         "command": f"python benchmarks/adaln.py --rounds {args.rounds}",
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("\nwritten:", report.write_json(args.out / "adaln.json", document))
+    write(args.out / "adaln.json", document)
 
 
 if __name__ == "__main__":

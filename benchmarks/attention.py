@@ -8,8 +8,7 @@ rounds' own ratios, with their minimum and maximum. For other shapes, dtypes and
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from harness import parser
 
 from vdit_fast import report
 from vdit_fast.cli.bench import SUITES, draw, run_bench
@@ -19,10 +18,8 @@ HEADINGS = ("", "density", "median", "eff. GFLOP/s", "executed", "over torch SDP
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    ap = parser(__doc__, rounds=9)
     ap.add_argument("--suite", choices=sorted(SUITES), default="cpu")
-    ap.add_argument("--rounds", type=int, default=9)
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     ap.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which compiles for a minute")
     args = ap.parse_args()
 

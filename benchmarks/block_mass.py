@@ -8,15 +8,13 @@ rounds' own ratios, with their minimum and maximum.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import in_turns, parser, write
 from torch import Tensor
 
 import vdit_fast
@@ -64,13 +62,7 @@ def measure(shape: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, batch, tokens, heads, dim).unbind(0)
     calls = contenders(q, k, v)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):  # the first warms up
-        for name, (_, call) in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_:
-                times[name].append(time.perf_counter() - start)
+    times = in_turns({name: call for name, (_, call) in calls.items()}, rounds, warm=1)
     rows = []
     for name, (flop, _) in calls.items():
         ratios = [a / b for a, b in zip(times[name], times[DENSE], strict=True)]
@@ -89,10 +81,7 @@ def measure(shape: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=15)
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
-    args = ap.parse_args()
+    args = parser(__doc__, rounds=15).parse_args()
     load = os.getloadavg()[1]  # what else the machine is doing
     results = [measure(shape, args.rounds) for shape in SHAPES]
     for result in results:
@@ -113,10 +102,8 @@ def main() -> None:
         "load_average_5_min": load,
         "results": results,
         "command": f"python benchmarks/block_mass.py --rounds {args.rounds}",
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("\nwritten:", report.write_json(args.out / "block_mass.json", document))
+    write(args.out / "block_mass.json", document)
 
 
 if __name__ == "__main__":

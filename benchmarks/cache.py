@@ -10,7 +10,6 @@ read and write, and what inductor counts for the code it makes; a store's read f
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import statistics
@@ -18,11 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.traffic import Counter
+from harness import in_turns, parser, write
 from torch import Tensor
 from torch._inductor import metrics
 from torch._inductor.compile_fx import inductor_metrics_log
@@ -252,18 +251,12 @@ def measure(case: Case, dtype: torch.dtype, threads: int, rounds: int) -> dict[s
     moved, calls = contenders(case, dtype)
     nbytes = {"least": moved} | counted(calls)
     clock = time.thread_time if threads == 1 else time.perf_counter
-
-    def timed(call: Call) -> float:
-        start = clock()
-        call()
-        return clock() - start
-
     # Pairs, since eager takes a second or more: a virtual machine may meanwhile give its free pages back to the host.
-    times, ratios = {}, {}
+    times: dict[str, list[float]] = {}
+    ratios: dict[str, list[float]] = {}
     for other in (TORCH, COMPILED):
-        pairs = [(timed(calls[OWN]), timed(calls[other])) for _ in range(rounds + 2)][2:]  # the first two warm up
-        times[OWN], times[other] = zip(*pairs, strict=True)
-        ratios[other] = [theirs / own for own, theirs in pairs]
+        times |= (pair := in_turns({name: calls[name] for name in (OWN, other)}, rounds, clock))
+        ratios[other] = [theirs / own for own, theirs in zip(pair[OWN], pair[other], strict=True)]
     row: dict[str, Any] = {
         "case": case.name, "dtype": str(dtype).removeprefix("torch."), "threads": threads, "rows": case.rows,
         "width": case.width, "bytes": nbytes, "seconds": {name: statistics.median(t) for name, t in times.items()},
@@ -275,11 +268,9 @@ def measure(case: Case, dtype: torch.dtype, threads: int, rounds: int) -> dict[s
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=9)
+    ap = parser(__doc__, rounds=9)
     ap.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     ap.add_argument("--only", default="", help="run the cases whose name contains this")
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     torch.manual_seed(0)
     load, results = os.getloadavg()[1], []
@@ -302,10 +293,8 @@ def main() -> None:
         "settings": f"{args.rounds} rounds; one thread: its CPU time, two: the time that passes",
         "load_average_5_min": load,
         "command": f"python -m benchmarks.cache --rounds {args.rounds} --threads {' '.join(map(str, args.threads))}",
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("\nwritten:", report.write_json(args.out / "cache.json", document))
+    write(args.out / "cache.json", document)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import write
 
-from vdit_fast import report
 from vdit_fast.accelerate import accelerate
 from vdit_fast.caching import GRANULARITIES, CachePolicy, from_dict
 from vdit_fast.config import Config
@@ -89,8 +89,7 @@ def main() -> None:
         rows.append({"policy": settings, **measured(pipe, from_dict(settings), dense)})
         print(rows[-1], flush=True)
     results = {"kind": "cache policies", "prompts": PROMPTS, "steps": STEPS, "seed": SEED, **SIZE, "rows": rows}
-    options.out.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.out / "cache_policies.json", results | {"environment": report.environment()})
+    write(options.out / "cache_policies.json", results)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from benchmarks.cache_policies import PROMPTS, SCHEDULE, SEED, SIZE, STEPS, measured
+from harness import write
 
-from vdit_fast import report
 from vdit_fast.accelerate import accelerate
 from vdit_fast.caching import from_dict
 from vdit_fast.demo.model import load_demo_model
@@ -54,8 +54,7 @@ def main() -> None:
         "kind": "cache storage", "prompts": PROMPTS, "steps": STEPS, "seed": SEED, **SIZE, "rows": rows,
         "command": f"python -m benchmarks.cache_storage --intervals {' '.join(map(str, options.intervals))}",
     }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.out / "cache_storage.json", results | {"environment": report.environment()})
+    write(options.out / "cache_storage.json", results)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ rounds' own ratios, with their minimum and maximum.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import in_turns, parser, write
 from torch import Tensor
 
 import vdit_fast
@@ -26,19 +25,6 @@ TOKENS, HEADS = 6144, 2
 CLUSTERS = {"queries": 100, "keys": 200}
 ITERATIONS = 2
 Contenders = dict[str, Callable[[], Any]]
-
-
-def run(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every contender in every round."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
-        call()
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            start = time.thread_time()
-            call()
-            times[name].append(time.thread_time() - start)
-    return times
 
 
 def torch_assign(x: Tensor, centroids: Tensor) -> Tensor:
@@ -101,15 +87,12 @@ def problems(dtype: torch.dtype, dim: int) -> dict[str, Contenders]:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=11)
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
-    args = ap.parse_args()
+    args = parser(__doc__, rounds=11).parse_args()
     torch.set_num_threads(1)
     results, rows = [], []
     for dtype, dim in ((torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 128)):
         for name, contenders in problems(dtype, dim).items():
-            times = run(contenders, args.rounds)
+            times = in_turns(contenders, args.rounds, time.thread_time, warm=1)
             own, other = times.values()
             ratios = [b / a for a, b in zip(own, other, strict=True)]
             label = f"{str(dtype).removeprefix('torch.')}, dim {dim}"
@@ -130,10 +113,8 @@ def main() -> None:
         },
         "results": results,
         "command": f"python benchmarks/clusters.py --rounds {args.rounds}",
-        "environment": report.environment(),
     }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("written:", report.write_json(args.out / "clusters.json", document))
+    write(args.out / "clusters.json", document)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,15 @@ each other mostly measures the neighbours. Ratios are medians of the rounds' own
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import in_turns, parser, write
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -164,14 +163,8 @@ def token_calls(share: float, dtype: torch.dtype) -> Calls:
 
 
 def measure(calls: Calls, rounds: int, first: str) -> list[dict[str, Any]]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for round_ in range(rounds + 2):  # the first two warm up
-            for name, call in calls.items():
-                start = time.process_time()
-                call()
-                if round_ > 1:
-                    times[name].append(time.process_time() - start)
+        times = in_turns(calls, rounds, time.process_time)
     rows = []
     for name, seconds in times.items():
         own = times[first if first in times else next(n for n in times if n.split(":")[0] == name.split(":")[0])]
@@ -204,10 +197,8 @@ def cases() -> dict[str, Case]:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=9)
+    ap = parser(__doc__, rounds=9)
     ap.add_argument("--only", default="", help="cases whose name contains this")
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     torch.set_num_threads(1)
     load = os.getloadavg()[1]  # what else the machine is doing
@@ -235,10 +226,8 @@ def main() -> None:
         "load_average_5_min": load,
         "results": results,
         "command": f"python benchmarks/experts.py --rounds {args.rounds}",
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("\nwritten:", report.write_json(args.out / "experts.json", document))
+    write(args.out / "experts.json", document)
 
 
 if __name__ == "__main__":

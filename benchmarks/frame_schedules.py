@@ -16,20 +16,19 @@ The demo model was not trained for such schedules: this is about time, not about
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from harness import parser, write
 from torch import Tensor
 
 import vdit_fast
-from vdit_fast import accelerate, report
+from vdit_fast import accelerate
 from vdit_fast.config import Config
 from vdit_fast.demo.model import load_demo_model
 from vdit_fast.demo.prompts import embed
@@ -185,11 +184,9 @@ def ditraj(frames: int, heads: int, rounds: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=3)
+    ap = parser(__doc__, rounds=3)
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--quick", action="store_true", help="small sizes, to try the script")
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     if args.quick:
@@ -209,10 +206,8 @@ def main() -> None:
         "threads": args.threads,
         "rounds": args.rounds,
         "tables": tables,
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("written:", report.write_json(args.out / "frame_schedules.json", document))
+    write(args.out / "frame_schedules.json", document)
 
 
 if __name__ == "__main__":

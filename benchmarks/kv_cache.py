@@ -10,19 +10,18 @@ every result written once.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from benchmarks.cache import counted
+from harness import in_turns, parser, write
 from torch import Tensor
 
 from vdit_fast import report
@@ -172,13 +171,7 @@ def measure(case: Case, dtype: torch.dtype, threads: int, rounds: int, page: int
     moved, calls = contenders(case, dtype, page=page)
     nbytes = {"least": moved} | (counted(calls) if COPY in calls else {})
     clock = time.thread_time if threads == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):  # the first two warm up
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if round_ > 1:
-                times[name].append(clock() - start)
+    times = in_turns(calls, rounds, clock)
     own = times[OWN]
     flops = 4 * (case.queries or page) * case.capacity * page * case.heads * DIM if case.kind == "decode" else 0
     row: dict[str, Any] = {
@@ -194,11 +187,9 @@ def measure(case: Case, dtype: torch.dtype, threads: int, rounds: int, page: int
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=9)
+    ap = parser(__doc__, rounds=9)
     ap.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     ap.add_argument("--small", action="store_true", help="pages of 64 tokens: to try the script")
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     torch.manual_seed(0)
     load, results = os.getloadavg()[1], []
@@ -227,10 +218,8 @@ def main() -> None:
         "one thread: its CPU time, two: the time that passes",
         "load_average_5_min": load,
         "command": command + (" --small" if args.small else ""),
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("\nwritten:", report.write_json(args.out / "kv_cache.json", document))
+    write(args.out / "kv_cache.json", document)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,16 @@ of weights in fp64 on sampled rows; plain torch beside it on the first four head
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from harness import parser, write
 from torch import Tensor
 
 from vdit_fast import linear_attention, reference, report
@@ -221,11 +220,10 @@ def exact_part(heads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    ap = parser(__doc__)
     ap.add_argument("--part", choices=("speed", "exact"), default="speed")
     ap.add_argument("--rounds", type=int, default=7, help="of the part 'speed'")
     ap.add_argument("--heads", type=int, default=EXACT[0], help="of the part 'exact'")
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     load = os.getloadavg()[1]  # what else the machine is doing
     speed = args.part == "speed"
@@ -236,11 +234,9 @@ def main() -> None:
         "load_average_5_min": load,
         **(speed_part(args.rounds) if speed else exact_part(args.heads)),
         "command": f"python benchmarks/linear_attention.py --part {args.part} {option}",
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     name = "linear_attention.json" if speed else "linear_attention_exact.json"
-    print("\nwritten:", report.write_json(args.out / name, document))
+    write(args.out / name, document)
 
 
 if __name__ == "__main__":

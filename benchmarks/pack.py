@@ -9,16 +9,15 @@ minimum and maximum. Errors are those of the demo model's own hidden states behi
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import parser, write
 from torch import Tensor
 
 from vdit_fast import ops, report
@@ -151,10 +150,7 @@ def errors() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=15)
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
-    args = ap.parse_args()
+    args = parser(__doc__, rounds=15).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     size, results, rows = Size(), [], []
@@ -196,10 +192,8 @@ def main() -> None:
         "results": results,
         "errors": lost,
         "command": f"python benchmarks/pack.py --rounds {args.rounds}",
-        "environment": report.environment(),
     }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("written:", report.write_json(args.out / "pack.json", document))
+    write(args.out / "pack.json", document)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from their messages. Quality is against the plain clip of the same seed.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import parser, write
 from torch import Tensor
 
 from vdit_fast import report
@@ -57,13 +57,12 @@ def draw(packing: Packing | None, ranks: int, options: argparse.Namespace) -> Te
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    ap = parser(__doc__)
     ap.add_argument("--steps", type=int, default=8)
     ap.add_argument("--blocks", type=int, default=3)
     ap.add_argument("--size", type=int, default=64)
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--ranks", type=int, nargs="+", default=[4])
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     options = ap.parse_args()
     torch.set_num_threads(1)
     plain, results = draw(None, 1, options), []
@@ -84,10 +83,8 @@ def main() -> None:
         "frames": plain.shape[0],
         "results": results,
         "command": "python benchmarks/pack_clip.py",
-        "environment": report.environment(),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    print("written:", report.write_json(options.out / "pack_clip.json", document))
+    write(options.out / "pack_clip.json", document)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from harness import parser, write
 
 from vdit_fast import report
 from vdit_fast.accelerate import accelerate
@@ -199,8 +200,7 @@ def one_round(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=3)
+    ap = parser(__doc__, rounds=3)
     ap.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     ap.add_argument("--steps", type=int, default=8)
     ap.add_argument("--blocks", type=int, default=6)
@@ -209,7 +209,6 @@ def main() -> None:
     ap.add_argument("--size", type=int, default=64, help="pixels of an edge, a multiple of 4")
     ap.add_argument("--cores", type=float, default=len(os.sched_getaffinity(0)), help="processors that ranks share")
     ap.add_argument("--limit", type=float, default=3600, help="seconds that a run may take")
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     for name in ("--worker", "--scratch", "--bytes"):  # of a rank
         ap.add_argument(name, type={"--scratch": Path, "--bytes": int}.get(name, str), help=argparse.SUPPRESS)
     options = ap.parse_args()
@@ -240,10 +239,8 @@ def main() -> None:
         "results": results,
         "rounds": rounds,
         "command": f"python benchmarks/pipeline.py --rounds {options.rounds}",
-        "environment": report.environment(),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    print("written:", report.write_json(options.out / "pipeline.json", document))
+    write(options.out / "pipeline.json", document)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ bytes over assumed links: 25 GB/s for PCIe, 400 GB/s for NVLink, 10 microseconds
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
+
+from harness import parser
 
 from vdit_fast import report
 from vdit_fast.parallel.costs import WAN_1_3B, WAN_14B, Clip, Transformer, dual_paral, memory_per_rank, ulysses_seconds
@@ -66,8 +67,7 @@ def draw(curves: dict[str, Any], path: Path) -> Path:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
+    ap = parser(__doc__)
     ap.add_argument("--picture", type=Path, help="default: pipeline_speedup.png in --out")
     args = ap.parse_args()
     cases = [case(name, link, flops) for flops in SPEEDS for name in MODELS for link in LINKS]

@@ -10,13 +10,12 @@ a generation, "later" the ones after it. What a method computes after the attent
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import parser, write
 from torch import Tensor
 
 import vdit_fast
@@ -94,10 +93,8 @@ STATISTICS = (("median", statistics.median), ("min", min), ("max", max))
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=3)
+    ap = parser(__doc__, rounds=3)
     ap.add_argument("--planner", action="append", help="only this one (repeatable)")
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -120,10 +117,8 @@ def main() -> None:
         "rows": rows,
         "settings": f"fp32, {args.rounds} rounds of 4 steps, CPU time of one thread, shares of dense attention",
         "command": f"python benchmarks/planners.py --rounds {args.rounds}",
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("\nwritten:", report.write_json(args.out / "planners.json", document))
+    write(args.out / "planners.json", document)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ once, the table read once.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import in_turns, parser, write
+from pages import SETTINGS, keep_pages
 from torch import Tensor
 from torch.nn import functional
 
@@ -162,13 +161,7 @@ def build(family: Family, device: str = "cpu") -> tuple[int, dict[str, Callable[
 def measure(family: Family, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     moved, calls = build(family)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):  # two warm up
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_ >= 2:
-                times[name].append(time.perf_counter() - start)
+    times = in_turns(calls, rounds)
     rows = []
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times[FUSED], strict=True)]
@@ -187,13 +180,9 @@ def measure(family: Family, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=15)
+    ap = parser(__doc__, rounds=15)
     ap.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
-    from pages import SETTINGS, keep_pages  # beside this script
-
     keep_pages()
     load = os.getloadavg()[1]  # what else the machine is doing
     results = []
@@ -221,10 +210,8 @@ def main() -> None:
         "load_average_5_min": load,
         "results": results,
         "command": f"python benchmarks/qk_norm_rope.py --rounds {args.rounds}",
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("\nwritten:", report.write_json(args.out / "qk_norm_rope.json", document))
+    write(args.out / "qk_norm_rope.json", document)
 
 
 if __name__ == "__main__":

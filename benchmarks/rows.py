@@ -9,14 +9,13 @@ minimum and maximum.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import parser, write
 from torch import Tensor
 
 from vdit_fast import ops, report
@@ -87,10 +86,7 @@ def problems(dtype: torch.dtype) -> dict[str, tuple[Contenders, int]]:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=15)
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
-    args = ap.parse_args()
+    args = parser(__doc__, rounds=15).parse_args()
     torch.set_num_threads(1)
     results, rows = [], []
     for dtype in (torch.float32, torch.bfloat16):
@@ -117,10 +113,8 @@ def main() -> None:
         },
         "results": results,
         "command": f"python benchmarks/rows.py --rounds {args.rounds}",
-        "environment": report.environment(),
     }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("written:", report.write_json(args.out / "rows.json", document))
+    write(args.out / "rows.json", document)
 
 
 if __name__ == "__main__":

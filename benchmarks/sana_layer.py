@@ -10,19 +10,17 @@ bfloat16, which takes torch's products very long on a CPU without bfloat16 arith
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import os
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import SanaVideoTransformer3DModel
+from harness import in_turns, parser, write
 from torch import Tensor, nn
 
 from vdit_fast import accelerate, report
@@ -81,14 +79,8 @@ def measure(
     calls = contenders(grid, heads, DTYPES[dtype], projections)
     if not compiled:
         calls.pop(COMPILED)
-    times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for round_ in range(-1, rounds):  # the first warms up
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                if round_ >= 0:
-                    times[name].append(time.perf_counter() - start)
+        times = in_turns(calls, rounds, warm=1)
     rows = []
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times[OWN], strict=True)]
@@ -123,12 +115,10 @@ def print_rows(results: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=5)
+    ap = parser(__doc__, rounds=5)
     ap.add_argument("--heads", type=int, default=HEADS)
     ap.add_argument("--grids", type=int, default=len(GRIDS), help="how many of the clip lengths, from the shortest on")
     ap.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     load = os.getloadavg()[1]  # what else the machine is doing
@@ -146,10 +136,8 @@ def main() -> None:
         "load_average_5_min": load,
         "results": results,
         "command": f"python benchmarks/sana_layer.py {options}{' --no-compile' if args.no_compile else ''}",
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("\nwritten:", report.write_json(args.out / "sana_layer.json", document))
+    write(args.out / "sana_layer.json", document)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ minimum and maximum.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import in_turns, parser
 from torch import Tensor
 
 from vdit_fast import AttentionPlan, attention, report
@@ -42,19 +40,6 @@ def quarter(tokens: int) -> AttentionPlan:
     return AttentionPlan.from_block_mask(keep, BLOCK, BLOCK, lq=tokens, lk=tokens)
 
 
-def timed(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round; the first contender is the base."""
-    for call in contenders.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def memory(tokens: int, rounds: int) -> list[dict[str, Any]]:
     q, k, v = (rows(tokens) for _ in range(3))
     found = []
@@ -68,7 +53,7 @@ def memory(tokens: int, rounds: int) -> list[dict[str, Any]]:
             contenders["1000 concatenated"] = lambda joint=joint: attention(q, *joint)
         keys = tokens if plan is None else tokens * float(plan.density)
         expected = {f"segment of {m}": 1 + m / keys for m in MEMORY} | {"1000 concatenated": 1 + 1000 / keys}
-        found += listed(f"memory, {name}", timed(contenders, rounds), expected)
+        found += listed(f"memory, {name}", in_turns(contenders, rounds, warm=1), expected)
     return found
 
 
@@ -88,7 +73,7 @@ def chunks(tokens_per_frame: int, rounds: int) -> list[dict[str, Any]]:
     }
     pairs = {name: cut.count * part * (part + CLIP["tokens"]) / whole**2 for name in list(contenders)[2:]}
     pairs["chunks alone"] = cut.count * part**2 / whole**2
-    found = listed("chunks", timed(contenders, rounds), pairs)
+    found = listed("chunks", in_turns(contenders, rounds, warm=1), pairs)
     for item in found:
         item["segment_bytes"] = sum(x.nbytes for x in copied) if "copied" in item["name"] else sum(x.nbytes for x in z)
     return found
@@ -108,12 +93,10 @@ def listed(part: str, seconds: dict[str, list[float]], expected: dict[str, float
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=5)
+    ap = parser(__doc__, rounds=5)
     ap.add_argument("--tokens", type=int, default=TOKENS)
     ap.add_argument("--frame", type=int, default=240, help="tokens of a frame of the clip in chunks")
     ap.add_argument("--threads", type=int, default=1)
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -8,14 +8,13 @@ medians of the rounds' own ratios, with their minimum and maximum. Results are c
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import parser, write
 from torch import Tensor
 
 from vdit_fast import ops, report
@@ -66,10 +65,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=9)
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
-    args = ap.parse_args()
+    args = parser(__doc__, rounds=9).parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     rows = []
@@ -99,10 +95,8 @@ def main() -> None:
         "rows": rows,
         "settings": f"{args.rounds} rounds, CPU time of one thread",
         "command": f"python benchmarks/selection.py --rounds {args.rounds}",
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("\nwritten:", report.write_json(args.out / "select.json", document))
+    write(args.out / "select.json", document)
 
 
 if __name__ == "__main__":

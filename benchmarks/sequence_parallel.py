@@ -22,8 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-
-from vdit_fast import report
+from harness import write
 
 CONFIGS: dict[str, Any] = {
     "dense": "exact",
@@ -158,11 +157,9 @@ def main() -> None:
         "settings": settings | {"threads": 1, "backend": "gloo"},
         "results": rows,
         "command": "python benchmarks/sequence_parallel.py " + " ".join(f"--{k} {v}" for k, v in settings.items()),
-        "environment": report.environment(),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     name = f"sequence_parallel_{options.ranks}.json"
-    print("written:", report.write_json(options.out / name, document))
+    write(options.out / name, document)
 
 
 if __name__ == "__main__":

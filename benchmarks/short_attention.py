@@ -10,16 +10,15 @@ ratios are medians of the rounds' own ratios, with their minimum and maximum.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from harness import in_turns, parser, write
+from pages import SETTINGS, keep_pages
 from torch import Tensor
 
 from vdit_fast import report, short_attention
@@ -71,14 +70,8 @@ def measure(name: str, dtype: str, rounds: int) -> dict[str, Any]:
     frames, places, heads, dim = shape
     torch._dynamo.reset()
     calls = contenders(shape, DTYPES[dtype])
-    times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for round_ in range(rounds + 2):  # the first two warm up
-            for contender, call in calls.items():
-                start = time.perf_counter()
-                call()
-                if round_ > 1:
-                    times[contender].append(time.perf_counter() - start)
+        times = in_turns(calls, rounds)
     rows = []
     for contender, seconds in times.items():
         own = times[contender.split(":")[0] + ": short_attention"]
@@ -98,12 +91,7 @@ def measure(name: str, dtype: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=15)
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
-    args = ap.parse_args()
-    from pages import SETTINGS, keep_pages  # beside this script
-
+    args = parser(__doc__, rounds=15).parse_args()
     keep_pages()
     load = os.getloadavg()[1]  # what else the machine is doing
     results = [measure(name, dtype, args.rounds) for name in SHAPES for dtype in DTYPES]
@@ -126,10 +114,8 @@ def main() -> None:
         "load_average_5_min": load,
         "results": results,
         "command": f"python benchmarks/short_attention.py --rounds {args.rounds}",
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("\nwritten:", report.write_json(args.out / "short_attention.json", document))
+    write(args.out / "short_attention.json", document)
 
 
 if __name__ == "__main__":

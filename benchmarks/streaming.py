@@ -18,7 +18,6 @@ lengths far. The demo model was not trained to be causal: this is about time and
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import statistics
@@ -29,9 +28,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from harness import parser, write
 from torch import Tensor, nn
 
-from vdit_fast import accelerate, report, stream
+from vdit_fast import accelerate, stream
 from vdit_fast.demo.model import load_demo_model
 from vdit_fast.demo.prompts import embed
 from vdit_fast.models.wan import rotate
@@ -231,14 +231,12 @@ def memory(settings: SelfForcing) -> dict[str, Any]:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=3)
+    ap = parser(__doc__, rounds=3)
     ap.add_argument("--chunk", type=int, nargs="+", default=[3, 1], help="frames per chunk")
     ap.add_argument("--cache", type=int, default=21, help="frames held")
     ap.add_argument("--frames", type=int, default=42, help="frames of a clip, at most the model's table of 64")
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--no-compile", action="store_true")
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     problems = []
@@ -268,10 +266,9 @@ def main() -> None:
     held = memory(SelfForcing(cache_frames=args.cache, prediction="x0", shift=3.0))
     for point in held["points"]:
         print(point, flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     facts = {"threads": args.threads, "tokens_per_frame": PAGE, "layers": 6, "steps": 4}
     results = {"kind": "streaming", **facts, "problems": problems, "memory": held}
-    report.write_json(args.out / "streaming.json", results | {"environment": report.environment()})
+    write(args.out / "streaming.json", results)
 
 
 if __name__ == "__main__":

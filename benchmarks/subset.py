@@ -8,13 +8,12 @@ rounds' own ratios. The clip is compared with that of the first contender, which
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import parser, write
 
 from vdit_fast import report
 from vdit_fast.accelerate import accelerate
@@ -42,10 +41,7 @@ def draw(pipe: DemoPipeline, config: Config) -> tuple[Sample, float, dict[str, A
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    ap.add_argument("--rounds", type=int, default=1)
-    ap.add_argument("--out", type=Path, default=Path("outputs/bench"))
-    args = ap.parse_args()
+    args = parser(__doc__, rounds=1).parse_args()
     torch.set_num_threads(1)
     pipe = DemoPipeline(load_demo_model())
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
@@ -76,10 +72,8 @@ def main() -> None:
         "settings": {"prompt": PROMPT, "steps": STEPS, "seed": 0, "threads": 1, "rounds": args.rounds},
         "results": results,
         "command": f"python benchmarks/subset.py --rounds {args.rounds}",
-        "environment": report.environment(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("written:", report.write_json(args.out / "subset.json", document))
+    write(args.out / "subset.json", document)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,6 @@ using namespace vdit;
 
 namespace {
 
-// What the first byte promises, up to 16.
-size_t alignment(const void* data) {
-  const auto address = reinterpret_cast<uintptr_t>(data) | 16;
-  return address & (~address + 1);
-}
-
 // A tensor in guarded memory: inputs as they lie, results contiguous.
 char* guarded(emu::Harness& h, const PackParams& p, const PackTensor& t, bool pack) {
   const int64_t sizes[] = {p.batch, t.rows, t.heads, t.dim};
@@ -21,7 +15,7 @@ char* guarded(emu::Harness& h, const PackParams& p, const PackTensor& t, bool pa
   }
   return static_cast<char*>(
       const_cast<void*>(h.input_strided("x", t.data, 1, {sizes[0], sizes[1], sizes[2], sizes[3], p.element},
-                                        {t.batch, t.row, t.head, t.channel, 1}, alignment(t.data))));
+                                        {t.batch, t.row, t.head, t.channel, 1}, emu::alignment(t.data))));
 }
 
 int run(const PackParams* params, int64_t bytes, const emu::Policy* policy, char* error, size_t error_bytes,
@@ -31,8 +25,8 @@ int run(const PackParams* params, int64_t bytes, const emu::Policy* policy, char
     PackParams p = *params;
     for (int32_t i = 0; i < p.tensors; ++i) p.tensor[i].data = guarded(h, p, p.tensor[i], pack);
     p.buffer = static_cast<char*>(
-        pack ? h.output_bytes("buffer", p.buffer, size_t(bytes), alignment(p.buffer))
-             : const_cast<void*>(h.input_bytes("buffer", p.buffer, size_t(bytes), alignment(p.buffer))));
+        pack ? h.output_bytes("buffer", p.buffer, size_t(bytes), emu::alignment(p.buffer))
+             : const_cast<void*>(h.input_bytes("buffer", p.buffer, size_t(bytes), emu::alignment(p.buffer))));
     const int code = pack ? cuda_pack_slices(p, nullptr) : cuda_unpack_slices(p, nullptr);
     h.finish();
     return code;

@@ -6,16 +6,10 @@ using namespace vdit;
 
 namespace {
 
-// What the first byte promises, up to 16.
-size_t alignment(const void* data) {
-  const auto address = reinterpret_cast<uintptr_t>(data) | 16;
-  return address & (~address + 1);
-}
-
 // A [B, n, row] tensor in guarded memory, strides in bytes as in RowPair.
 void* guarded(emu::Harness& h, const char* name, const void* data, int64_t batch, int64_t rows, int64_t batch_stride,
               int64_t row_stride, int64_t row_bytes) {
-  const size_t align = alignment(data);
+  const size_t align = emu::alignment(data);
   return const_cast<void*>(
       h.input_strided(name, data, 1, {batch, rows, row_bytes}, {batch_stride, row_stride, 1}, align));
 }
@@ -33,7 +27,7 @@ int run(const RowsParams* params, const emu::Policy* policy, char* error, size_t
       const int64_t batch = p.gate.batch == 0 ? 1 : p.batch, slots = p.gate.slot == 0 ? 1 : p.slots;
       const int64_t channels = p.gate.channel == 0 ? 1 : p.pair[0].row_bytes / int64_t(width);
       p.gate.data = h.input_strided("gate", p.gate.data, size, {batch, slots, channels}, {p.gate.batch, p.gate.slot, 1},
-                                    alignment(p.gate.data));
+                                    emu::alignment(p.gate.data));
     }
     for (int i = 0; i < p.pairs; ++i) {
       RowPair& t = p.pair[i];

@@ -20,6 +20,12 @@
 
 namespace emu {
 
+// What an original promises of its first byte, up to 16.
+inline size_t alignment(const void* data) {
+  const auto address = reinterpret_cast<uintptr_t>(data) | 16;
+  return address & (~address + 1);
+}
+
 class Harness {
  public:
   // Read-only copy; null stays null. `align`: what the original promises of its first byte.

@@ -76,9 +76,9 @@ class Call : public TokenCall<Params> {
     return t.size(0);
   }
 
-  // Of factors in e4m3 the scales [m, *x.shape without D], each factor's contiguous; null for others, which have none.
-  float* scales(const Tensor& t, const std::string& name, const Optional& scales, const std::string& scales_name,
-                int64_t& stride) {
+  // Of factors in e4m3 the scales [m, *x.shape without D], each factor's contiguous; others have none.
+  void scales(const Tensor& t, const std::string& name, const Optional& scales, const std::string& scales_name,
+              int64_t& stride) {
     const ScalarType type = t.scalar_type();
     const bool codes = type == ScalarType::Float8_e4m3fn;
     VDIT_CHECK(!factor_type_ || type == *factor_type_, op_, ": ", name, " is ", dtype_text(type),
@@ -88,7 +88,7 @@ class Call : public TokenCall<Params> {
       VDIT_CHECK(!scales, op_, ": ", scales_name, " beside factors in ", dtype_text(type),
                  "; only those in float8_e4m3fn have scales: pass None");
       p.factor_dtype = dtype(t, name);
-      return nullptr;
+      return;
     }
     VDIT_CHECK(scales, op_, ": ", name, " is float8_e4m3fn without ", scales_name,
                "; pass a float32 tensor of the shape of factors without the last dimension");
@@ -108,7 +108,6 @@ class Call : public TokenCall<Params> {
         " has strides between which the scales of a factor are not contiguous; make it "
         "with torch.empty");
     stride = scales->stride(0);
-    return scales->mutable_data_ptr<float>();
   }
 
   // Sets the shape of the walk and the strides of everything walked over. `as_is`: [B, N, D] stays what it is. Rows
@@ -186,8 +185,10 @@ class Update : public Call<FactorUpdateParams> {
          const Optional& scales)
       : Call("factor_update", output, false, "output") {
     const int64_t held = this->factors(factors, "factors", 1, p.factor_stride);
-    p.scales = this->scales(factors, "factors", scales, "scales", p.scale_stride);
+    this->scales(factors, "factors", scales, "scales", p.scale_stride);
+    // First: this makes copies that torch has put off, and what shares memory is asked below.
     p.factors = factors.mutable_data_ptr();
+    p.scales = scales ? scales->mutable_data_ptr<float>() : nullptr;
     VDIT_CHECK(known >= 0 && known <= held, "factor_update: known is ", known, "; expected 0 to ", held,
                ", the number of factors");
     p.last = int32_t(std::min(known, held - 1));
@@ -269,7 +270,7 @@ class Forecast : public Call<ForecastParams> {
       const std::string name = numbered("factors", j);
       ForecastModule& m = p.module[j];
       this->factors(factors[j], name, p.factors, m.factor_stride);
-      m.scales = this->scales(factors[j], name, scales[j], numbered("scales", j), m.scale_stride);
+      this->scales(factors[j], name, scales[j], numbered("scales", j), m.scale_stride);
     }
     walk(all, gated);
     p.out = out.mutable_data_ptr();
@@ -290,6 +291,7 @@ class Forecast : public Call<ForecastParams> {
                  "; pass memory of its own");
       ForecastModule& m = p.module[j];
       m.factors = factors[j].const_data_ptr();
+      m.scales = own ? own->const_data_ptr<float>() : nullptr;
       m.gate = table(numbered("gate", j), gates[j], bases[j]);
     }
     for (const auto* tables : {&gates, &bases})

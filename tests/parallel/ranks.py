@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import time
@@ -13,8 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "diffusers.models.transformers", "vdit_fast.accelerate"])
+from preloaded import context
 
 
 def _rank(
@@ -47,9 +45,9 @@ def run(world: int, fn: Callable[..., Any], *args: Any, seconds: float = 90) -> 
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = [], []
         for rank in range(world):
-            mine, theirs = _context.Pipe(duplex=False)
+            mine, theirs = context.Pipe(duplex=False)
             given = (fn, rank, world, str(Path(folder) / "store"), seconds, args, theirs)
-            process = _context.Process(target=_rank, args=given, daemon=True)
+            process = context.Process(target=_rank, args=given, daemon=True)
             process.start()
             theirs.close()
             ends.append(mine)

@@ -1,14 +1,20 @@
-"""What a reader starts with ``python -m torch.distributed.run``: the scripts of the docs as printed, and the demo."""
+"""What a reader starts with ``python -m torch.distributed.run``: the scripts of the docs as printed, and the demo.
+
+Interpreters that import everything cost more than what they compute: what a launcher is not needed for runs here.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,9 +22,9 @@ ROOT = Path(__file__).parents[2]
 SMALL = ("--steps", "2", "--blocks", "2", "--num-per-block", "3", "--num-cat", "1", "--height", "16", "--width", "16")
 
 
-def run(folder: Path, *command: str, ranks: int = 0, seconds: float = 100) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error); with ranks under torch's launcher, which has a port of its own."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks else ()
+def run(folder: Path, *command: str, seconds: float = 100) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of two ranks under torch's launcher, which has a port of its own."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(
         [sys.executable, *launcher, *command], cwd=folder, env=environment, text=True, start_new_session=True,
@@ -33,43 +39,85 @@ def run(folder: Path, *command: str, ranks: int = 0, seconds: float = 100) -> tu
     return process.returncode, out, err
 
 
-def script(page: str, word: str, folder: Path, name: str) -> str:
+PIPELINE = ("parallel.md", "long_clip.py")
+SEQUENCE = ("sequence_parallel.md", "two_ranks.py")
+
+ONE_BEHIND_THE_OTHER = """
+import os, runpy, sys
+
+first, second, port = sys.argv[1:]
+for name in first, second:
+    if os.environ["RANK"] == "0":
+        print("---", name, flush=True)
+    runpy.run_path(name, run_name="__main__")
+    # The launcher's store has the first one's keys.
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port}
+"""
+
+
+def script(page: str, name: str, folder: Path) -> Path:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    (code,) = [code for code in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) if word in code]
+    found = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (code,) = [code for code in found if "load_demo_model" in code]
     assert f"save this as `{name}`" in text and f"torch.distributed.run --nproc-per-node 2 {name}" in text
     (folder / name).write_text(code, encoding="utf-8")
-    return name
+    return folder / name
 
 
-def test_the_script_of_the_pipeline(tmp_path: Path) -> None:
-    name = script("parallel.md", "load_demo_model", tmp_path, "long_clip.py")
-    found = [run(tmp_path, name, ranks=ranks) for ranks in (0, 2)]
-    assert [code for code, _, _ in found] == [0, 0], found
-    lines = [[line for line in out.splitlines() if line.startswith("block ")] for _, out, _ in found]
-    assert lines[0] == lines[1] and len(lines[0]) == 5
-    assert lines[0][0].startswith("block 0: (1, 3, 6, 32, 32)") and lines[0][4].startswith("block 4: (1, 3, 4, 32, 32)")
-    assert "Traceback" not in found[0][2] + found[1][2]
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the first of two ranks prints, by script. Both scripts in one start of the launcher."""
+    folder = tmp_path_factory.mktemp("launched")
+    names = [script(*place, folder).name for place in (PIPELINE, SEQUENCE)]
+    (folder / "all.py").write_text(ONE_BEHIND_THE_OTHER)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    code, out, err = run(folder, "all.py", *names, port)
+    assert code == 0 and "Traceback" not in err, err
+    parts = re.split(r"^--- (.*)$", out, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def test_the_script_of_the_sequence(tmp_path: Path) -> None:
-    name = script("sequence_parallel.md", "load_demo_model", tmp_path, "two_ranks.py")
-    code, out, err = run(tmp_path, name, ranks=2)
-    assert code == 0, err
+def blocks_of(out: str) -> list[str]:
+    return [line for line in out.splitlines() if line.startswith("block ")]
+
+
+def test_the_script_of_the_pipeline(
+    printed: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runpy.run_path(str(script(*PIPELINE, tmp_path)), run_name="__main__")
+    lines = blocks_of(capsys.readouterr().out)
+    assert lines == blocks_of(printed["long_clip.py"]) and len(lines) == 5
+    assert lines[0].startswith("block 0: (1, 3, 6, 32, 32)") and lines[4].startswith("block 4: (1, 3, 4, 32, 32)")
+
+
+def test_the_script_of_the_sequence(printed: dict[str, str]) -> None:
+    out = printed["two_ranks.py"]
     assert "sequence parallelism: rank 0 of 2" in out and float(out.split()[-1]) < 1e-4
     sparse = re.search(r"transformer \(wan\) +\d+ +[\d,]+ +(\d+)", out)
     assert sparse is not None and int(sparse[1]) > 0
 
 
+@pytest.fixture
+def demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The demo in this process: (exit code, standard output)."""
+    from vdit_fast.parallel import demo
+
+    monkeypatch.setattr(demo.signal, "signal", lambda *args: None)
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: (demo.main([*SMALL, *arguments]), capsys.readouterr().out)
+
+
 @pytest.mark.slow
-def test_the_demo(tmp_path: Path) -> None:
-    code, out, err = run(tmp_path, "-m", "vdit_fast.parallel.demo", *SMALL, "--check", ranks=2)
+def test_the_demo(tmp_path: Path, demo: Any) -> None:
+    code, out, err = run(tmp_path, "-m", "vdit_fast.parallel.demo", *SMALL, "--check")
     assert code == 0, err
     assert "frame blocks drawn 2 of 2" in out and out.splitlines()[-1].endswith("equal within rounding")
-    keep = ("--checkpoint", "kept")
-    code, out, err = run(tmp_path, "-m", "vdit_fast.parallel.demo", *SMALL, *keep, "--resume")
-    assert code == 0 and "nothing to resume: kept has no state" in out, err
-    code, out, err = run(tmp_path, "-m", "vdit_fast.parallel.demo", *SMALL, *keep, "--resume")
-    assert code == 0 and "nothing to resume" not in out and "after a restart at iteration" in out, err
+    keep = ("--checkpoint", "kept", "--resume")
+    code, out = demo(*keep)
+    assert code == 0 and "nothing to resume: kept has no state" in out
+    code, out = demo(*keep)
+    assert code == 0 and "nothing to resume" not in out and "after a restart at iteration" in out
 
 
 WRONG = [
@@ -118,14 +166,14 @@ def test_more_ranks_than_blocks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 @pytest.mark.parametrize("when", ["before", pytest.param("after the ranks have met", marks=pytest.mark.slow)])
-def test_a_wrong_argument_is_said_once(tmp_path: Path, when: str) -> None:
+def test_a_wrong_argument_is_said_once(tmp_path: Path, demo: Any, when: str) -> None:
     """By the first rank, also where the other one would be ready sooner; no rank ends with 0."""
     wrong = ("--resume",)
     if when != "before":
-        assert run(tmp_path, "-m", "vdit_fast.parallel.demo", *SMALL, "--checkpoint", "kept")[0] == 0
+        assert demo("--checkpoint", "kept")[0] == 0
         wrong = ("--checkpoint", "kept", "--seed", "8")
     began = time.monotonic()
-    code, _, err = run(tmp_path, "-m", "vdit_fast.parallel.demo", *SMALL, *wrong, ranks=2)
+    code, _, err = run(tmp_path, "-m", "vdit_fast.parallel.demo", *SMALL, *wrong)
     assert code != 0 and time.monotonic() - began < 60
     said = err.partition("torch.distributed.elastic")[0]  # what follows is the launcher's
     words = "--resume has no effect" if when == "before" else "is of another run: seed"

@@ -85,7 +85,7 @@ def test_a_killed_rank_ends_all_and_the_checkpoint_gives_the_same_video(tmp_path
     pids, state = ranks.pids(), tmp_path / "check" / "state.pt"
     until = time.monotonic() + 60
     while not state.is_file():
-        assert time.monotonic() < until and ranks.process.poll() is None, ranks.log(0)
+        assert time.monotonic() < until and ranks.running, ranks.log(0)
         time.sleep(0.01)
     time.sleep(2 * random.random())
     os.kill(pids[victim], signal.SIGKILL)

@@ -1,7 +1,8 @@
 """Real ranks for tests: processes with torch.distributed over gloo, forked from one that has imported everything.
 
 ``start`` returns at once, ``Ranks.wait`` has a hard limit. A worker is a function ``(folder, **arguments)`` of a module
-in tests/support; it runs after ``init_process_group`` and its output goes to ``folder/rank<r>.log``.
+in tests/support; it runs after ``init_process_group`` and its output goes to ``folder/rank<r>.log``. The ranks of a
+start have a parent of their own, which says how they ended.
 """
 
 from __future__ import annotations
@@ -11,22 +12,27 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from preloaded import context
 
 
 class Ranks:
     """Started ranks."""
 
-    def __init__(self, folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-        self.folder, self.count, self.process = folder, count, process
+    def __init__(self, folder: Path, count: int, parent: BaseProcess) -> None:
+        self.folder, self.count, self._parent = folder, count, parent
+
+    @property
+    def running(self) -> bool:
+        """Whether any of them is still there."""
+        return self._parent.is_alive()
 
     def log(self, rank: int) -> str:
         return (self.folder / f"rank{rank}.log").read_text()
@@ -35,35 +41,36 @@ class Ranks:
         """Process ids, once all ranks are there."""
         until = time.monotonic() + seconds
         while not (self.folder / "pids.json").is_file():
-            assert time.monotonic() < until and self.process.poll() is None, "the ranks did not start"
+            assert time.monotonic() < until and self.running, "the ranks did not start"
             time.sleep(0.02)
         return json.loads((self.folder / "pids.json").read_text())
 
     def wait(self, seconds: float) -> list[int]:
         """Exit code of every rank; all are killed where they take longer."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            logs = "\n".join(f"--- rank {rank}\n{self.log(rank)}" for rank in range(self.count))
-            raise AssertionError(f"the ranks did not end within {seconds} s\n{logs}") from None
+        self._parent.join(seconds)
+        if self.running:
+            os.killpg(self._parent.pid, signal.SIGKILL)
+            self._parent.join()
+            raise AssertionError(f"the ranks did not end within {seconds} s\n{self._logs()}")
+        assert self._parent.exitcode == 0, "the ranks did not start"
         return json.loads((self.folder / "codes.json").read_text())
 
     def finish(self, seconds: float = 120.0) -> None:
         """Wait; every rank must end well."""
         codes = self.wait(seconds)
-        logs = "\n".join(f"--- rank {rank}\n{self.log(rank)}" for rank in range(self.count))
-        assert codes == [0] * self.count, f"exit codes {codes}\n{logs}"
+        assert codes == [0] * self.count, f"exit codes {codes}\n{self._logs()}"
+
+    def _logs(self) -> str:
+        return "\n".join(f"--- rank {rank}\n{self.log(rank)}" for rank in range(self.count))
 
 
 def start(worker: str, folder: Path, count: int, **arguments: Any) -> Ranks:
     """Start ``module:function`` on so many ranks."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pids.json").unlink(missing_ok=True)
-    command = [sys.executable, __file__, worker, str(folder), str(count), json.dumps(arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    return Ranks(folder, count, subprocess.Popen(command, env=environment, start_new_session=True))
+    parent = context.Process(target=_parent, args=(worker, folder, count, arguments), daemon=True)
+    parent.start()
+    return Ranks(folder, count, parent)
 
 
 def _port() -> int:
@@ -94,8 +101,8 @@ def _child(rank: int, count: int, port: int, work: Any, folder: Path, arguments:
         os._exit(code)  # threads may sit in calls that wait for a dead rank
 
 
-def _main() -> None:
-    worker, folder, count, arguments = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+def _parent(worker: str, folder: Path, count: int, arguments: dict[str, Any]) -> None:
+    os.setsid()  # the ranks are ended with it
     module, name = worker.split(":")
     work, port = getattr(importlib.import_module(module), name), _port()
     pids = []
@@ -108,7 +115,3 @@ def _main() -> None:
     os.replace(folder / "pids.part", folder / "pids.json")
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     (folder / "codes.json").write_text(json.dumps(codes))
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,7 +1,6 @@
 // Sum of the rows of one part of a block, in registers, 64 columns at a time. With an order the rows are listed first.
 #include "cpu/block_mean_part.h"
-#include "cpu/isa/float16.h"
-#include "cpu/isa/vec.h"
+#include "cpu/isa/lanes16.h"
 
 namespace VDIT_NS {
 namespace {
@@ -11,23 +10,6 @@ using vdit::BlockMeanWork;
 using vdit::DType;
 
 constexpr int kAhead = 8;  // rows between the prefetch and the addition
-
-static inline vf load_floats(const float* p) { return load(p); }
-static inline vf load_floats(const bf16* p) {
-  typedef uint16_t vh __attribute__((vector_size(VL * 2), aligned(2), may_alias));
-  return (vf)(__builtin_convertvector(*reinterpret_cast<const vh*>(p), vi) << 16);
-}
-static inline vf load_floats(const f16* p) {
-#if VDIT_VL == 16 && defined(__AVX512F__)
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif VDIT_VL == 8 && defined(__F16C__)
-  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  vf v;
-  for (int i = 0; i < VL; ++i) v[i] = to_float(p[i]);
-  return v;
-#endif
-}
 
 // Where row i of a part begins. Listed rows are scattered, so they are fetched ahead: only the list tells where they
 // are.
@@ -56,7 +38,7 @@ inline void sum_columns(const T* x, Rows rows, int n, float* sum) {
         __builtin_prefetch(reinterpret_cast<const char*>(ahead) + byte);
     }
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) acc[v] += load_floats(row + v * VL);
+    for (int v = 0; v < V; ++v) acc[v] += load_lanes(row + v * VL);
   }
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) store(sum + v * VL, acc[v]);

@@ -4,21 +4,11 @@
 #pragma once
 #include "arch/arch.h"
 #include "kernels/pack/pack.h"
+#include "kernels/piece.h"
 
 namespace vdit::gpu::pack {
 
 constexpr int kThreads = 256, kBatch = 4, kPiecesPerCta = 8 * kThreads;
-
-VD_DEV uint4 load_piece(const uint4* p) { return arch::ldg128_stream(p); }
-VD_DEV uint2 load_piece(const uint2* p) { return *p; }
-VD_DEV uint32_t load_piece(const uint32_t* p) { return *p; }
-VD_DEV uint16_t load_piece(const uint16_t* p) { return *p; }
-VD_DEV uint8_t load_piece(const uint8_t* p) { return *p; }
-VD_DEV void store_piece(uint4* p, uint4 v) { arch::stg128(p, v); }
-VD_DEV void store_piece(uint2* p, uint2 v) { *p = v; }
-VD_DEV void store_piece(uint32_t* p, uint32_t v) { *p = v; }
-VD_DEV void store_piece(uint16_t* p, uint16_t v) { *p = v; }
-VD_DEV void store_piece(uint8_t* p, uint8_t v) { *p = v; }
 
 // Where head `vector` of a slice begins, heads being numbered [B, rows, heads].
 VD_DEV char* head_of(const PackTensor& t, const PackSlice& s, uint32_t vector) {
@@ -46,7 +36,7 @@ move_slices(const VD_GRID_CONST PackParams p) {
       if (i >= total) continue;
       char* const there = head_of(t, s, i / pieces) + i % pieces * step;
       char* const here = s.packed + int64_t(i) * sizeof(Piece);
-      piece[k] = load_piece(reinterpret_cast<const Piece*>(kPack ? there : here));
+      piece[k] = stream_piece(reinterpret_cast<const Piece*>(kPack ? there : here));
       to[k] = kPack ? here : there;
     }
     VD_UNROLL for (int k = 0; k < kBatch; ++k) {

@@ -4,6 +4,7 @@
 #include "kernels/rows/rows.h"
 
 #include "arch/arch.h"
+#include "kernels/piece.h"
 
 namespace vdit {
 namespace gpu::rows {
@@ -11,15 +12,6 @@ namespace gpu::rows {
 constexpr int kThreads = 256, kMaxSlots = 64, kBatch = 4;
 constexpr int64_t kBytesPerCta = 32 << 10;
 constexpr uint32_t kNone = ~0u;
-
-VD_DEV uint4 load_piece(const uint4* p) { return arch::ldg128_stream(p); }
-VD_DEV uint32_t load_piece(const uint32_t* p) { return *p; }
-VD_DEV uint16_t load_piece(const uint16_t* p) { return *p; }
-VD_DEV uint8_t load_piece(const uint8_t* p) { return *p; }
-VD_DEV void store_piece(uint4* p, uint4 v) { arch::stg128(p, v); }
-VD_DEV void store_piece(uint32_t* p, uint32_t v) { *p = v; }
-VD_DEV void store_piece(uint16_t* p, uint16_t v) { *p = v; }
-VD_DEV void store_piece(uint8_t* p, uint8_t v) { *p = v; }
 
 // What a CTA works on.
 struct Place {
@@ -72,7 +64,7 @@ move_rows(const VD_GRID_CONST RowsParams p, int32_t slots_per_cta) {
       char* const there = full + int64_t(row) * t.full_row + int64_t(column) * sizeof(Piece);
       char* const here = part + slot * t.part_row + int64_t(column) * sizeof(Piece);
       piece[k] = Piece{};
-      if (row != kNone) piece[k] = load_piece(reinterpret_cast<const Piece*>(kGather ? there : here));
+      if (row != kNone) piece[k] = stream_piece(reinterpret_cast<const Piece*>(kGather ? there : here));
       if (kGather || row != kNone) to[k] = kGather ? here : there;
     }
     VD_UNROLL for (int k = 0; k < kBatch; ++k) {

@@ -3,18 +3,12 @@
 #include "kernels/select/permute.h"
 
 #include "arch/arch.h"
+#include "kernels/piece.h"
 
 namespace vdit::gpu {
 namespace permute {
 
 constexpr int kThreads = 256, kRows = 64, kBatch = 4;
-
-VD_DEV uint4 load_piece(const uint4* p) { return arch::ldg128(p); }
-VD_DEV uint32_t load_piece(const uint32_t* p) { return *p; }
-VD_DEV uint16_t load_piece(const uint16_t* p) { return *p; }
-VD_DEV void store_piece(uint4* p, uint4 v) { arch::stg128(p, v); }
-VD_DEV void store_piece(uint32_t* p, uint32_t v) { *p = v; }
-VD_DEV void store_piece(uint16_t* p, uint16_t v) { *p = v; }
 
 template <class Piece>
 VD_KERNEL(kThreads, 1)

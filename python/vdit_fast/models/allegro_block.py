@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
+from vdit_fast.models.block_modules import BlockModules, Forecast, OneStream
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
@@ -58,17 +58,11 @@ def _block() -> BlockForward:
 ALLEGRO_BLOCKS: dict[str, BlockForward] = {"AllegroTransformerBlock": _block()}
 
 
-class _Modules:
+class _Modules(OneStream):
     """Self-attention and feed-forward under gates, cross-attention, where there is any, without one."""
 
     memory = MemoryLayout("attn1")
     hooked = ("attn1", "attn2", "ff")
-
-    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
-        return {name: (0,) for name in self.hooked if getattr(block, name) is not None}
-
-    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
-        return {name: outputs[name][0] for name in self.parts(block)}
 
     def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
         rows = block.scale_shift_table + arguments["temb"].unflatten(-1, (6, -1)).flatten(0, -3)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vdit_fast.models.forward import Forward
     from vdit_fast.models.memory import MemoryLayout
 
-__all__ = ["BlockModules", "Forecast", "Outputs"]
+__all__ = ["BlockModules", "Forecast", "OneStream", "Outputs"]
 
 Outputs = Mapping[str, Sequence[Any]]
 """What sub-modules returned during one call of their block, in the order of their calls, by name."""
@@ -83,3 +83,16 @@ class BlockModules(Protocol):
     def forecast(self, block: Any, arguments: Mapping[str, Any], forecast: Forecast) -> Any:
         """The block's output from its arguments, by name, and forecast features: gates and sums, no module runs."""
         ...
+
+
+class OneStream:
+    """Sub-modules that each return what they add, before the gate: a feature of the video's rows. Those that a block
+    does not have are left out."""
+
+    hooked: tuple[str, ...]
+
+    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
+        return {name: (0,) for name in self.hooked if getattr(block, name) is not None}
+
+    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
+        return {name: outputs[name][0] for name in self.parts(block)}

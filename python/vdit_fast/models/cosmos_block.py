@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
+from vdit_fast.models.block_modules import BlockModules, Forecast, OneStream
 from vdit_fast.models.fusion import BlockForward, as_rows, fused_rounding, stock_forward
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 
@@ -67,17 +67,11 @@ def _block() -> BlockForward:
 COSMOS_BLOCKS: dict[str, BlockForward] = {"CosmosTransformerBlock": _block()}
 
 
-class _Modules:
+class _Modules(OneStream):
     """Attention, cross-attention and feed-forward under gates."""
 
     memory = "blocks add positions to their rows before the norm, and memory rows have none"
     hooked = ("attn1", "attn2", "ff")
-
-    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(self.hooked, (0,))
-
-    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
-        return {name: outputs[name][0] for name in self.hooked}
 
     def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
         x, extra = arguments["hidden_states"], arguments.get("extra_pos_emb")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
+from vdit_fast.models.block_modules import BlockModules, Forecast, OneStream
 from vdit_fast.models.fusion import BlockForward, as_rows, distinct_rows, fused_rounding, stock_forward
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 from vdit_fast.reference.adaln import Rounding, Table
@@ -237,7 +237,7 @@ def _gate(table: Tensor, temb: Tensor, row: int) -> Gate:
     return table[row], temb.unflatten(-1, (table.shape[0], -1))[:, :, row]
 
 
-class _Modules:
+class _Modules(OneStream):
     """Self-attention, cross-attention with the text and with the other stream, and feed-forward of either stream."""
 
     memory = "attention of the audio stream is served too, and nobody says what memory that reads"
@@ -247,9 +247,6 @@ class _Modules:
 
     def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
         return {name: (int(at > 3),) for at, name in enumerate(self.hooked)}
-
-    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
-        return {name: outputs[name][0] for name in self.hooked}
 
     def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
         shift, scale = (sum(_gate(block.scale_shift_table, arguments["temb"], row)) for row in (0, 1))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
+from vdit_fast.models.block_modules import BlockModules, Forecast, OneStream
 from vdit_fast.models.fusion import BlockForward, as_rows, distinct_rows, fused_rounding, stock_forward
 from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
@@ -58,17 +58,11 @@ def _block() -> BlockForward:
 LTX_BLOCKS: dict[str, BlockForward] = {"LTXVideoTransformerBlock": _block()}
 
 
-class _Modules:
+class _Modules(OneStream):
     """Self-attention and feed-forward under gates, cross-attention without one."""
 
     memory = MemoryLayout("attn1", across=True, tokens_dim={3: 1})
     hooked = ("attn1", "attn2", "ff")
-
-    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(self.hooked, (0,))
-
-    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
-        return {name: outputs[name][0] for name in self.hooked}
 
     def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
         rows = arguments["temb"].unflatten(-1, (6, -1))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
+from vdit_fast.models.block_modules import BlockModules, Forecast, OneStream, Outputs
 from vdit_fast.models.fusion import BlockForward, as_rows, distinct_rows, fused_rounding, stock_forward
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
 from vdit_fast.reference.adaln import Rounding
@@ -132,7 +132,7 @@ def _video_rows(y: Tensor) -> Tensor:
     return y.flatten(1, 3)
 
 
-class _Modules:
+class _Modules(OneStream):
     """Self-attention and feed-forward under gates, cross-attention, where there is any, without one."""
 
     memory = "its self-attention is linear: keys of memory rows would change every token's sums"
@@ -141,11 +141,8 @@ class _Modules:
     def __init__(self, rows: Callable[[Tensor], Tensor]) -> None:
         self._rows = rows  # of what the feed-forward returns
 
-    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
-        return {name: (0,) for name in self.hooked if getattr(block, name) is not None}
-
     def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
-        found = {name: outputs[name][0] for name in self.parts(block)}
+        found = super().features(block, outputs)
         return found | {"ff": as_rows(self._rows(found["ff"]))}
 
     def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdit_fast.models.block_modules import BlockModules, Forecast, Outputs
+from vdit_fast.models.block_modules import BlockModules, Forecast, OneStream
 from vdit_fast.models.fusion import BlockForward, as_rows, distinct_rows, fused_rounding, stock_forward
 from vdit_fast.models.memory import MemoryLayout
 from vdit_fast.ops.adaln import adaln_modulate, gate_residual, gate_residual_norm
@@ -112,7 +112,7 @@ def _row(pair: tuple[Tensor, Tensor]) -> Tensor:
     return rows.unsqueeze(1) if rows.ndim == 2 else rows
 
 
-class _Modules:
+class _Modules(OneStream):
     """Self-attention and feed-forward under gates, cross-attention without one."""
 
     hooked = ("attn1", "attn2", "ffn")
@@ -120,12 +120,6 @@ class _Modules:
     def __init__(self, rows_dim: int) -> None:
         self._rows_dim = rows_dim  # along which the six rows of the timestep lie
         self.memory = MemoryLayout("attn1", across=True, tokens_dim={4: 1 if rows_dim == -2 else 2})
-
-    def parts(self, block: Any) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(self.hooked, (0,))
-
-    def features(self, block: Any, outputs: Outputs) -> dict[str, Tensor]:
-        return {name: outputs[name][0] for name in self.hooked}
 
     def modulated(self, block: Any, arguments: Mapping[str, Any]) -> Tensor:
         shift, scale = _tables(block, arguments["temb"].unbind(self._rows_dim))[:2]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from vdit_fast.forwards import ForwardStandIn, stock_forward
 from vdit_fast.models.callables import check_handle
 from vdit_fast.parallel.awaited import Awaited, Promise
 from vdit_fast.parallel.collectives import all_gather, process_group
-from vdit_fast.parallel.members import Members
+from vdit_fast.parallel.members import Members, Shared
 
 if TYPE_CHECKING:
     from vdit_fast.config import Config
@@ -225,15 +224,13 @@ def unguided(config: Config) -> str | None:
     return None
 
 
-class GuidanceParallel:
+class GuidanceParallel(Shared):
     """What ``guidance_parallel`` put in place; ends it when it is called, or as a context manager."""
 
     def __init__(self, roots: list[Root], members: Members, split: str) -> None:
+        super().__init__(members)
         self._roots = roots
-        self.members = members
-        self.group = members.group
         self.split = split
-        self.rank, self.ranks = members.rank, members.ranks
         self.exchanges = 0
         self.bytes_sent = 0
         """To other ranks."""
@@ -249,17 +246,7 @@ class GuidanceParallel:
                 root.guidance = None
                 root.wrap()
         self._roots = []
-        self.members.close()
-
-    def __enter__(self) -> GuidanceParallel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self.members.failed(error)
-        self()
+        super().__call__()
 
 
 def guidance_parallel(

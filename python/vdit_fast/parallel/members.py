@@ -6,13 +6,16 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
 from vdit_fast.parallel.watch import CAUSE, INTERVAL, RankFailed, Watch, reach
 
-__all__ = ["Members", "keeper", "ranks_store"]
+__all__ = ["Members", "Shared", "keeper", "ranks_store"]
+
+Own = TypeVar("Own", bound="Shared")
 
 
 def ranks_store(members: Sequence[int], rank: int, patience: float, of: str) -> dist.Store:
@@ -141,3 +144,27 @@ class Members:
         """This rank exchanges nothing any more."""
         if self._watch is not None:
             self._watch.close()
+
+
+class Shared:
+    """What the members compute together until it is called, or left as a context manager: the others hear of an error
+    there before it ends."""
+
+    def __init__(self, members: Members) -> None:
+        self.members = members
+        self.group = members.group
+        self.rank, self.ranks = members.rank, members.ranks
+
+    def __call__(self) -> None:
+        """This rank exchanges nothing any more. Safe to call again."""
+        self.members.close()
+
+    def __enter__(self: Own) -> Own:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.members.failed(error)
+        self()

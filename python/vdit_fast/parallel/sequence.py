@@ -7,7 +7,6 @@ rows meet, exchanges them for heads (``Ulysses``). Text rows stay on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from vdit_fast.models.fusion import as_rows
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.row_shard import RowShard, equal_rows
 from vdit_fast.parallel.collectives import all_gather, process_group
-from vdit_fast.parallel.members import Members
+from vdit_fast.parallel.members import Members, Shared
 from vdit_fast.parallel.ulysses import Ulysses
 
 if TYPE_CHECKING:
@@ -155,14 +154,12 @@ def _rows_of(call: HeadsCall) -> RowShard | None:
     return call.forward.shard if call.forward is not None else None
 
 
-class SequenceParallel:
+class SequenceParallel(Shared):
     """What ``sequence_parallel`` put in place; ends it when it is called, or as a context manager."""
 
     def __init__(self, roots: list[Root], members: Members) -> None:
+        super().__init__(members)
         self._roots = roots
-        self.members = members
-        self.group = members.group
-        self.rank, self.ranks = members.rank, members.ranks
 
     def __call__(self) -> None:
         """Every rank computes all rows again. Safe to call again."""
@@ -176,17 +173,7 @@ class SequenceParallel:
                 root.session.begin_records()
                 root.rewrap()
         self._roots = []
-        self.members.close()
-
-    def __enter__(self) -> SequenceParallel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self.members.failed(error)
-        self()
+        super().__call__()
 
 
 def sequence_parallel(handle: Handle, group: Any = None, *, patience: float = 10.0) -> SequenceParallel:
