@@ -298,7 +298,7 @@ def guidance_parallel(
     roots = [root for root in handle.roots if root.module() is not None]
     for root in roots:
         if root.guidance is not None:
-            reason = "its branches are shared already"
+            reason = "its branches are shared already; end that first: call what guidance_parallel returned for it"
         elif not root.hooked:
             reason = root.no_subset()
     if reason is not None:

@@ -127,5 +127,5 @@ def _settings_reason(root: Root) -> str | None:
     if session.before_rotation is not None or "streaming" in session.around_heads:
         return "a K/V cache stands around its attention; take it off first"
     if "sequence" in session.around_heads:
-        return "its sequence is split over ranks already"
+        return "its sequence is split over ranks already; end that first: call what sequence_parallel returned for it"
     return None

@@ -242,7 +242,9 @@ def _obstacle(handle: Handle, root: Root) -> str | None:
     session, module = root.session, root.module()
     assert module is not None
     if "sequence" in session.around_heads:
-        return "its sequence is shared already"
+        if "sequence" in session.around:
+            return "its sequence is shared already; end that first: call what sequence_parallel returned for it"
+        return "its sequence is shared already, by diffusers' enable_parallelism; use one of the two"
     if not root.hooked or isinstance(root.adapter.rows, str):
         return root.no_subset()
     found = transformer_blocks(module, root.adapter)
