@@ -42,6 +42,8 @@ class Forward:
     """The attention mask that was found to say what the geometry says."""
     cached: bool = False
     """Whether the feature cache has seen it: it acts once per forward."""
+    agreed: bool = False
+    """Whether the ranks under diffusers' context parallelism have compared what they were given."""
     run: Any = None
     """What the feature cache does with it, where it stands around blocks."""
     decisions: dict[int, tuple[Decision, Tensor | None]] = field(default_factory=dict)
