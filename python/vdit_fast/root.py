@@ -65,6 +65,9 @@ class _BeforeForward:
         noted = begin_forward(self.session, timestep, self.adapter.geometry(module, arguments))
         if self.session.forward is not None and not torch.compiler.is_compiling():
             self.session.forward.modulated_by_timestep = self.adapter.modulated_by_timestep(arguments)
+            latents = arguments.get("hidden_states")
+            if isinstance(latents, torch.Tensor) and latents.ndim > 3:
+                self.session.forward.latent_row = latents.shape[-1]
         if self.session.regions is not None:
             new |= _prompts(self.session, arguments)
         if self.session.hooks.sites and self.session.forward is not None and not torch.compiler.is_compiling():

@@ -49,7 +49,7 @@ def run_cached(
             f"{type(output).__name__}; set cache to null in the configuration"
         )
     parts, wrap = found
-    cache.afford(run, {"model": budget.size_of(parts)}, parts[0].dtype)
+    cache.afford(run, {"model": budget.size_of(parts)}, parts[0].dtype, len(parts[0]))
     for index, part in enumerate(parts):
         cache.factors(run, index, part).update(run.step, part.detach())
     stream.form = wrap, [part.dtype for part in parts]

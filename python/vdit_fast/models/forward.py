@@ -36,6 +36,8 @@ class Forward:
     step: StepContext
     timestep: Any = None
     """The transformer's argument."""
+    latent_row: int = 0
+    """Size of the last dimension of its latents [B, ..., W]; 0 where they come as rows per token."""
     volume: Volume | None = None
     """Where layers see frames or places one at a time, and something is hooked to them."""
     mask: weakref.ref[Tensor] | None = None
