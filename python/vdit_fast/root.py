@@ -17,6 +17,7 @@ from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names
 from vdit_fast.models.fusion import attach, detach, reclaim
 from vdit_fast.models.memory import Memory
 from vdit_fast.models.projections import FusedProjections
+from vdit_fast.models.replicas import is_replica, settle
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.row_subset import OutputRows, RowSubset
 from vdit_fast.models.served import begin_forward
@@ -54,7 +55,9 @@ class _BeforeForward:
             self.projections.check(module)
             reclaim(module, self.session)
         previous = self.session.forward
-        if self.session.config.cache is not None and previous is not None and not previous.cached:
+        if is_replica(module):
+            settle(module, self.session)
+        elif self.session.config.cache is not None and previous is not None and not previous.cached:
             # Whoever wrapped `forward` earlier has put its own back (offloading does after every run): wrap again.
             wrap_cache(module, self.session, self.adapter)
         if "subset" in self.session.around and isinstance(self.adapter.rows, RowLayout):

@@ -87,6 +87,8 @@ def output_parts(output: Output) -> tuple[list[Tensor], Callable[[list[Tensor]],
 class CachedForward(ForwardStandIn):
     """Stands in for ``forward`` of one transformer."""
 
+    what = "a cache at granularity 'model'"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Output:
         session = self._session
         policy, forward = session.config.cache, session.forward

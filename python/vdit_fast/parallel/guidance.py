@@ -51,6 +51,8 @@ class _Step:
 class GuidedForward(ForwardStandIn):
     """Stands in for ``forward`` of one transformer, outermost."""
 
+    what = "guidance parallelism"
+
     def __init__(self, module: nn.Module, session: Session, guidance: GuidanceParallel) -> None:
         super().__init__(module, session)
         self._guidance = guidance
