@@ -13,6 +13,7 @@ from torch import nn
 
 from vdit_fast.accelerate import accelerate
 from vdit_fast.config import Config
+from vdit_fast.models.cogvideox import CogVideoXAdapter
 
 NOISE = 0.05
 
@@ -96,15 +97,21 @@ def test_a_replica_of_a_block_under_a_cache_leaves_it() -> None:
     assert tiny.relative(tiny.run(replica_of(model, other), inputs), want) < 1e-5
 
 
-@pytest.mark.parametrize("granularity", ["span", "block", "module"])
-def test_a_replica_counts_the_cache_that_it_leaves_out(granularity: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Also where blocks have no fused forward, whose copies are known by it; and in every forward of a replica."""
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("granularity", ["span", "module"])
+def test_a_replica_counts_the_cache_that_it_leaves_out(
+    granularity: str, fused: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nobody knows a fused forward of the blocks; and in every forward of a replica."""
     from test_cache_blocks import policy
 
     model, inputs = tiny.cogvideox(layers=3)
     other = perturbed(model)
     stock, want = tiny.run(model, inputs), tiny.run(other, inputs)
-    handle = accelerate(model, Config(cache=policy(granularity), fuse="off"))
+    if not fused:
+        monkeypatch.setattr(CogVideoXAdapter, "blocks", {})
+    handle = accelerate(model, Config(cache=policy(granularity)))
+    assert bool(handle.stats()["fused"]["blocks"]) == fused
     replica = replica_of(model, other)
     for _ in range(3):
         assert tiny.relative(tiny.run(replica, inputs), want) < 1e-5
