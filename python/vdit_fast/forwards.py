@@ -6,7 +6,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -23,6 +23,9 @@ def stock_forward(module: nn.Module) -> Callable[..., Any]:
 
 class ForwardStandIn:
     """Base of what becomes ``forward`` of one module, as an attribute of the object, where other wrappers sit too."""
+
+    what: ClassVar[str] = "a wrapper of its forward"
+    """For messages."""
 
     def __init__(self, module: nn.Module, session: Session) -> None:
         self._module = weakref.ref(module)

@@ -184,15 +184,17 @@ class Handle:
         generation: what caches and planners remember was computed with the old one.
 
         Args:
-            rows: floating ``[M, C]`` or ``[B, M, C]``, C the width of the blocks, copied here; or
+            rows: floating ``[M, C]`` or ``[B, M, C]``, C the width of the blocks, finite, copied here; or
                 ``fn(step) -> rows or None``, called once per forward with the ``StepContext`` for rows that go with
-                the denoising steps (caches forecast over their changes). None switches memory off.
+                the denoising steps (caches forecast over their changes). Nobody looks whether a function's rows are
+                finite, as that would wait for the device in every step. None switches memory off.
 
         Returns:
             this handle; ``stats()["memory"]`` counts what was computed.
 
         Raises:
-            TypeError, ValueError: ``rows`` are of a wrong kind or shape; a wrong width at the next forward.
+            TypeError, ValueError: ``rows`` are of a wrong kind or shape, or not finite; a wrong width at the next
+                forward.
             RuntimeError: the family's recipe is not known, a block would go without memory, or linear layers, which
                 read every key once, would not read it; this handle was removed.
         """
@@ -207,10 +209,11 @@ class Handle:
         model's own text projection may instead be appended to ``encoder_hidden_states``.
 
         Args:
-            rows: floating ``[R, C]`` or ``[B, R, C]``, C the width of the blocks, copied here; None: no more.
+            rows: floating ``[R, C]`` or ``[B, R, C]``, C the width of the blocks, finite, copied here; None: no more.
 
         Raises:
-            TypeError, ValueError: ``rows`` are of a wrong kind or shape; a wrong width at the next forward.
+            TypeError, ValueError: ``rows`` are of a wrong kind or shape, or not finite; a wrong width at the next
+                forward.
             RuntimeError: the family has no such sequence; this handle was removed.
         """
         set_references(self, rows)
@@ -221,7 +224,7 @@ class Handle:
         next forward on, as another transformer's ``feed``. Every forward replaces those of the one before.
 
         Returns:
-            what holds them: ``stop()`` ends it, ``nbytes`` says how much is held.
+            what holds them: ``stop()`` ends it, ``nbytes`` says how much is held. Nobody looks whether they are finite.
 
         Raises:
             RuntimeError: the handle has several transformers, or was removed, or a stream or causal order stands around
@@ -247,6 +250,9 @@ class Handle:
 
     def hook(self, where: str, fn: HookFn, layers: Layers = None) -> HookRemover:
         """Call a function at attention modules or blocks, from the next call on; it sees rows in the model's own order.
+
+        A hook that comes or goes begins a new generation, as what caches and planners remember was computed with other
+        hooks: do it between two steps.
 
         Args:
             where: "attention_input" (after norm and modulation), "attention_heads" (behind the softmax, before the

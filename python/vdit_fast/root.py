@@ -17,6 +17,7 @@ from vdit_fast.models.base import ModelAdapter, ServedProcessor, parameter_names
 from vdit_fast.models.fusion import attach, detach, reclaim
 from vdit_fast.models.memory import Memory
 from vdit_fast.models.projections import FusedProjections
+from vdit_fast.models.replicas import is_replica, settle
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.row_subset import OutputRows, RowSubset
 from vdit_fast.models.served import begin_forward
@@ -54,7 +55,9 @@ class _BeforeForward:
             self.projections.check(module)
             reclaim(module, self.session)
         previous = self.session.forward
-        if self.session.config.cache is not None and previous is not None and not previous.cached:
+        if is_replica(module):
+            settle(module, self.session)
+        elif self.session.config.cache is not None and previous is not None and not previous.cached:
             # Whoever wrapped `forward` earlier has put its own back (offloading does after every run): wrap again.
             wrap_cache(module, self.session, self.adapter)
         if "subset" in self.session.around and isinstance(self.adapter.rows, RowLayout):
@@ -65,6 +68,9 @@ class _BeforeForward:
         noted = begin_forward(self.session, timestep, self.adapter.geometry(module, arguments))
         if self.session.forward is not None and not torch.compiler.is_compiling():
             self.session.forward.modulated_by_timestep = self.adapter.modulated_by_timestep(arguments)
+            latents = arguments.get("hidden_states")
+            if isinstance(latents, torch.Tensor) and latents.ndim > 3:
+                self.session.forward.latent_row = latents.shape[-1]
         if self.session.regions is not None:
             new |= _prompts(self.session, arguments)
         if self.session.hooks.sites and self.session.forward is not None and not torch.compiler.is_compiling():

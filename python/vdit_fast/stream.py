@@ -65,19 +65,21 @@ def stream(
     Raises:
         TypeError, ValueError: here; a bad argument, or one that does not go with another.
         NotImplementedError: with the first chunk; a model that cannot be streamed, with the reason.
+        ValueError: with the first chunk; an argument that does not suit the model, more ``frames`` than
+            ``store="post_rope"`` has positions for, or a cache larger than ``max_bytes`` or than the device's memory.
         RuntimeError: with the first chunk, a configuration that excludes streaming; later, a removed acceleration.
-        ValueError: with a later chunk, ``store="post_rope"`` at the end of the model's table of positions.
+        ValueError: with a later chunk of a video without end, ``store="post_rope"`` where the model's table of
+            positions ends.
     """
     settings = SelfForcing() if settings is None else settings
     if not isinstance(settings, SelfForcing):
         raise TypeError(f"settings must be a SelfForcing, got {type(settings).__name__}")
-    if not isinstance(prompt_embeds, Tensor) or prompt_embeds.ndim != 3:
-        got = list(prompt_embeds.shape) if isinstance(prompt_embeds, Tensor) else type(prompt_embeds).__name__
-        raise ValueError(f"prompt_embeds must be [batch, tokens, channels], got {got}")
+    _check_embeds("prompt_embeds", prompt_embeds)
     prompts = [prompt_embeds]
     if settings.guidance != 1:
         if negative_prompt_embeds is None:
             raise ValueError(f"negative_prompt_embeds is None, guidance {settings.guidance}; pass them, or guidance 1")
+        _check_embeds("negative_prompt_embeds", negative_prompt_embeds)
         if negative_prompt_embeds.shape[:1] != prompt_embeds.shape[:1]:
             raise ValueError(
                 f"negative_prompt_embeds {list(negative_prompt_embeds.shape)} and prompt_embeds "
@@ -86,9 +88,18 @@ def stream(
         prompts.append(negative_prompt_embeds)
     if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
         raise ValueError(f"frames must be an integer of at least 1, or None for no end, got {frames!r}")
-    return _stream(
-        target, settings, prompts, tuple(latent_size), frames, initial_latents, generator, decode, dict(arguments or {})
-    )
+    sizes = tuple(latent_size) if isinstance(latent_size, tuple | list) else (latent_size,)
+    if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"latent_size must be (height, width), two positive integers, got {latent_size!r}")
+    if initial_latents is not None and not isinstance(initial_latents, Tensor):
+        raise TypeError(f"initial_latents must be a tensor or None, got {type(initial_latents).__name__}")
+    return _stream(target, settings, prompts, sizes, frames, initial_latents, generator, decode, dict(arguments or {}))
+
+
+def _check_embeds(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or value.ndim != 3 or 0 in value.shape:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} must be [batch, tokens, channels] and not empty, got {got}")
 
 
 def _stream(
@@ -111,6 +122,7 @@ def _stream(
         module = root.module()
         assert module is not None
         batch, device = prompts[0].shape[0], prompts[0].device
+        _check_width(module, prompts)
         shape, page = _sizes(module, batch, latent_size)
         _check_frames(module, settings, shape, frames, initial)
         attention = CachedAttention(
@@ -186,6 +198,17 @@ def _root_of(handle: Handle) -> Root:
     return root
 
 
+def _check_width(module: nn.Module, prompts: list[Tensor]) -> None:
+    config: Any = module.config
+    wanted = config.text_dim
+    for name, value in zip(("prompt_embeds", "negative_prompt_embeds"), prompts, strict=False):
+        if value.shape[2] != wanted:
+            raise ValueError(
+                f"{name} is {list(value.shape)}, but {type(module).__name__} takes text of {wanted} channels "
+                "(text_dim); encode the prompt with the text encoder that the model was trained with"
+            )
+
+
 def _sizes(module: nn.Module, batch: int, latent_size: tuple[int, ...]) -> tuple[tuple[int, int, int, int], int]:
     """((B, C, H, W) of the latents, tokens of a frame)."""
     config: Any = module.config
@@ -199,7 +222,7 @@ def _sizes(module: nn.Module, batch: int, latent_size: tuple[int, ...]) -> tuple
     if time != 1:
         raise NotImplementedError(f"stream: a patch of the model has {time} frames; served are models with 1")
     limit = config.rope_max_seq_len
-    if len(latent_size) != 2 or any(n < p or n % p or n // p > limit for n, p in zip(latent_size, patch, strict=True)):
+    if any(n < p or n % p or n // p > limit for n, p in zip(latent_size, patch, strict=True)):
         raise ValueError(
             f"latent_size must be (height, width), multiples of the patch {tuple(patch)} and at most {limit} of them, "
             f"got {latent_size}"
@@ -230,3 +253,12 @@ def _check_frames(
             raise ValueError(
                 f"{name} is {value}, but the model is causal by {block} frames (num_frame_per_block); use a multiple"
             )
+    config: Any = module.config
+    limit, before = config.rope_max_seq_len, given or 0
+    if frames is not None and settings.store == "post_rope" and before + frames > limit:
+        behind = f" behind {before} initial_latents" if before else ""
+        raise ValueError(
+            f"frames is {frames}{behind}, but the model's table has {limit} positions (rope_max_seq_len), and "
+            f'store="post_rope" numbers frames absolutely; use at most {max(limit - before, 0)}, or '
+            'SelfForcing(store="pre_rope"), which goes on without end'
+        )

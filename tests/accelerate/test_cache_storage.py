@@ -90,13 +90,33 @@ def test_every_policy(chosen: CachePolicy) -> None:
 def test_a_refusal_names_storages_that_fit() -> None:
     chosen = TaylorSeer(granularity="block", order=1, max_bytes=10_000)
     sizes = {"span": budget.Size(3200, 100), "block": budget.Size(6400, 200)}
-    with pytest.raises(ValueError, match="no other granularity of blocks fits; 'model'"):
+    with pytest.raises(
+        ValueError, match=r"granularity 'span' with storage 'float8_e4m3fn' \(7,200\) would fit; 'model'"
+    ):
         budget.check(chosen, sizes, torch.float32)
+    whole = {**sizes, "model": budget.Size(800, 200), "module": budget.Size(9600, 300)}
+    for known, limit, message in (
+        (
+            sizes,
+            7199,
+            r"the least is 'span' with storage 'float8_e4m3fn', which max_bytes of 7,200 would hold; 'model'",
+        ),
+        (whole, 7199, r"granularity 'model' \(6,400\) would fit$"),
+        (whole, 6399, r"granularity 'model' with storage 'bf16' \(3,200\) would fit$"),  # 4 numbers to a scale
+        (whole, 3199, r"no granularity .* fits: the least is 'model' with storage 'bf16', which max_bytes of 3,200 "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            budget.check(TaylorSeer(granularity="block", order=1, max_bytes=limit), known, torch.float32)
+    with pytest.raises(
+        ValueError, match=r"the least is 'span' with storage 'auto', which max_bytes of 6,400 would hold$"
+    ):
+        narrow = {"span": budget.Size(3200, 1600), "block": budget.Size(6400, 3200)}
+        budget.check(FirstBlock(max_bytes=6399), narrow | {"model": budget.Size(1, 1)}, torch.float16)
     for limit, message in (
         (14_400, r"storage 'float8_e4m3fn' \(14,400\) would fit"),
         (
             25_600,
-            r"'span' \(25,600\) would fit; 'model' keeps.*; storage 'bf16' \(25,600\) or 'float8_e4m3fn' \(14,400\)",
+            r"'span' \(25,600\) would fit; storage 'bf16' \(25,600\) or 'float8_e4m3fn' \(14,400\) would fit; 'model'",
         ),
     ):
         with pytest.raises(ValueError, match=rf"needs 51,200 bytes.*{message}"):

@@ -13,6 +13,7 @@ from torch import nn
 
 from vdit_fast.accelerate import accelerate
 from vdit_fast.config import Config
+from vdit_fast.models.cogvideox import CogVideoXAdapter
 
 NOISE = 0.05
 
@@ -94,3 +95,49 @@ def test_a_replica_of_a_block_under_a_cache_leaves_it() -> None:
     want = tiny.run(other, inputs)
     accelerate(model, Config(cache=policy("module")))
     assert tiny.relative(tiny.run(replica_of(model, other), inputs), want) < 1e-5
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("granularity", ["span", "module"])
+def test_a_replica_counts_the_cache_that_it_leaves_out(
+    granularity: str, fused: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nobody knows a fused forward of the blocks; and in every forward of a replica."""
+    from test_cache_blocks import policy
+
+    model, inputs = tiny.cogvideox(layers=3)
+    other = perturbed(model)
+    stock, want = tiny.run(model, inputs), tiny.run(other, inputs)
+    if not fused:
+        monkeypatch.setattr(CogVideoXAdapter, "blocks", {})
+    handle = accelerate(model, Config(cache=policy(granularity)))
+    assert bool(handle.stats()["fused"]["blocks"]) == fused
+    replica = replica_of(model, other)
+    for _ in range(3):
+        assert tiny.relative(tiny.run(replica, inputs), want) < 1e-5
+    found = handle.stats()["cache"]
+    assert sum(n for reason, n in found["full"].items() if "DataParallel" in reason) == 3 and not found["nbytes"]
+    assert [record for record in caplog.records if "is left out: a replica of DataParallel" in record.message]
+    assert tiny.relative(tiny.run(model, inputs), stock) < 1e-5 and handle.stats()["cache"]["nbytes"], "the original"
+
+
+def test_what_no_replica_can_have_is_refused() -> None:
+    """The state of what stands around the whole is the original's, and so are its weights."""
+    from test_cache_blocks import policy
+
+    model, inputs = tiny.cogvideox(layers=2)
+    other = perturbed(model)
+    with accelerate(model, Config(cache=policy("model"))):
+        replica = replica_of(model, other)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"cannot run with a cache at granularity 'model'.*process per GPU"):
+                tiny.run(replica, inputs)
+        tiny.run(model, inputs)
+    with accelerate(model) as handle:
+        handle.memory(torch.randn(5, model.config.num_attention_heads * model.config.attention_head_dim))
+        remove = handle.hook("attention_output", lambda *_: None)
+        with pytest.raises(RuntimeError, match="cannot run with hooks and memory, whose state"):
+            tiny.run(replica_of(model, other), inputs)
+        remove()
+        handle.memory(None)
+        assert tiny.relative(tiny.run(replica_of(model, other), inputs), tiny.run(other, inputs)) < 1e-5

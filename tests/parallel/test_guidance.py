@@ -67,7 +67,7 @@ def test_misuse(two: list[dict[str, Any]]) -> None:
     wanted = {
         "three": "branch 2 of step 0 follows branch 1",
         "gradients": "guidance_parallel is for sampling",
-        "twice": "its branches are shared already",
+        "twice": "its branches are shared already; end that first: call what guidance_parallel returned",
         "subset": "subset chooses its tokens by all branches",
         "adaptive": "decides for all branches by what it sees of the first",
         "split": "split must be one of 'calls', 'batch', got 'halves'",

@@ -120,6 +120,58 @@ def test_the_demo(tmp_path: Path, demo: Any) -> None:
     assert code == 0 and "nothing to resume" not in out and "after a restart at iteration" in out
 
 
+ORPHAN = """
+import os, sys, time
+import torch.distributed as dist
+from vdit_fast.parallel import RankFailed
+from vdit_fast.parallel.transport import Ring
+
+own = sys.argv[1:]
+if own:
+    store = dist.FileStore(own[0], 2)
+    dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
+else:
+    dist.init_process_group("gloo")
+ring = Ring(patience=3.0)
+ring.begin()
+open(f"ready{ring.rank}", "w").close()
+until, found = time.monotonic() + (2 if own else 30), "nothing"
+while time.monotonic() < until and found == "nothing":
+    try:
+        ring.check()
+    except RankFailed as error:
+        found = f"{error.rank} {error}"
+    time.sleep(0.05)
+with open(f"part{ring.rank}", "w") as file:
+    file.write(found)
+os.replace(f"part{ring.rank}", f"error{ring.rank}")
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_dead_launcher_is_no_dead_rank(tmp_path: Path, own: bool) -> None:
+    """Its agent keeps the store of ``init_process_group``; a store of the ranks' own goes on without it."""
+    (tmp_path / "orphan.py").write_text(ORPHAN, encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "orphan.py"]
+    command += ["store"] if own else []
+    with open(tmp_path / "log", "wb") as log:
+        agent = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    until = time.monotonic() + 60
+    for name in ("ready", "error"):
+        while not all((tmp_path / f"{name}{rank}").exists() for rank in range(2)):
+            assert time.monotonic() < until, (name, (tmp_path / "log").read_text())
+            time.sleep(0.05)
+        if name == "ready":
+            agent.kill()
+            agent.wait()
+    for rank in range(2):
+        found = (tmp_path / f"error{rank}").read_text()
+        words = "-1 the launcher's agent, whose process keeps the store and is no rank's, failed: the store that"
+        assert found == "nothing" if own else found.startswith(words), found
+
+
 WRONG = [
     (("--resume",), "--resume has no effect without --checkpoint"),
     (("--every", "2"), "--every has no effect without --checkpoint"),

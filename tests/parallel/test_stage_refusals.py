@@ -15,6 +15,8 @@ import vdit_fast
 from vdit_fast.caching import TaylorSeer, TeaCache
 from vdit_fast.parallel import SchedulerSampler, StagePipeline
 from vdit_fast.parallel.packing import Compressed
+from vdit_fast.parallel.refusals import check_frames
+from vdit_fast.parallel.schedule import Schedule
 from vdit_fast.parallel.transport import Alone
 from vdit_fast.subset import RAS
 
@@ -101,6 +103,14 @@ def test_transformers_that_cannot_be_split(model):
     [
         ({"sampler": SimpleNamespace(timesteps=[1.0])}, TypeError, "has no 'fresh'; wrap a diffusers scheduler"),
         ({"shape": (3, 8, 16, 16)}, ValueError, r"expected \(channels, height, width\)"),
+        ({"shape": 8}, ValueError, r"shape: 8; expected \(channels, height, width\)"),
+        ({"shape": (4, 8, 8.0)}, ValueError, "positive integers"),
+        ({"shape": (3, 8, 8)}, ValueError, r"\(3, 8, 8\) has 3 channels, WanTransformer3DModel takes 4"),
+        ({"shape": (4, 7, 8)}, ValueError, "a height of 7, which is no multiple of the patch, 2; take 6 or 8"),
+        ({"shape": (4, 8, 1)}, ValueError, "a width of 1, which is no multiple of the patch, 2; take 2$"),
+        ({"shape": (4, 8, 130)}, ValueError, "width: 130; the model's table of positions ends at 128"),
+        ({"num_per_block": 4}, ValueError, r"num_cat: 8; at most num_per_block = 4.*; pass num_cat=4 or less \(0: "),
+        ({"num_per_block": 49}, ValueError, r"num_per_block \+ 2 · num_cat: 65; .* ends at 64 \(rope_max_seq_len\)"),
         ({"arguments": torch.zeros(1)}, TypeError, "a Tensor; expected the transformer's further arguments by name"),
         ({"guidance": 3.0}, ValueError, r"'encoder_hidden_states' has 1 rows; expected 2 \(the conditional one"),
         ({"arguments": {"encoder_hidden_states": torch.zeros(2, 4, 8)}}, ValueError, "has 2 rows; expected 1"),
@@ -110,13 +120,25 @@ def test_what_cannot_begin(model, change, error, match):
     good = {"sampler": SchedulerSampler(unipc(2)), "shape": SHAPE, "guidance": 1.0}
     good["arguments"] = {"encoder_hidden_states": torch.zeros(1, 4, 8)}
     given = good | change
+    runs = []
+    model.patch_embedding.register_forward_pre_hook(lambda *args: runs.append(1))
     pipeline = StagePipeline(vdit_fast.accelerate(model, "exact"), transport=Alone())
     with pytest.raises(error, match=match):
-        next(
-            pipeline.generate(
-                given["sampler"], given["shape"], given["arguments"], blocks=2, guidance=given["guidance"]
-            )
-        )
+        next(pipeline.generate(given.pop("sampler"), given.pop("shape"), given.pop("arguments"), blocks=2, **given))
+    assert not runs and not pipeline.begun
+
+
+def test_models_whose_frames_are_not_their_latents():
+    """A patch of several frames, and channels that are conditions."""
+    schedule, config = Schedule(2, 2, 4, 2), tiny_wan().config
+    for change, frames, match in (
+        ({"patch_size": (4, 2, 2)}, schedule, "num_cat: 2; a multiple of the patch, 4 frames"),
+        ({"patch_size": (3, 2, 2)}, schedule, "num_per_block: 4; a multiple of the patch, 3 frames"),
+        ({"in_channels": 9}, schedule, "takes 9 channels and returns 4: the others are conditions"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            check_frames(SimpleNamespace(config=SimpleNamespace(**{**config, **change})), SHAPE, frames)
+    check_frames(SimpleNamespace(config=SimpleNamespace(**{**config, "patch_size": (2, 2, 2)})), SHAPE, schedule)
 
 
 def test_the_model_is_not_its_handle():

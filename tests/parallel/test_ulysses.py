@@ -159,7 +159,7 @@ def test_compiled_blocks() -> None:
 def test_refusals(two: list[dict[str, Any]]) -> None:
     wanted = {
         "subset": "set subset to null",
-        "twice": "shared already",
+        "twice": "shared already; end that first: call what sequence_parallel returned",
         "short": "a sequence of 1 rows cannot be shared by 2 ranks",
         "removed": "this handle was removed",
         "wan_vace": "vace_blocks.0.attn1 attends to all rows",

@@ -170,6 +170,22 @@ def test_a_lost_store_is_no_failure_of_a_group_that_does_not_keep_it(make: Make,
             one.check()
 
 
+def test_a_lost_store_of_the_launchers_agent_is_no_ranks_failure(make: Make, store: Store) -> None:
+    pipeline = make(0, ranks=3, keeper=None, agent=True)
+    group = make(1, ranks=3, closing_fails=False, of="the group", keeper=None, agent=True)
+    store.gone = True
+    until(lambda: pipeline.failure and group.store_gone)
+    words = "the launcher's agent, whose process keeps the store and is no rank's, failed: "
+    with pytest.raises(RankFailed, match=f"^{words}the store that its process keeps is gone: Broken pipe$") as error:
+        pipeline.check()
+    assert error.value.rank == -1
+    group.check()  # needs the other ranks only
+    gone = str(group.unexplained(ConnectionError("Connection reset")))
+    assert gone.startswith(words) and "none of the group can say which of them broke: Connection reset" in gone
+    with pytest.raises(RankFailed, match=f"^{words}the store cannot be reached: refused"):
+        reach(lambda: (_ for _ in ()).throw(ConnectionError("refused")), 1.0, agent=True)
+
+
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_lost_store_is_a_failure_where_one_of_the_ranks_kept_it(make: Make, store: Store, closed: bool) -> None:
     """A group waits for what that one sent before; one that had ended its part before has not failed."""

@@ -429,6 +429,10 @@ def test_linear_layers_refuse(tmp_path: Any) -> None:
     ([1.0], TypeError, "got list"), (torch.ones(3, 32, dtype=torch.int32), TypeError, "int32"),
     (torch.ones(32), ValueError, r"\[32\]"), (torch.ones(0, 32), ValueError, "not empty"),
     (torch.ones(1, 2, 3, 32), ValueError, "and not empty"),
+    (torch.ones(5, 32).index_fill(0, torch.tensor(3), torch.nan), ValueError,
+     r"memory: rows \[5, 32\]: 32 numbers are not finite, the first at \[3, 0\]"),
+    (torch.ones(1, 5, 32, dtype=torch.bfloat16).mul(-torch.inf), ValueError,
+     r"160 numbers are not finite, the first at \[0, 0, 0\]"),
 ])  # fmt: skip
 def test_bad_rows(rows: Any, error: type[Exception], match: str) -> None:
     model, _ = tiny.wan()

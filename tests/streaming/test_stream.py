@@ -342,11 +342,27 @@ def test_two_transformers() -> None:
         ({"frames": True}, ValueError, "frames must be an integer of at least 1"),
         ({"latent_size": (8, 7)}, ValueError, r"latent_size .* multiples of the patch \(2, 2\)"),
         ({"latent_size": (8,)}, ValueError, "latent_size must be"),
+        ({"latent_size": 32}, ValueError, r"latent_size must be \(height, width\), two positive integers, got 32"),
+        ({"latent_size": (8, 8.0)}, ValueError, r"two positive integers, got \(8, 8.0\)"),
+        ({"latent_size": (4, 8, 8)}, ValueError, "two positive integers"),
         ({"latent_size": (8, 130)}, ValueError, "at most 64 of them"),
         ({"initial_latents": torch.randn(1, 4, 3, 8, 6)}, ValueError, r"must be \[1, 4, frames, 8, 8\]"),
         ({"initial_latents": torch.randn(1, 4, 0, 8, 8)}, ValueError, r"must be \[1, 4, frames, 8, 8\]"),
         ({"prompt_embeds": torch.randn(9, 16)}, ValueError, r"prompt_embeds must be \[batch, tokens, channels\]"),
         ({"prompt_embeds": "a cat"}, ValueError, "got str"),
+        ({"prompt_embeds": torch.randn(1, 0, 16)}, ValueError, r"and not empty, got \[1, 0, 16\]"),
+        ({"prompt_embeds": torch.randn(1, 9, 15)}, ValueError, r"prompt_embeds is \[1, 9, 15\].*text of 16 channels"),
+        (
+            {"settings": replace(SETTINGS, guidance=2.0), "negative_prompt_embeds": torch.randn(1, 3, 32)},
+            ValueError,
+            r"negative_prompt_embeds is \[1, 3, 32\], but WanTransformer3DModel takes text of 16 channels \(text_dim\)",
+        ),
+        (
+            {"settings": replace(SETTINGS, guidance=2.0), "negative_prompt_embeds": torch.randn(3, 16)},
+            ValueError,
+            r"negative_prompt_embeds must be \[batch, tokens, channels\]",
+        ),
+        ({"initial_latents": [1.0]}, TypeError, "initial_latents must be a tensor or None, got list"),
         ({"settings": {"chunk_frames": 3}}, TypeError, "settings must be a SelfForcing"),
     ],
 )
@@ -355,6 +371,34 @@ def test_arguments(options: dict[str, Any], error: type[Exception], match: str) 
     given = {"prompt_embeds": rest["encoder_hidden_states"], "latent_size": SIZE, "frames": 3, "settings": SETTINGS}
     with pytest.raises(error, match=match):
         next(stream(model, **(given | options)))
+
+
+def test_more_frames_than_there_are_positions() -> None:
+    """Known before the first forward; the table has 64 frames."""
+    model, rest = model_of("wan_t2v")
+    runs: list[int] = []
+    model.register_forward_pre_hook(lambda *args: runs.append(1))
+    image = torch.randn(1, 4, 2, *SIZE)
+    for options, match in (
+        ({"frames": 65}, "frames is 65, but the model's table has 64 positions.*use at most 64, or .*pre_rope"),
+        ({"frames": 63, "initial_latents": image}, "frames is 63 behind 2 initial_latents, .*use at most 62, or"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            next(chunks_of(model, SETTINGS, rest, **options))
+    assert not runs
+    one = replace(SETTINGS, timesteps=(1000,), chunk_frames=4)
+    assert clip_of(model, one, rest, 64).shape[2] == 64
+    assert clip_of(model, replace(one, store="pre_rope"), rest, 68).shape[2] == 68
+
+
+def test_a_cache_that_no_machine_holds() -> None:
+    model, rest = model_of("wan_t2v")
+    frame = KVCache.bytes(layers=2, capacity=1, page=16, batch=1, heads=2, head_dim=16, dtype=torch.float32)
+    match = rf"cpu has [\d,]+ bytes of memory altogether, but keys and values of {10**9} frames take {10**9 * frame:,} "
+    with pytest.raises(ValueError, match=match + r"bytes, .*; cache_frames=\d+ fits"):
+        next(chunks_of(model, replace(SETTINGS, cache_frames=10**9), rest, 3))
+    with pytest.raises(ValueError, match=r"altogether, but keys and values of .*; capacity=\d+ fits"):
+        KVCache(layers=2, capacity=10**9, page=16, batch=1, heads=2, head_dim=16)
 
 
 def test_a_model_that_is_causal_by_its_configuration() -> None:

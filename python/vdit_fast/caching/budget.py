@@ -101,7 +101,8 @@ def check(policy: CachePolicy, sizes: Sizes, dtype: torch.dtype, held: int = 0, 
     """Raise ValueError where a new stream of features does not fit beside ``held`` bytes of the others, or where so
     many guidance branches will not.
 
-    The message names the bytes that are needed, and the granularities and storages of the policy that would fit.
+    The message names the bytes that are needed, and the granularities and storages of the policy that would fit; where
+    none does, the least of all.
     """
     if policy.max_bytes is None:
         return
@@ -112,37 +113,54 @@ def check(policy: CachePolicy, sizes: Sizes, dtype: torch.dtype, held: int = 0, 
     if needs <= limit:
         return
     streams = max(branches, 1 + -(-held // new))
-    others = [name for name in GRANULARITIES if name in sizes and name in policy.granularities and name != own]
-    needed = {
-        name: streams * nbytes(policy, sizes[name].elements, dtype, name, rows=sizes[name].rows) for name in others
-    }
-    fitting = [f"{name!r} ({count:,})" for name, count in needed.items() if count <= limit]
-    remedy = f"granularity {' or '.join(fitting)} would fit" if fitting else "no other granularity of blocks fits"
-    if own != "model" and "model" in policy.granularities:
-        remedy += "; 'model' keeps the least, the transformer's output"
-    if narrower := _narrower(policy, sizes[own], dtype, streams, limit):
-        remedy += f"; storage {' or '.join(narrower)} would fit"
     kept = storage_dtype(policy, dtype)
     scales = f" and {rows:,} scales of {_SCALE}" if kept == E4M3 else ""
     raise ValueError(
         f"the cache {policy.name!r} needs {needs:,} bytes at granularity {own!r}: {streams} guidance branches of "
         f"{policy.degree + 1} factors · {elements:,} elements · {kept.itemsize} bytes{scales}, but max_bytes is "
-        f"{limit:,}; {remedy}"
+        f"{limit:,}; {_remedy(policy, sizes, dtype, streams, limit)}"
     )
 
 
-def _narrower(policy: CachePolicy, size: Size, dtype: torch.dtype, streams: int, limit: int) -> list[str]:
-    """Storages in which this fits, with their bytes; one of a width."""
-    found: dict[int, str] = {}
-    for storage in STORAGE[1:]:
-        if storage == policy.storage:
+def _remedy(policy: CachePolicy, sizes: Sizes, dtype: torch.dtype, streams: int, limit: int) -> str:
+    """What would fit, with its bytes; where nothing does, what takes the least."""
+    own, needed = policy.granularity, _needed(policy, sizes, dtype, streams)
+    fits = {kind: count for kind, count in needed.items() if count <= limit}
+    others = [f"{name!r} ({n:,})" for (name, storage), n in fits.items() if storage == policy.storage and name != own]
+    narrower = [f"{storage!r} ({n:,})" for (name, storage), n in fits.items() if name == own]
+    parts = []
+    if others:
+        parts.append(f"granularity {' or '.join(others)} would fit")
+    if narrower:
+        parts.append(f"storage {' or '.join(narrower)} would fit")
+    if fits and not parts:
+        (name, storage), count = max(fits.items(), key=lambda item: item[1])
+        parts.append(f"granularity {name!r} with storage {storage!r} ({count:,}) would fit")
+    if not fits:
+        (name, storage), count = min(needed.items(), key=lambda item: item[1])
+        parts.append(
+            f"no granularity with any storage fits: the least is {name!r} with storage {storage!r}, which max_bytes of "
+            f"{count:,} would hold"
+        )
+    if "model" in policy.granularities and "model" not in sizes:
+        parts.append("'model' keeps the transformer's output only, whose size is not known here")
+    return "; ".join(parts)
+
+
+def _needed(policy: CachePolicy, sizes: Sizes, dtype: torch.dtype, streams: int) -> dict[tuple[str, str], int]:
+    """(granularity, storage) -> bytes of all that is known; one storage of a width."""
+    found: dict[tuple[str, str], int] = {}
+    for name in GRANULARITIES:
+        if name not in sizes or name not in policy.granularities:
             continue
-        try:
-            kept = _stored(storage, dtype, policy.granularity)
-        except ValueError:  # the other 16-bit dtype
-            continue
-        count = streams * (policy.degree + 1) * _one(size, kept)
-        saves = kept != E4M3 or _one(size, kept) < 2 * size.elements
-        if count <= limit and saves:
-            found.setdefault(count, storage)
-    return [f"{storage!r} ({count:,})" for count, storage in found.items()]
+        counts = set()
+        for storage in dict.fromkeys((policy.storage, *STORAGE[1:])):
+            try:
+                kept = _stored(storage, dtype, name)
+            except ValueError:  # the other 16-bit dtype
+                continue
+            one = _one(sizes[name], kept)
+            if one not in counts and (kept != E4M3 or one < 2 * sizes[name].elements):
+                counts.add(one)
+                found[name, storage] = streams * (policy.degree + 1) * one
+    return found

@@ -77,6 +77,8 @@ class FeatureCache:
         """The running forward; the session sets it."""
         self.features: Features | None = None
         """What is kept of blocks; None at granularity "model"."""
+        self.per_token = 0
+        """Numbers of the transformer's output per video token; 0: not known."""
         self.modulated: Callable[[BlockCall], Tensor] | None = None
         """The timestep-modulated input of a block's attention, where a policy looks at it."""
         self.phase: Callable[[StepContext], Hashable] | None = None
@@ -106,7 +108,7 @@ class FeatureCache:
     def fresh(self) -> FeatureCache:
         """The same settings without records, for a copied model."""
         new = FeatureCache(self.policy, self.planner, self.subset)
-        new.hooked, new.modulated = dict(self.hooked), self.modulated
+        new.hooked, new.modulated, new.per_token = dict(self.hooked), self.modulated, self.per_token
         new.features = self.features.of(new) if self.features is not None else None
         return new
 
@@ -250,14 +252,24 @@ class FeatureCache:
         assert self.policy is not None
         return self.policy.weights(run.step - factors.step, factors.known)
 
-    def afford(self, run: Run, sizes: budget.Sizes, dtype: torch.dtype) -> None:
+    def afford(self, run: Run, sizes: budget.Sizes, dtype: torch.dtype, batch: int) -> None:
         """Refuse a stream's first factors where they exceed the budget, before any is allocated."""
         if run.stream.granted:
             return
         assert self.policy is not None
+        if "model" not in sizes and (output := self._output_size(batch)) is not None:
+            sizes = {**sizes, "model": output}
         branches = 1 if self.forward is None else self.forward.step.branches
         budget.check(self.policy, sizes, dtype, held=self.nbytes, branches=branches)
         run.stream.granted = True
+
+    def _output_size(self, batch: int) -> budget.Size | None:
+        """Of the running forward's result, before it is there."""
+        forward = self.forward
+        if not self.per_token or forward is None or forward.geometry is None:
+            return None
+        elements = batch * forward.geometry.n_video * self.per_token
+        return budget.Size(elements, elements // (forward.latent_row or self.per_token))
 
 
 def joined_phase(*parts: Any) -> Callable[[StepContext], Hashable] | None:

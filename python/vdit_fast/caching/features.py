@@ -72,7 +72,7 @@ class Features(ABC):
         first, end = run.span
         changed = [y for _, y in pairs]
         sizes = {"span": budget.size_of(changed), "block": budget.size_of(changed, end - first)}
-        self.cache.afford(run, sizes, pairs[0][1].dtype)
+        self.cache.afford(run, sizes, changed[0].dtype, len(changed[0]))
 
 
 class BlockFeatures(Features):

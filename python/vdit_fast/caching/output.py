@@ -49,7 +49,7 @@ def run_cached(
             f"{type(output).__name__}; set cache to null in the configuration"
         )
     parts, wrap = found
-    cache.afford(run, {"model": budget.size_of(parts)}, parts[0].dtype)
+    cache.afford(run, {"model": budget.size_of(parts)}, parts[0].dtype, len(parts[0]))
     for index, part in enumerate(parts):
         cache.factors(run, index, part).update(run.step, part.detach())
     stream.form = wrap, [part.dtype for part in parts]
@@ -86,6 +86,8 @@ def output_parts(output: Output) -> tuple[list[Tensor], Callable[[list[Tensor]],
 
 class CachedForward(ForwardStandIn):
     """Stands in for ``forward`` of one transformer."""
+
+    what = "a cache at granularity 'model'"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Output:
         session = self._session

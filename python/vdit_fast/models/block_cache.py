@@ -15,6 +15,7 @@ from vdit_fast.caching.span import SpanFeatures
 from vdit_fast.context import StepContext
 from vdit_fast.models import module_cache
 from vdit_fast.models.blocks import transformer_blocks
+from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.reference.adaln import Rounding
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def setup(root: nn.Module, session: Session, adapter: ModelAdapter) -> None:
         cache.hooked["modules"] = module_cache.attach(root, blocks, known, session)
     if isinstance(policy, AdaptivePolicy) and policy.looks_at == "input":
         cache.modulated = _Modulated(known)
+    if isinstance(adapter.rows, RowLayout):
+        cache.per_token = int(getattr(root.get_submodule(adapter.rows.output), "out_features", 0))
     if cache.features is None:
         cache.features = _features(blocks, adapter, session)
     session.around["cache"] = cache

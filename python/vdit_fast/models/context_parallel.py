@@ -9,6 +9,7 @@ from vdit_fast.models.row_shard import RowShard, equal_rows
 if TYPE_CHECKING:
     from vdit_fast.models.heads import HeadsCall
     from vdit_fast.models.session import Session
+    from vdit_fast.parallel.agreement import Agreement
 
 __all__ = ["NO_SEQUENCE", "follow", "unserved"]
 
@@ -39,7 +40,8 @@ def unserved(session: Session, config: Any) -> str:
 def follow(session: Session, config: Any) -> None:
     """Exchange rows for heads around attention where a transformer's ``enable_parallelism`` asks for it, and no longer
     where it does not (None)."""
-    from vdit_fast.parallel.ulysses import Ulysses  # beside this package, and built on its calls
+    from vdit_fast.parallel.agreement import Agreement  # beside this package, and built on its calls
+    from vdit_fast.parallel.ulysses import Ulysses
 
     present = session.around_heads.get("sequence")
     if config is None or unserved(session, config):
@@ -50,7 +52,8 @@ def follow(session: Session, config: Any) -> None:
     settings = _settings(config)
     group = settings._ulysses_mesh.get_group()
     if present is None:
-        rows = _Rows(bool(getattr(settings, "ulysses_anything", False)))
+        agree = Agreement(group, "context parallelism")
+        rows = _Rows(bool(getattr(settings, "ulysses_anything", False)), agree)
         session.around_heads["sequence"] = around = Ulysses(group, rows)
         rows.place = around.rank, around.ranks
         session.begin_records()
@@ -61,14 +64,21 @@ def follow(session: Session, config: Any) -> None:
 class _Rows:
     """The rows of a call under diffusers' plan: equal parts, or nearly equal ones where any length is allowed."""
 
-    def __init__(self, any_length: bool) -> None:
+    def __init__(self, any_length: bool, agree: Agreement) -> None:
         self.any_length = any_length
+        self.agree = agree
         self.place = (0, 1)
 
     def __call__(self, call: HeadsCall) -> RowShard:
         rank, ranks = self.place
         rows, forward = call.q.shape[1], call.session.forward
         geometry = forward.geometry if forward is not None else None
+        if forward is not None and not forward.agreed:
+            forward.agreed = True
+            batch, _, heads, width = call.q.shape
+            tokens = f"{rows} rows on each" if geometry is None else f"a grid of {geometry.grid} tokens"
+            given = f"{tokens}, batch {batch}, {heads} heads of {width} channels, {call.q.dtype}"
+            self.agree(given, call.q.device, forward.step.generation)
         if geometry is None:
             sizes = (rows,) * ranks
             if self.any_length:

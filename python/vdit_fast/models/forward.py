@@ -36,12 +36,16 @@ class Forward:
     step: StepContext
     timestep: Any = None
     """The transformer's argument."""
+    latent_row: int = 0
+    """Size of the last dimension of its latents [B, ..., W]; 0 where they come as rows per token."""
     volume: Volume | None = None
     """Where layers see frames or places one at a time, and something is hooked to them."""
     mask: weakref.ref[Tensor] | None = None
     """The attention mask that was found to say what the geometry says."""
     cached: bool = False
     """Whether the feature cache has seen it: it acts once per forward."""
+    agreed: bool = False
+    """Whether the ranks under diffusers' context parallelism have compared what they were given."""
     run: Any = None
     """What the feature cache does with it, where it stands around blocks."""
     decisions: dict[int, tuple[Decision, Tensor | None]] = field(default_factory=dict)

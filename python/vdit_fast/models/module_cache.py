@@ -98,7 +98,7 @@ class ModuleFeatures(Features):
         x = call.inputs[0]
         assert x is not None
         sizes = {"module": size(kept), "block": size(changed, end - first), "span": size(changed)}
-        self.cache.afford(run, sizes, x.dtype)
+        self.cache.afford(run, sizes, x.dtype, len(x))
 
 
 class _Capture:

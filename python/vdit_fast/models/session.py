@@ -384,6 +384,10 @@ class Session:
         how = "dense through this package's kernel" if served_dense else "dense, as in the original model"
         self._tell(logging.WARNING, f"{ledger.name} runs {how}: {reason}", key=reason)
 
+    def tell(self, text: str) -> None:
+        """Log a fallback once."""
+        self._tell(logging.WARNING, text)
+
     def _tell(self, level: int, text: str, key: str | None = None) -> None:
         if (key or text) not in self._told:
             self._told.add(key or text)

@@ -15,6 +15,7 @@ from vdit_fast.caching.checks import number
 from vdit_fast.caching.output import output_parts
 from vdit_fast.forwards import ForwardStandIn, stock_forward
 from vdit_fast.models.callables import check_handle
+from vdit_fast.parallel.agreement import Agreement, described
 from vdit_fast.parallel.awaited import Awaited, Promise
 from vdit_fast.parallel.collectives import all_gather, process_group
 from vdit_fast.parallel.members import Members, Shared
@@ -49,11 +50,14 @@ class _Step:
 class GuidedForward(ForwardStandIn):
     """Stands in for ``forward`` of one transformer, outermost."""
 
+    what = "guidance parallelism"
+
     def __init__(self, module: nn.Module, session: Session, guidance: GuidanceParallel) -> None:
         super().__init__(module, session)
         self._guidance = guidance
         self._forms: dict[Any, tuple[Callable[[list[Tensor]], Any], list[Tensor]]] = {}
         self._step: _Step | None = None
+        self._agree = Agreement(guidance.group, "guidance_parallel", guidance.members.run)
 
     @torch.compiler.disable(recursive=False, reason="ranks run different branches of guidance; compile the blocks")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,6 +81,7 @@ class GuidedForward(ForwardStandIn):
         guidance, session = self._guidance, self._session
         latents = arguments.get("hidden_states")
         batch = latents.shape[0] if isinstance(latents, Tensor) else 0
+        self._compare(session, arguments)
         if batch < guidance.ranks:
             raise RuntimeError(
                 f"guidance_parallel: a batch of {batch} cannot be split over {guidance.ranks} ranks; split='calls' is "
@@ -106,6 +111,8 @@ class GuidedForward(ForwardStandIn):
                 "accelerate the pipeline, or name the step by handle.step(...)"
             )
         step = self._follow((at.generation, at.step, at.expert), at.branch)
+        if at.branch == 0:
+            self._compare(session, arguments)
         form = self._forms.get(_signature(arguments))
         own = at.branch == guidance.rank
         if own or form is None:
@@ -151,6 +158,17 @@ class GuidedForward(ForwardStandIn):
             )
         step.branch = branch
         return step
+
+    def _compare(self, session: Session, arguments: dict[str, Any]) -> None:
+        """Raise on all ranks where they were given different latents, before anything is computed."""
+        latents = arguments.get("hidden_states")
+        if not isinstance(latents, Tensor) or session.forward is None:
+            return
+        try:
+            self._agree(described("hidden_states", latents), latents.device, session.forward.step.generation)
+        except BaseException:
+            self._step = None
+            raise
 
     def _exchange(self, step: _Step) -> list[Tensor]:
         """The last branch's parts; those of earlier ones are filled in."""
@@ -272,7 +290,8 @@ def guidance_parallel(
         RuntimeError: torch.distributed is not initialised; something of the configuration mixes branches; here, or at a
             call, also where a step has fewer or more branches than the group has ranks.
         RankFailed: at a call; another rank has failed, or has ended its part.
-        TypeError, ValueError: a bad group or patience, or an unknown split.
+        TypeError, ValueError: a bad group or patience, or an unknown split; at a call, on all ranks, latents of
+            different sizes (compared in every step; in a group of NCCL alone in the first one of a generation).
     """
     if split not in SPLITS:
         raise ValueError(f"guidance_parallel: split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
@@ -285,7 +304,7 @@ def guidance_parallel(
     roots = [root for root in handle.roots if root.module() is not None]
     for root in roots:
         if root.guidance is not None:
-            reason = "its branches are shared already"
+            reason = "its branches are shared already; end that first: call what guidance_parallel returned for it"
         elif not root.hooked:
             reason = root.no_subset()
     if reason is not None:

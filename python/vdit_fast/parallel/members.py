@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from vdit_fast.parallel.watch import CAUSE, INTERVAL, RankFailed, Watch, reach
 
-__all__ = ["Members", "Shared", "keeper", "ranks_store"]
+__all__ = ["Members", "Shared", "keeper", "kept_by_agent", "ranks_store"]
 
 Own = TypeVar("Own", bound="Shared")
 
@@ -36,12 +37,21 @@ def ranks_store(members: Sequence[int], rank: int, patience: float, of: str) -> 
         number = own.add(f"{name}/made/{rank}", 1)  # of those that these ranks have made, the same on all
         return dist.PrefixStore(f"{name}/{number}", own)
 
-    return reach(connect, patience)
+    return reach(connect, patience, kept_by_agent())
+
+
+def kept_by_agent() -> bool:
+    """Whether the store of torch.distributed is that of the launcher's agent, a process that is no rank's."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    store: Any = dist.distributed_c10d._get_default_store()
+    port = getattr(getattr(store, "_underlying_non_prefix_store", store), "port", None)
+    return str(port) == os.environ.get("MASTER_PORT")  # a caller's own store has another one, or none
 
 
 def keeper(members: Sequence[int]) -> int | None:
     """Which of these ranks is the one among all whose process keeps the store, None where it is none of them."""
-    return members.index(0) if 0 in members else None
+    return members.index(0) if 0 in members and not kept_by_agent() else None
 
 
 class Members:
@@ -77,6 +87,7 @@ class Members:
                 closing_fails=False,
                 of=of,
                 keeper=keeper(everybody),
+                agent=kept_by_agent(),
             )
             self._watch.aside = True
             weakref.finalize(self, self._watch.close).atexit = False  # then it closes by itself, in the right order

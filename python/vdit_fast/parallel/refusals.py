@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,9 +15,10 @@ from vdit_fast.models.stage_layout import StageLayout
 if TYPE_CHECKING:
     from vdit_fast.config import Config
     from vdit_fast.handle import Handle
+    from vdit_fast.parallel.schedule import Schedule
     from vdit_fast.root import Root
 
-__all__ = ["check_call", "check_settings", "remembers", "staged_root"]
+__all__ = ["check_call", "check_frames", "check_settings", "remembers", "staged_root"]
 
 
 def staged_root(handle: Handle) -> tuple[Root, StageLayout]:
@@ -48,8 +49,9 @@ def check_call(sampler: Any, shape: Any, arguments: Any, branches: int) -> None:
         raise TypeError(
             f"sampler: a {type(sampler).__name__} has no {missing[0]!r}; wrap a diffusers scheduler in SchedulerSampler"
         )
-    if len(tuple(shape)) != 3:
-        raise ValueError(f"shape: {tuple(shape)}; expected (channels, height, width) of one latent frame")
+    sizes = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
+    if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"shape: {shape!r}; expected (channels, height, width) of one latent frame, positive integers")
     if not isinstance(arguments, Mapping):
         raise TypeError(
             f"arguments: a {type(arguments).__name__}; expected the transformer's further arguments by name, such as "
@@ -59,6 +61,45 @@ def check_call(sampler: Any, shape: Any, arguments: Any, branches: int) -> None:
         if isinstance(value, Tensor) and value.ndim and value.shape[0] != branches:
             which = "the conditional one, then the unconditional one" if branches == 2 else "guidance is 1"
             raise ValueError(f"arguments: {name!r} has {value.shape[0]} rows; expected {branches} ({which})")
+
+
+def check_frames(module: Any, shape: Sequence[int], schedule: Schedule) -> None:
+    """Raise ValueError where a transformer does not take the frames of a schedule.
+
+    Args:
+        module: with the ``config`` of a Wan or SkyReels-V2 transformer.
+        shape: (channels, height, width) of a latent frame.
+    """
+    config = module.config
+    takes, gives = config.in_channels, config.out_channels or config.in_channels
+    if takes != gives:
+        raise ValueError(
+            f"shape: {type(module).__name__} takes {takes} channels and returns {gives}: the others are conditions of "
+            "whole clips; take a text-to-video model"
+        )
+    if shape[0] != takes:
+        raise ValueError(
+            f"shape: {tuple(shape)} has {shape[0]} channels, {type(module).__name__} takes {takes}; pass (channels, "
+            "height, width) of a latent frame"
+        )
+    time, *patch = config.patch_size
+    for name, size, p in zip(("height", "width"), shape[1:], patch, strict=True):
+        if size % p:
+            below = size // p * p
+            raise ValueError(
+                f"shape: {tuple(shape)} has a {name} of {size}, which is no multiple of the patch, {p}; take "
+                f"{f'{below} or ' if below else ''}{below + p}"
+            )
+    for name, frames in (("num_per_block", schedule.num_per_block), ("num_cat", schedule.num_cat)):
+        if frames % time:
+            raise ValueError(f"{name}: {frames}; a multiple of the patch, {time} frames, is needed")
+    limit, whole = config.rope_max_seq_len, (schedule.frames + schedule.num_cat, *shape[1:])
+    names = ("num_per_block + 2 · num_cat", "height", "width")
+    for name, size, p in zip(names, whole, (time, *patch), strict=True):
+        if size > limit * p:
+            raise ValueError(
+                f"{name}: {size}; the model's table of positions ends at {limit * p} (rope_max_seq_len); take less"
+            )
 
 
 def check_settings(config: Config, num_cat: int, checkpoint: bool, resume: bool) -> None:
@@ -127,5 +168,5 @@ def _settings_reason(root: Root) -> str | None:
     if session.before_rotation is not None or "streaming" in session.around_heads:
         return "a K/V cache stands around its attention; take it off first"
     if "sequence" in session.around_heads:
-        return "its sequence is split over ranks already"
+        return "its sequence is split over ranks already; end that first: call what sequence_parallel returned for it"
     return None

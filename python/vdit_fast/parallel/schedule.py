@@ -66,7 +66,8 @@ class Schedule:
         if self.num_cat > self.num_per_block:
             raise ValueError(
                 f"num_cat: {self.num_cat}; at most num_per_block = {self.num_per_block}, as a block sees of its direct "
-                "neighbours only"
+                f"neighbours only; pass num_cat={self.num_per_block} or less (0: blocks see nothing of each other), or "
+                "longer blocks"
             )
 
     @property

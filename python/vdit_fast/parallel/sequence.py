@@ -16,9 +16,11 @@ from vdit_fast.caching.checks import number
 from vdit_fast.models.base import CROSS_ATTENTION
 from vdit_fast.models.blocks import BlockCall, streams, transformer_blocks, with_streams
 from vdit_fast.models.callables import check_handle
+from vdit_fast.models.forward import in_backward
 from vdit_fast.models.fusion import as_rows
 from vdit_fast.models.row_layout import RowLayout
 from vdit_fast.models.row_shard import RowShard, equal_rows
+from vdit_fast.parallel.agreement import Agreement, described
 from vdit_fast.parallel.collectives import all_gather, process_group
 from vdit_fast.parallel.members import Members, Shared
 from vdit_fast.parallel.ulysses import Ulysses
@@ -50,6 +52,7 @@ class ShardedRows:
         self.members = members
         self.layout = layout
         self.rank, self.ranks = members.rank, members.ranks
+        self.agree = Agreement(members.group, "sequence_parallel", members.run)
         self.forwards = 0
         self.bytes_sent = 0
         """To other ranks, by joining the rows."""
@@ -68,10 +71,12 @@ class ShardedRows:
         if block.index == 0:
             self._check(session, forward, call)
             x = as_rows(given[stream])
+            self.members.inside(not torch.is_grad_enabled())  # a forward with gradients has no end that shows here
+            if not in_backward():
+                self._compare(forward, call)
             if forward.shard is None or forward.shard.total != x.shape[1]:
                 forward.shard = self._shard(forward, x.shape[1])
             call.arguments[stream] = forward.shard.own(x).contiguous()
-            self.members.inside(not torch.is_grad_enabled())  # a forward with gradients has no end that shows here
         shard = forward.shard
         if shard is None or call.arguments[stream].shape[1] != shard.rows:
             rows = call.arguments[stream].shape[1]
@@ -111,8 +116,23 @@ class ShardedRows:
         self.bytes_sent += (self.ranks - 1) * first.numel() * first.element_size()
         return with_streams(output, (whole, *others))
 
+    def _compare(self, forward: Forward, call: BlockCall) -> None:
+        """Raise on all ranks where they were given different sizes, before any rows are exchanged."""
+        found = zip(call.block.streams, call.inputs, strict=True)
+        parts = [described(name, x) for name, x in found if isinstance(x, Tensor)]
+        if forward.geometry is not None:
+            parts.insert(0, f"a grid of {forward.geometry.grid} tokens")
+        x = call.inputs[0]
+        assert x is not None
+        try:
+            self.agree(", ".join(parts), x.device, forward.step.generation)
+        except BaseException:
+            self.members.inside(False)
+            raise
+
     def _shard(self, forward: Forward, rows: int) -> RowShard:
         if rows < self.ranks:
+            self.members.inside(False)
             raise RuntimeError(
                 f"a sequence of {rows} rows cannot be shared by {self.ranks} ranks; take a group of {rows} or fewer"
             )
@@ -200,7 +220,8 @@ def sequence_parallel(handle: Handle, group: Any = None, *, patience: float = 10
         RuntimeError: torch.distributed is not initialised; the model cannot be shared, for a reason that the message
             gives; here, or at a call.
         RankFailed: at a call; another rank has failed, or has ended its part.
-        TypeError, ValueError: a bad group or patience.
+        TypeError, ValueError: a bad group or patience; at a call, on all ranks, inputs of different sizes (compared in
+            every forward; in a group of NCCL alone in the first one of a generation).
     """
     ranks = process_group(group, "sequence_parallel: group")
     check_handle("sequence_parallel", handle)
@@ -229,7 +250,9 @@ def _obstacle(handle: Handle, root: Root) -> str | None:
     session, module = root.session, root.module()
     assert module is not None
     if "sequence" in session.around_heads:
-        return "its sequence is shared already"
+        if "sequence" in session.around:
+            return "its sequence is shared already; end that first: call what sequence_parallel returned for it"
+        return "its sequence is shared already, by diffusers' enable_parallelism; use one of the two"
     if not root.hooked or isinstance(root.adapter.rows, str):
         return root.no_subset()
     found = transformer_blocks(module, root.adapter)

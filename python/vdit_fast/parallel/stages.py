@@ -17,7 +17,7 @@ from vdit_fast.parallel.checkpoint import Checkpoint
 from vdit_fast.parallel.identity import described, digest, model_digest, weight_digests
 from vdit_fast.parallel.noise import NoisePool
 from vdit_fast.parallel.packing import Packing, Plain
-from vdit_fast.parallel.refusals import check_call, check_settings, remembers, staged_root
+from vdit_fast.parallel.refusals import check_call, check_frames, check_settings, remembers, staged_root
 from vdit_fast.parallel.run import Run
 from vdit_fast.parallel.sampler import BlockSampler
 from vdit_fast.parallel.schedule import Item, Schedule, split_layers
@@ -167,12 +167,13 @@ class StagePipeline:
 
         Args:
             sampler: the schedule of every block.
-            shape: (channels, height, width) of a latent frame.
+            shape: (channels, height, width) of a latent frame: the model's channels, and multiples of its patch.
             arguments: further arguments of the transformer's forward by name, the same in all calls. With guidance
                 tensors have two rows, the conditional one first.
             blocks: number of frame blocks, None: without end.
             num_per_block: latent frames of a block.
-            num_cat: latent frames that a block sees of its neighbours; the first block is longer by them.
+            num_cat: latent frames that a block sees of its neighbours, at most ``num_per_block``; the first block is
+                longer by them. 0: none, as a cache needs it.
             guidance: classifier-free guidance scale; 1 switches it off.
             seed: of the noise.
             checkpoint: where states and finished blocks are kept; a state in its folder must be of the same run.
@@ -184,7 +185,7 @@ class StagePipeline:
             order; nothing on the others.
 
         Raises:
-            ValueError: a bad argument, or the checkpoint of another run.
+            ValueError: a bad argument, before anything is computed, or the checkpoint of another run.
             RankFailed: another rank has failed.
         """
         if self._drawing:
@@ -227,6 +228,7 @@ class StagePipeline:
             branches = 1 if guidance == 1 else 2
             check_call(sampler, shape, arguments, branches)
             schedule = Schedule(len(sampler.timesteps), blocks, num_per_block, num_cat)
+            check_frames(self.stage.module, shape, schedule)
             whole = (branches, shape[0], schedule.frames, *shape[1:])
             settings: dict[str, Any] = asdict(schedule) | {"shape": list(whole), "guidance": float(guidance)}
             options, weights = self._options(), weight_digests(self.stage.module)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vdit_fast.parallel.hops import Counts, Incoming, Outgoing
-from vdit_fast.parallel.members import keeper, ranks_store
+from vdit_fast.parallel.members import keeper, kept_by_agent, ranks_store
 from vdit_fast.parallel.watch import INTERVAL, Watch
 
 __all__ = ["Alone", "Ring", "Transport"]
@@ -154,7 +154,9 @@ class Ring:
         self.sent, self.received = Counts(), Counts()
         self._device = torch.device(device)
         shared = ranks_store(everybody, self.rank, patience, "the pipeline")
-        self.watch = Watch(shared, self.rank, self.ranks, patience, timeout, keeper=keeper(everybody))
+        self.watch = Watch(
+            shared, self.rank, self.ranks, patience, timeout, keeper=keeper(everybody), agent=kept_by_agent()
+        )
         weakref.finalize(self, self.watch.close).atexit = False  # then it closes by itself, in the right order
         self._host = dist.get_backend(group) != "nccl"
         self._groups: list[dist.ProcessGroup] = []

@@ -31,6 +31,8 @@ CLOSED, ASIDE = "closed", " aside"
 
 KEEPER = "all ranks, the process that keeps the store,"
 """Whose rank 0 it is, where that need not be one of the ranks under watch."""
+AGENT = "the launcher's agent, whose process keeps the store and is no rank's,"
+"""Under torch's launcher."""
 
 Result = TypeVar("Result")
 
@@ -39,22 +41,28 @@ class RankFailed(RuntimeError):
     """A rank of a pipeline or group has failed; all others end with this error.
 
     Attributes:
-        rank: which one, counted in the pipeline or group; 0 where only the process that keeps the store is known.
+        rank: which one, counted in the pipeline or group; 0 where only the process that keeps the store is known, -1
+            where that is no rank's but the launcher's agent.
         reason: its own error with the traceback where there is one, else how it was noticed.
     """
 
     def __init__(self, rank: int, reason: str, of: str = "the pipeline") -> None:
-        super().__init__(f"rank {rank} of {of} failed: {reason}")
+        super().__init__(f"{f'rank {rank} of ' if rank >= 0 else ''}{of} failed: {reason}")
         self.rank = rank
         self.reason = reason
 
 
-def reach(call: Callable[[], Result], seconds: float) -> Result:
+def _host_failed(reason: str, agent: bool) -> RankFailed:
+    """That of the process that keeps the store."""
+    return RankFailed(-1, reason, AGENT) if agent else RankFailed(0, reason, KEEPER)
+
+
+def reach(call: Callable[[], Result], seconds: float, agent: bool = False) -> Result:
     """Run something that needs the store. It runs in a thread: connecting to a store whose process is gone goes on for
     the store's own timeout.
 
     Raises:
-        RankFailed: that of the process that keeps the store.
+        RankFailed: that of the process that keeps the store: the launcher's agent, or else the first rank's.
     """
     answer: list[Result] = []
     why = [f"no answer within {seconds:g} s"]
@@ -69,7 +77,7 @@ def reach(call: Callable[[], Result], seconds: float) -> Result:
     thread.start()
     thread.join(seconds)
     if not answer:
-        raise RankFailed(0, f"the store cannot be reached: {why[0]}", KEEPER)
+        raise _host_failed(f"the store cannot be reached: {why[0]}", agent)
     return answer[0]
 
 
@@ -91,6 +99,7 @@ class Watch:
             closed is noted in ``closed``, and without the store nobody hears of the others until connections break.
         of: what the ranks make up, for messages.
         keeper: which of the ranks keeps the store in its process, None where it is none of them.
+        agent: whether the launcher's agent keeps it.
     """
 
     def __init__(
@@ -104,6 +113,7 @@ class Watch:
         closing_fails: bool = True,
         of: str = "the pipeline",
         keeper: int | None = 0,
+        agent: bool = False,
     ) -> None:
         self.rank, self.ranks = rank, ranks
         self.patience, self.timeout, self.end_process = patience, timeout, end_process
@@ -115,7 +125,7 @@ class Watch:
         self.store_gone: str | None = None
         """Why nothing is heard of the others any more."""
         self.of = of
-        self._keeper = keeper
+        self._keeper, self._agent = keeper, agent
         self._closing_fails = closing_fails
         self._store = store
         self._run = 0
@@ -207,7 +217,7 @@ class Watch:
         if self.ranks == 2:
             return self.lost(1 - self.rank, f"its connection to rank {self.rank} broke: {_first_line(error)}")
         reason = f"{self._without_store()}, so that none of {self.of} can say which of them broke: {_first_line(error)}"
-        self.failure = self.failure or RankFailed(0, reason, KEEPER)
+        self.failure = self.failure or _host_failed(reason, self._agent)
         return self.failure
 
     def leave(self) -> None:
@@ -317,7 +327,8 @@ class Watch:
         """A pipeline needs it. Other ranks need each other only: whoever kept it may have ended well without them."""
         self.store_gone = why
         reason = self._without_store()
-        failure = RankFailed(0, reason, KEEPER) if self._keeper is None else self._failed(self._keeper, reason)
+        keeper = self._keeper
+        failure = _host_failed(reason, self._agent) if keeper is None else self._failed(keeper, reason)
         if self._closing_fails:
             self.failure = failure
         elif self._keeper is not None and self._keeper not in self.closed:

@@ -45,6 +45,18 @@ def _alive(handle: Handle, name: str) -> list[Root]:
     return roots
 
 
+def _finite(name: str, rows: Tensor, argument: str = "rows") -> None:
+    """Raise ValueError where a number is none. Reads from the device, once for all forwards."""
+    finite = rows.detach().isfinite()
+    if rows.is_meta or bool(finite.all()):
+        return
+    wrong = finite.logical_not().nonzero().tolist()
+    raise ValueError(
+        f"{name}: {argument} {list(rows.shape)}: {len(wrong):,} numbers are not finite, the first at {wrong[0]}; every "
+        "token of the video would get them. Look at what made them"
+    )
+
+
 def set_memory(handle: Handle, rows: Any) -> None:
     """See ``Handle.memory``."""
     if rows is None:
@@ -57,6 +69,7 @@ def set_memory(handle: Handle, rows: Any) -> None:
     else:
         found = checked_rows("memory", rows)
         assert found is not None
+        _finite("memory", rows)
         source = found.clone()
     made = []
     for root in roots:
@@ -77,6 +90,7 @@ def set_references(handle: Handle, rows: Any) -> None:
     roots = _alive(handle, "references")
     found = checked_rows("references", rows)
     assert found is not None
+    _finite("references", rows)
     for root in roots:
         reason = root.adapter.references
         if reason is None and not transformer_blocks(root.module(), root.adapter):  # type: ignore[arg-type]
@@ -133,6 +147,7 @@ def _checked_gate(gate: Any, mode: str) -> float | Tensor:
     if isinstance(gate, Tensor):
         if gate.ndim > 1 or not gate.is_floating_point():
             raise ValueError(f"feed: gate must be a number or a floating tensor [] or [heads], got {list(gate.shape)}")
+        _finite("feed", gate, "gate")
     elif isinstance(gate, bool) or not isinstance(gate, int | float):
         raise TypeError(f"feed: gate must be a number or a tensor [] or [heads], got {type(gate).__name__}")
     elif not math.isfinite(gate):

@@ -19,7 +19,7 @@ from vdit_fast.models.heads import HeadsCall
 from vdit_fast.models.qk import Heads, Norms, Rotary, fused_options, normed, turn
 from vdit_fast.models.session import Geometry, Session
 from vdit_fast.ops.qk_norm_rope import qk_norm_rope
-from vdit_fast.streaming.checks import check_budget
+from vdit_fast.streaming.checks import check_budget, check_fits
 from vdit_fast.streaming.families import FrameTables, Tables, rotary_of
 from vdit_fast.streaming.kv_cache import KVCache
 
@@ -141,9 +141,10 @@ class CachedAttention:
             shape: dict[str, Any] = {"layers": len(self.session.layers), "capacity": self.capacity, "page": self.page}
             shape |= {"batch": k.shape[0], "heads": k.shape[2], "head_dim": k.shape[3]}
             store = self.settings["store"]
+            needed = KVCache.bytes(**shape, store=store, dtype=k.dtype)
             if self.max_bytes is not None:
-                needed = KVCache.bytes(**shape, store=store, dtype=k.dtype)
                 check_budget(needed, self.max_bytes, shape, store, k.dtype, "cache_frames")
+            check_fits(needed, self.nbytes, shape, store, k.dtype, k.device, "cache_frames")
             with torch.inference_mode(False):
                 found = KVCache(
                     **shape,

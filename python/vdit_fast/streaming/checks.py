@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -9,7 +10,15 @@ from torch import Tensor
 
 from vdit_fast.caching.checks import count
 
-__all__ = ["as_queries", "check_budget", "check_positions", "check_rows", "check_sizes", "no_gradient"]
+__all__ = [
+    "as_queries",
+    "check_budget",
+    "check_fits",
+    "check_positions",
+    "check_rows",
+    "check_sizes",
+    "no_gradient",
+]
 
 
 def no_gradient(**arguments: Any) -> None:
@@ -61,16 +70,47 @@ def check_budget(
     needed: int, limit: int, shape: dict[str, int], store: str, dtype: torch.dtype, setting: str = "capacity"
 ) -> None:
     """Raise where the frames of a cache take more than ``limit`` bytes; users call their number ``setting``."""
-    if needed <= limit:
+    if needed > limit:
+        raise ValueError(f"max_bytes is {limit:,}, but {_too_many(needed, limit, shape, store, dtype, setting)}")
+
+
+def check_fits(
+    needed: int,
+    held: int,
+    shape: dict[str, int],
+    store: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    setting: str = "capacity",
+) -> None:
+    """Raise where the frames of a cache, beside ``held`` bytes of others, take more than all the memory of a device."""
+    whole = _device_bytes(device)
+    if whole is None or held + needed <= whole:
         return
+    beside = f", {held:,} of them for other caches" if held else ""
+    words = _too_many(needed, max(whole - held, 0), shape, store, dtype, setting)
+    raise ValueError(f"{device} has {whole:,} bytes of memory altogether{beside}, but {words}")
+
+
+def _too_many(needed: int, limit: int, shape: dict[str, int], store: str, dtype: torch.dtype, setting: str) -> str:
     frames = shape["capacity"]
     fits, tensors = limit // (needed // frames), 2 * shape["layers"] + (store == "pre_rope")
     remedy = f"{setting}={fits} fits" if fits else "not even one frame fits: smaller frames or a smaller batch"
-    raise ValueError(
-        f"max_bytes is {limit:,}, but keys and values of {frames} frames take {needed:,} bytes, {needed // frames:,} a "
-        f"frame ({tensors} tensors of batch {shape['batch']} · {shape['page']} tokens · {shape['heads']} heads · "
-        f"{shape['head_dim']} channels · {dtype.itemsize} bytes); {remedy}"
+    return (
+        f"keys and values of {frames} frames take {needed:,} bytes, {needed // frames:,} a frame ({tensors} tensors of "
+        f"batch {shape['batch']} · {shape['page']} tokens · {shape['heads']} heads · {shape['head_dim']} channels · "
+        f"{dtype.itemsize} bytes); {remedy}"
     )
+
+
+def _device_bytes(device: torch.device) -> int | None:
+    """Memory that a device has, in use or not; None where nobody knows."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else None
+    except (AttributeError, ValueError, OSError):  # a system that does not say
+        return None
 
 
 def check_rows(k: Tensor, v: Tensor, shape: tuple[int, ...], held: Tensor, why: str) -> None:

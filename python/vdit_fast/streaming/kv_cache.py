@@ -15,6 +15,7 @@ from vdit_fast.plan import AttentionPlan
 from vdit_fast.streaming.checks import (
     as_queries,
     check_budget,
+    check_fits,
     check_positions,
     check_rows,
     check_sizes,
@@ -56,7 +57,7 @@ class KVCache:
         dtype, device: of keys and values.
 
     Raises:
-        ValueError: sizes that do not go together, or more bytes than ``max_bytes``.
+        ValueError: sizes that do not go together, or more bytes than ``max_bytes`` or than the device has.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class KVCache:
         needed = self.bytes(**shape, store=store, dtype=dtype)
         if max_bytes is not None:
             check_budget(needed, size("max_bytes", max_bytes), shape, store, dtype)
+        check_fits(needed, 0, shape, store, dtype, torch.device(device or torch.get_default_device()))
         self.layers, self.capacity, self.page, self.sinks = layers, capacity, page, sinks
         self.batch, self.heads, self.head_dim = batch, heads, head_dim
         self.store, self.positions, self.table = store, positions, table
