@@ -2,11 +2,15 @@
 
 #include <algorithm>
 
+#include "cpu/pages.h"
+
 namespace vdit {
 
 namespace {
 constexpr int64_t kBudgetFloats = int64_t{48} << 20;  // 192 MiB of packed keys and values at a time
 constexpr int64_t kPanelsPerTask = 64;
+constexpr size_t kLargeBytes =
+    size_t{8} << 20;  // malloc maps such memory afresh: page faults cost more than the packing
 
 // Keys that do not exist are zeros, so that whatever lies there cannot reach a product.
 void load_rows(const TileKernels& kernels, const void* const* rows, const View4& t, int head_dim, int row, float* dst) {
@@ -15,12 +19,6 @@ void load_rows(const TileKernels& kernels, const void* const* rows, const View4&
     std::fill(rows[j] != nullptr ? dst + head_dim : dst, dst + row, 0.f);
   }
 }
-
-// Rows of one head are mostly not neighbours, and hardware prefetchers stop at page ends.
-void ask_for(const void* from, const View4& t, int head_dim) {
-  const int64_t bytes = head_dim * t.stride[3] * (t.dtype == DType::f32 ? 4 : 2);
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(from) + b, 0, 2);
-}
 }  // namespace
 
 int64_t PackedSequence::floats(const TileKernels& kernels, int64_t length, int head_dim, int row, bool backward) {
@@ -28,22 +26,27 @@ int64_t PackedSequence::floats(const TileKernels& kernels, int64_t length, int h
   return keys * (backward ? 2 * head_dim + row : head_dim + row);
 }
 
+bool PackedSequence::direct_v(int head_dim, int row) const {
+  return !backward && order == nullptr && v.dtype == DType::f32 && v.stride[3] == 1 && head_dim == row;
+}
+
 void PackedSequence::allocate(const TileKernels& kernels, int head_dim, int row) {
   const int keys = kernels.panel_keys;
   panels = (length + keys - 1) / keys;
   valid.assign(static_cast<size_t>(panels), 0);
   if (!whole) return;
-  direct_v = !backward && order == nullptr && v.dtype == DType::f32 && v.stride[3] == 1 && head_dim == row;
   const int64_t padded = panels * keys;
-  const int64_t need = padded * (backward ? 2 * head_dim + row : head_dim + (direct_v ? 0 : row));
+  const int64_t need = padded * (backward ? 2 * head_dim + row : head_dim + (direct_v(head_dim, row) ? 0 : row));
   memory.reset(new float[static_cast<size_t>(std::max<int64_t>(need, 1))]);
+  const size_t bytes = static_cast<size_t>(need) * sizeof(float);
+  if (bytes >= kLargeBytes) prefer_large_pages(memory.get(), bytes);
   float* next = memory.get();
   kv.k_panels = next;
   next += padded * head_dim;
   if (backward) {
     kv.v_panels = next;
     kv.k_rows = next + padded * head_dim;
-  } else if (direct_v) {
+  } else if (direct_v(head_dim, row)) {
     kv.v_rows = reinterpret_cast<const float*>(row_of(v, batch, 0, head));
     kv.v_stride = v.stride[1];
   } else {
@@ -81,13 +84,13 @@ void PackedSequence::pack(const TileKernels& kernels, int head_dim, int row, int
     if (backward) {
       kernels.pack_panel(rows.v, v.dtype, v.stride[3], head_dim, v_panels + at);
       load_rows(kernels, rows.k, k, head_dim, row, k_rows + panel * keys * row);
-    } else if (!direct_v) {
+    } else if (!direct_v(head_dim, row)) {
       load_rows(kernels, rows.v, v, head_dim, row, v_rows + panel * keys * row);
     }
   }
 }
 
-KeyValues PackedSequence::pack_stage(const TileKernels& kernels, int head_dim, int row, PanelRef* refs, int n, int next,
+KeyValues PackedSequence::pack_stage(const TileKernels& kernels, int head_dim, int row, PanelRef* refs, int n,
                                      float* memory) const {
   const int keys = kernels.panel_keys;
   float *const k_panels = memory, *const v_rows = memory + int64_t{kStageKeys} * head_dim;
@@ -101,13 +104,6 @@ KeyValues PackedSequence::pack_stage(const TileKernels& kernels, int head_dim, i
       load_rows(kernels, rows.v, v, head_dim, row, v_rows + int64_t{at} * keys * row);
     }
     refs[i].panel = at;
-    if (i < next) {
-      const PanelRows rows = rows_of(refs[n + i].panel, keys);
-      for (int j = 0; j < keys; ++j) {
-        ask_for(rows.k[j], k, head_dim);
-        ask_for(rows.v[j], v, head_dim);
-      }
-    }
   }
   KeyValues stage{};
   stage.k_panels = k_panels;

@@ -36,7 +36,6 @@ struct PackedSequence {
   bool whole = true;  // packed before the items run; otherwise by every item, stage by stage, as far as it reads
 
   int64_t panels = 0;
-  bool direct_v = false;  // v is read in place
   KeyValues kv{};
   std::vector<uint32_t> valid;
   std::unique_ptr<float[]> memory;
@@ -44,9 +43,9 @@ struct PackedSequence {
   void allocate(const TileKernels& kernels, int head_dim, int row);
   void pack(const TileKernels& kernels, int head_dim, int row, int64_t first_panel, int64_t end_panel);
   // Packs the panels of refs [0, n), at most a stage, into `memory` (stage_floats), and makes the refs those of the
-  // copies. The rows of the `next` refs behind them are asked for meanwhile.
-  KeyValues pack_stage(const TileKernels& kernels, int head_dim, int row, PanelRef* refs, int n, int next,
-                       float* memory) const;
+  // copies.
+  KeyValues pack_stage(const TileKernels& kernels, int head_dim, int row, PanelRef* refs, int n, float* memory) const;
+  bool direct_v(int head_dim, int row) const;  // v can be read in place
   static int64_t floats(const TileKernels& kernels, int64_t length, int head_dim, int row, bool backward);
 
  private:
