@@ -76,7 +76,12 @@ void run_item(const AttentionParams& p, const ForwardOutputs& out, const Source&
       PanelRef* refs = s->refs.data() + first;
       const int n = std::min(step, count - first);
       KeyValues kv = keys.kv;
-      if (!keys.whole) kv = keys.pack_stage(kernels, head_dim, row, refs, n, s->stage.data());
+      NextRows next;
+      if (!keys.whole) {
+        kv = keys.pack_stage(kernels, head_dim, row, refs, n, s->stage.data());
+        keys.list_rows(kernels, head_dim, refs + n, std::min(step, count - first - n), &next);
+        kv.next = &next;
+      }
       kernels.forward(shape, s->q.data(), kv, refs, n, p.plan.mask_bits, s->scores.data(), s->m, s->l, s->o.data());
     }
   }

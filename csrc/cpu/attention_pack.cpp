@@ -90,6 +90,17 @@ void PackedSequence::pack(const TileKernels& kernels, int head_dim, int row, int
   }
 }
 
+void PackedSequence::list_rows(const TileKernels& kernels, int head_dim, const PanelRef* refs, int n,
+                               NextRows* rows) const {
+  rows->count = 0;
+  rows->bytes = head_dim * (k.dtype == DType::f32 ? 4 : 2);
+  for (const View4* t : {&k, &v})
+    for (int i = 0; i < n; ++i) {
+      const PanelRows panel = rows_of(refs[i].panel, kernels.panel_keys);
+      for (int j = 0; j < kernels.panel_keys; ++j) rows->rows[rows->count++] = t == &k ? panel.k[j] : panel.v[j];
+    }
+}
+
 KeyValues PackedSequence::pack_stage(const TileKernels& kernels, int head_dim, int row, PanelRef* refs, int n,
                                      float* memory) const {
   const int keys = kernels.panel_keys;

@@ -23,6 +23,12 @@ struct PanelRef {
   int32_t words;   // partial runs: mask words per row
 };
 
+// Rows that are read after a call: the forward kernel asks for them between its products.
+struct NextRows {
+  const void* rows[2 * kStageKeys];
+  int count = 0, bytes = 0;
+};
+
 // Keys and values of one head in fp32. Rows are padded with zeros to `row` floats.
 struct KeyValues {
   const float* k_panels;  // [panels][D][panel_keys]
@@ -30,6 +36,7 @@ struct KeyValues {
   const float* k_rows;    // backward only: [keys][row]
   const float* v_rows;    // [keys], v_stride floats apart
   int64_t v_stride;
+  const NextRows* next;  // forward only; or null
 };
 
 struct TileShape {
