@@ -9,8 +9,8 @@ namespace vdit {
 namespace {
 constexpr int64_t kBudgetFloats = int64_t{48} << 20;  // 192 MiB of packed keys and values at a time
 constexpr int64_t kPanelsPerTask = 64;
-constexpr size_t kLargeBytes =
-    size_t{8} << 20;  // malloc maps such memory afresh: page faults cost more than the packing
+// malloc maps such memory afresh for every call, and page faults cost as much as the packing.
+constexpr size_t kLargeBytes = size_t{8} << 20;
 
 // Keys that do not exist are zeros, so that whatever lies there cannot reach a product.
 void load_rows(const TileKernels& kernels, const void* const* rows, const View4& t, int head_dim, int row, float* dst) {
@@ -92,13 +92,14 @@ void PackedSequence::pack(const TileKernels& kernels, int head_dim, int row, int
 
 void PackedSequence::list_rows(const TileKernels& kernels, int head_dim, const PanelRef* refs, int n,
                                NextRows* rows) const {
-  rows->count = 0;
+  const int keys = kernels.panel_keys;
+  rows->count = 2 * n * keys;
   rows->bytes = head_dim * (k.dtype == DType::f32 ? 4 : 2);
-  for (const View4* t : {&k, &v})
-    for (int i = 0; i < n; ++i) {
-      const PanelRows panel = rows_of(refs[i].panel, kernels.panel_keys);
-      for (int j = 0; j < kernels.panel_keys; ++j) rows->rows[rows->count++] = t == &k ? panel.k[j] : panel.v[j];
-    }
+  for (int i = 0; i < n; ++i) {
+    const PanelRows panel = rows_of(refs[i].panel, keys);
+    std::copy_n(panel.k, keys, rows->rows + i * keys);
+    std::copy_n(panel.v, keys, rows->rows + (n + i) * keys);
+  }
 }
 
 KeyValues PackedSequence::pack_stage(const TileKernels& kernels, int head_dim, int row, PanelRef* refs, int n,

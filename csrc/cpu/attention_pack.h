@@ -42,7 +42,7 @@ struct PackedSequence {
 
   void allocate(const TileKernels& kernels, int head_dim, int row);
   void pack(const TileKernels& kernels, int head_dim, int row, int64_t first_panel, int64_t end_panel);
-  // The rows of the panels of refs [0, n), at most a stage, as far as they are worth asking for.
+  // The rows of the panels of refs [0, n), at most a stage, for the kernel to ask for.
   void list_rows(const TileKernels& kernels, int head_dim, const PanelRef* refs, int n, NextRows* rows) const;
   // Packs the panels of refs [0, n), at most a stage, into `memory` (stage_floats), and makes the refs those of the
   // copies.

@@ -18,16 +18,17 @@ static void score_stage(const TileShape& shape, const float* a, int lda, const f
   }
 }
 
-// The rows that are read next, a few at a time: hardware prefetchers lose rows of one head, which are not neighbours.
+// Asks for the rows that are read next, a few per block of a product. Rows of one head are mostly not neighbours, which
+// hardware prefetchers do not follow, and many at once wait for each other.
 struct Asker {
   const vdit::NextRows* next;
   int step, at = 0;
 
-  Asker(const vdit::NextRows* rows, int calls) : next(rows), step(rows == nullptr ? 0 : (rows->count + calls - 1) / calls) {}
+  Asker(const vdit::NextRows* rows, int calls)
+      : next(rows), step(rows == nullptr ? 0 : (rows->count + calls - 1) / calls) {}
   void operator()() {
     for (int i = 0; i < step && at < next->count; ++i, ++at)
-      for (int b = 0; b < next->bytes; b += 64)
-        __builtin_prefetch(static_cast<const char*>(next->rows[at]) + b, 0, 2);
+      for (int b = 0; b < next->bytes; b += 64) __builtin_prefetch(static_cast<const char*>(next->rows[at]) + b);
   }
 };
 
