@@ -106,16 +106,11 @@ KeyValues PackedSequence::pack_stage(const TileKernels& kernels, int head_dim, i
                                      float* memory) const {
   const int keys = kernels.panel_keys;
   float *const k_panels = memory, *const v_rows = memory + int64_t{kStageKeys} * head_dim;
-  int32_t packed = -1, at = -1;
   for (int i = 0; i < n; ++i) {
-    if (refs[i].panel != packed) {  // the ends of two runs may lie in one panel
-      packed = refs[i].panel;
-      ++at;
-      const PanelRows rows = rows_of(packed, keys);
-      kernels.pack_panel(rows.k, k.dtype, k.stride[3], head_dim, k_panels + int64_t{at} * keys * head_dim);
-      load_rows(kernels, rows.v, v, head_dim, row, v_rows + int64_t{at} * keys * row);
-    }
-    refs[i].panel = at;
+    const PanelRows rows = rows_of(refs[i].panel, keys);
+    kernels.pack_panel(rows.k, k.dtype, k.stride[3], head_dim, k_panels + int64_t{i} * keys * head_dim);
+    load_rows(kernels, rows.v, v, head_dim, row, v_rows + int64_t{i} * keys * row);
+    refs[i].panel = i;
   }
   KeyValues stage{};
   stage.k_panels = k_panels;
