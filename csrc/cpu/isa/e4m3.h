@@ -42,7 +42,7 @@ static inline vi load_codes(const uint8_t* p, int n) {
   if (n == VL) return (vi)(__builtin_convertvector((vb) * reinterpret_cast<const vb_u*>(p), vu) << 24) >> 24;
 #endif
   vi code{};
-  for (int i = 0; i < n; ++i) code[i] = int8_t(p[i]);
+  for (int i = 0; i < n; ++i) code[i] = int32_t(uint32_t(p[i]) << 24) >> 24;
   return code;
 }
 
