@@ -123,7 +123,7 @@ void attention_backward_cpu(const AttentionParams& p, const BackwardInputs& in, 
   const TileKernels& kernels = tile_kernels();
   const int head_dim = static_cast<int>(p.q.size[3]), row = round_up(head_dim, kernels.panel_keys);
   std::vector<Source> sources = list_sources(p, true);
-  const TileIndex tiles(p.plan);
+  const TileIndex tiles(p.plan, kernels.panel_keys);
   for (size_t begin = 0; begin < sources.size();) {
     // A group holds at most kTasks sources: each brings at least one set of partial sums.
     const size_t count = std::max<size_t>(1, std::min(sources_in_budget(p, sources, begin), kTasks));

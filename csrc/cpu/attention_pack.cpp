@@ -1,13 +1,24 @@
 #include "cpu/attention_pack.h"
 
 #include <algorithm>
-#include <cstring>
+
+#include "cpu/pages.h"
 
 namespace vdit {
 
 namespace {
 constexpr int64_t kBudgetFloats = int64_t{48} << 20;  // 192 MiB of packed keys and values at a time
 constexpr int64_t kPanelsPerTask = 64;
+// malloc maps such memory afresh for every call, and page faults cost as much as the packing.
+constexpr size_t kLargeBytes = size_t{8} << 20;
+
+// Keys that do not exist are zeros, so that whatever lies there cannot reach a product.
+void load_rows(const TileKernels& kernels, const void* const* rows, const View4& t, int head_dim, int row, float* dst) {
+  for (int j = 0; j < kernels.panel_keys; ++j, dst += row) {
+    if (rows[j] != nullptr) kernels.load_row(rows[j], t.dtype, t.stride[3], head_dim, 1.f, dst);
+    std::fill(rows[j] != nullptr ? dst + head_dim : dst, dst + row, 0.f);
+  }
+}
 }  // namespace
 
 int64_t PackedSequence::floats(const TileKernels& kernels, int64_t length, int head_dim, int row, bool backward) {
@@ -15,63 +26,97 @@ int64_t PackedSequence::floats(const TileKernels& kernels, int64_t length, int h
   return keys * (backward ? 2 * head_dim + row : head_dim + row);
 }
 
+bool PackedSequence::direct_v(int head_dim, int row) const {
+  return !backward && order == nullptr && v.dtype == DType::f32 && v.stride[3] == 1 && head_dim == row;
+}
+
 void PackedSequence::allocate(const TileKernels& kernels, int head_dim, int row) {
   const int keys = kernels.panel_keys;
   panels = (length + keys - 1) / keys;
-  direct_v = !backward && order == nullptr && v.dtype == DType::f32 && v.stride[3] == 1 && head_dim == row;
+  valid.assign(static_cast<size_t>(panels), 0);
+  if (!whole) return;
   const int64_t padded = panels * keys;
-  const int64_t need = padded * (backward ? 2 * head_dim + row : head_dim + (direct_v ? 0 : row));
+  const int64_t need = padded * (backward ? 2 * head_dim + row : head_dim + (direct_v(head_dim, row) ? 0 : row));
   memory.reset(new float[static_cast<size_t>(std::max<int64_t>(need, 1))]);
+  const size_t bytes = static_cast<size_t>(need) * sizeof(float);
+  if (bytes >= kLargeBytes) prefer_large_pages(memory.get(), bytes);
   float* next = memory.get();
   kv.k_panels = next;
   next += padded * head_dim;
   if (backward) {
     kv.v_panels = next;
     kv.k_rows = next + padded * head_dim;
-  } else if (direct_v) {
+  } else if (direct_v(head_dim, row)) {
     kv.v_rows = reinterpret_cast<const float*>(row_of(v, batch, 0, head));
     kv.v_stride = v.stride[1];
   } else {
     kv.v_rows = next;
     kv.v_stride = row;
   }
-  valid.assign(static_cast<size_t>(panels), 0);
+}
+
+PanelRows PackedSequence::rows_of(int64_t panel, int keys) const {
+  PanelRows rows;
+  rows.valid = 0;
+  for (int j = 0; j < keys; ++j) {
+    const int64_t position = panel * keys + j;
+    const int64_t token = position >= length ? -1 : order != nullptr ? order[position] : position;
+    const bool exists = token >= 0 && token < valid_length;
+    rows.valid |= exists ? 1u << j : 0u;
+    rows.k[j] = exists ? row_of(k, batch, token, head) : nullptr;
+    rows.v[j] = exists ? row_of(v, batch, token, head) : nullptr;
+  }
+  return rows;
 }
 
 void PackedSequence::pack(const TileKernels& kernels, int head_dim, int row, int64_t first_panel, int64_t end_panel) {
   const int keys = kernels.panel_keys;
-  std::vector<float> k_tmp(static_cast<size_t>(keys) * row), v_tmp(backward ? k_tmp.size() : 0);
   auto* k_panels = const_cast<float*>(kv.k_panels);
   auto* v_panels = const_cast<float*>(kv.v_panels);
   auto* k_rows = const_cast<float*>(kv.k_rows);
   auto* v_rows = const_cast<float*>(kv.v_rows);
   for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-    uint32_t bits = 0;
-    for (int j = 0; j < keys; ++j) {
-      const int64_t position = panel * keys + j;
-      const int64_t token = position >= length ? -1 : order != nullptr ? order[position] : position;
-      const bool exists = token >= 0 && token < valid_length;
-      bits |= exists ? 1u << j : 0u;
-      // Keys that do not exist are written as zeros, so that whatever lies there cannot reach a product.
-      auto load = [&](const View4& t, float* dst, int pad_to) {
-        if (exists)
-          kernels.load_row(row_of(t, batch, token, head), t.dtype, t.stride[3], head_dim, 1.f, dst);
-        else
-          std::memset(dst, 0, sizeof(float) * static_cast<size_t>(head_dim));
-        std::fill(dst + head_dim, dst + pad_to, 0.f);
-      };
-      float* k_row = backward ? k_rows + position * row : k_tmp.data() + static_cast<int64_t>(j) * row;
-      load(k, k_row, row);
-      if (backward)
-        load(v, v_tmp.data() + static_cast<int64_t>(j) * row, row);
-      else if (!direct_v)
-        load(v, v_rows + position * row, row);
-    }
-    valid[static_cast<size_t>(panel)] = bits;
+    const PanelRows rows = rows_of(panel, keys);
+    valid[static_cast<size_t>(panel)] = rows.valid;
+    if (!whole) continue;
     const int64_t at = panel * keys * head_dim;
-    kernels.transpose_panel(backward ? k_rows + panel * keys * row : k_tmp.data(), row, head_dim, k_panels + at);
-    if (backward) kernels.transpose_panel(v_tmp.data(), row, head_dim, v_panels + at);
+    kernels.pack_panel(rows.k, k.dtype, k.stride[3], head_dim, k_panels + at);
+    if (backward) {
+      kernels.pack_panel(rows.v, v.dtype, v.stride[3], head_dim, v_panels + at);
+      load_rows(kernels, rows.k, k, head_dim, row, k_rows + panel * keys * row);
+    } else if (!direct_v(head_dim, row)) {
+      load_rows(kernels, rows.v, v, head_dim, row, v_rows + panel * keys * row);
+    }
   }
+}
+
+void PackedSequence::list_rows(const TileKernels& kernels, int head_dim, const PanelRef* refs, int n,
+                               NextRows* rows) const {
+  const int keys = kernels.panel_keys;
+  rows->count = 2 * n * keys;
+  rows->bytes = head_dim * (k.dtype == DType::f32 ? 4 : 2);
+  for (int i = 0; i < n; ++i) {
+    const PanelRows panel = rows_of(refs[i].panel, keys);
+    std::copy_n(panel.k, keys, rows->rows + i * keys);
+    std::copy_n(panel.v, keys, rows->rows + (n + i) * keys);
+  }
+}
+
+KeyValues PackedSequence::pack_stage(const TileKernels& kernels, int head_dim, int row, PanelRef* refs, int n,
+                                     float* memory) const {
+  const int keys = kernels.panel_keys;
+  float *const k_panels = memory, *const v_rows = memory + int64_t{kStageKeys} * head_dim;
+  for (int i = 0; i < n; ++i) {
+    const PanelRows rows = rows_of(refs[i].panel, keys);
+    kernels.pack_panel(rows.k, k.dtype, k.stride[3], head_dim, k_panels + int64_t{i} * keys * head_dim);
+    load_rows(kernels, rows.v, v, head_dim, row, v_rows + int64_t{i} * keys * row);
+    refs[i].panel = i;
+  }
+  KeyValues stage{};
+  stage.k_panels = k_panels;
+  stage.v_rows = v_rows;
+  stage.v_stride = row;
+  return stage;
 }
 
 std::vector<Source> list_sources(const AttentionParams& p, bool backward) {
@@ -114,7 +159,7 @@ size_t sources_in_budget(const AttentionParams& p, const std::vector<Source>& so
   size_t n = 0;
   for (; begin + n < sources.size(); ++n) {
     for (const PackedSequence& s : sources[begin + n].sequences)
-      used += PackedSequence::floats(kernels, s.length, head_dim, row, s.backward);
+      if (s.whole) used += PackedSequence::floats(kernels, s.length, head_dim, row, s.backward);
     if (used > kBudgetFloats && n > 0) break;
   }
   return n;

@@ -112,23 +112,39 @@ CoveredPlan::CoveredPlan(const PlanView& plan, int64_t lq)
   }
 }
 
-TileIndex::TileIndex(const PlanView& plan)
+TileIndex::TileIndex(const PlanView& plan, int panel_keys)
     : plan_(plan),
       first_(static_cast<size_t>(plan.batch * plan.heads + 1)),
       tiles_(static_cast<size_t>(plan.num_tiles)),
-      keys_(static_cast<size_t>(plan.num_tiles)) {
+      keys_(static_cast<size_t>(plan.num_tiles)),
+      panels_(static_cast<size_t>(plan.num_tiles)) {
   for (int64_t t = 0; t < plan.num_tiles; ++t) ++first_[static_cast<size_t>(plan.tiles[3 * t]) + 1];
   for (size_t i = 1; i < first_.size(); ++i) first_[i] += first_[i - 1];
   std::vector<int64_t> next(first_.begin(), first_.end() - 1);
   for (int64_t t = 0; t < plan.num_tiles; ++t) {
     tiles_[static_cast<size_t>(next[static_cast<size_t>(plan.tiles[3 * t])]++)] = static_cast<int32_t>(t);
-    for (int64_t r = plan.run_ptr[t]; r < plan.run_ptr[t + 1]; ++r)
-      keys_[static_cast<size_t>(t)] += plan.runs[3 * r + 1];
+    for (int64_t r = plan.run_ptr[t]; r < plan.run_ptr[t + 1]; ++r) {
+      const int64_t start = plan.runs[3 * r], keys = plan.runs[3 * r + 1];
+      keys_[static_cast<size_t>(t)] += keys;
+      if (keys > 0) panels_[static_cast<size_t>(t)] += (start + keys - 1) / panel_keys - start / panel_keys + 1;
+    }
   }
 }
 
+Reads TileIndex::reads(int64_t b, int64_t h) const {
+  Reads sum;
+  const size_t bh = head(b, h);
+  for (int64_t i = first_[bh]; i < first_[bh + 1]; ++i) {
+    const int32_t tile = tiles_[static_cast<size_t>(i)];
+    const int64_t parts = (plan_.tiles[3 * tile + 2] + kTileRows - 1) / kTileRows;
+    sum.items += parts;
+    sum.panels += parts * panels_[static_cast<size_t>(tile)];
+  }
+  return sum;
+}
+
 void TileIndex::append_items(int64_t b, int64_t h, int32_t source, std::vector<WorkItem>* items) const {
-  const auto bh = static_cast<size_t>((plan_.batch > 1 ? b : 0) * plan_.heads + (plan_.heads > 1 ? h : 0));
+  const size_t bh = head(b, h);
   for (int64_t i = first_[bh]; i < first_[bh + 1]; ++i) {
     const int32_t tile = tiles_[static_cast<size_t>(i)];
     const int64_t keys = keys_[static_cast<size_t>(tile)];

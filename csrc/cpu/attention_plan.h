@@ -34,18 +34,27 @@ struct WorkItem {
   int64_t cost;
 };
 
+// How many items a head has, and how many panels they read together.
+struct Reads {
+  int64_t items = 0, panels = 0;
+};
+
 // Tiles by plan head, in the plan's order.
 class TileIndex {
  public:
-  explicit TileIndex(const PlanView& plan);
+  TileIndex(const PlanView& plan, int panel_keys);
   // Appends the items of head (b, h); large tiles are cut evenly.
   void append_items(int64_t b, int64_t h, int32_t source, std::vector<WorkItem>* items) const;
+  Reads reads(int64_t b, int64_t h) const;
 
  private:
+  size_t head(int64_t b, int64_t h) const {
+    return static_cast<size_t>((plan_.batch > 1 ? b : 0) * plan_.heads + (plan_.heads > 1 ? h : 0));
+  }
   const PlanView& plan_;
   std::vector<int64_t> first_;
   std::vector<int32_t> tiles_;
-  std::vector<int64_t> keys_;  // per tile
+  std::vector<int64_t> keys_, panels_;  // per tile
 };
 
 // The readable panels of a tile's runs. valid_panels: per panel the keys that exist (kv_len).

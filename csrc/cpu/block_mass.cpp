@@ -35,20 +35,17 @@ int64_t panel_count(const KeyHead& h) {
   return (h.keys + n - 1) / n;
 }
 
-void pack_panel(const ScoreParams& p, const KeyHead& h, int64_t panel, float* rows) {
+void pack_panel(const ScoreParams& p, const KeyHead& h, int64_t panel) {
   const TileKernels& kernels = tile_kernels();
   const int dim = static_cast<int>(p.k.size[3]), keys = kernels.panel_keys;
   float* to = h.panels.get() + panel * panel_floats(p);
   for (int64_t r = 0; r < p.fold; ++r, to += static_cast<int64_t>(dim) * keys) {
+    const void* rows[kMaxPanelKeys];
     for (int j = 0; j < keys; ++j) {
-      float* row = rows + static_cast<int64_t>(j) * dim;
       const int64_t token = (panel * keys + j) * p.fold + r;
-      if (token < h.rows)
-        kernels.load_row(row_of(p.k, h.batch, token, h.head), p.k.dtype, p.k.stride[3], dim, 1.f, row);
-      else
-        std::fill_n(row, dim, 0.f);
+      rows[j] = token < h.rows ? row_of(p.k, h.batch, token, h.head) : nullptr;
     }
-    kernels.transpose_panel(rows, dim, dim, to);
+    kernels.pack_panel(rows, p.k.dtype, p.k.stride[3], dim, to);
   }
 }
 
@@ -66,8 +63,7 @@ void pack(const ScoreParams& p, std::vector<KeyHead>* heads, const ParallelFor& 
   }
   parallel(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& t = tasks[static_cast<size_t>(i)];
-    std::vector<float> rows(static_cast<size_t>(tile_kernels().panel_keys) * p.k.size[3]);
-    for (int64_t panel = t.first; panel < t.last; ++panel) pack_panel(p, *t.head, panel, rows.data());
+    for (int64_t panel = t.first; panel < t.last; ++panel) pack_panel(p, *t.head, panel);
   });
 }
 

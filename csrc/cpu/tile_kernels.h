@@ -12,6 +12,7 @@ namespace vdit {
 constexpr int kTileRows = 96;   // query rows per work item; a multiple of every micro-kernel height (4, 6, 12)
 constexpr int kSumLanes = 16;   // a row sum is kept per vector lane and added up at the end
 constexpr int kStageKeys = 64;  // keys whose scores are held at once; a multiple of every panel width (8, 16, 32)
+constexpr int kMaxPanelKeys = 32;
 
 // One panel of `panel_keys` consecutive keys, and which of them may be read.
 struct PanelRef {
@@ -22,6 +23,12 @@ struct PanelRef {
   int32_t words;   // partial runs: mask words per row
 };
 
+// Rows that are read after a call: the forward kernel asks for them between its products.
+struct NextRows {
+  const void* rows[2 * kStageKeys];
+  int count = 0, bytes = 0;
+};
+
 // Keys and values of one head in fp32. Rows are padded with zeros to `row` floats.
 struct KeyValues {
   const float* k_panels;  // [panels][D][panel_keys]
@@ -29,6 +36,7 @@ struct KeyValues {
   const float* k_rows;    // backward only: [keys][row]
   const float* v_rows;    // [keys], v_stride floats apart
   int64_t v_stride;
+  const NextRows* next;  // forward only; or null
 };
 
 struct TileShape {
@@ -54,7 +62,8 @@ struct TileKernels {
   int panel_keys;
   void (*load_row)(const void* src, DType dtype, int64_t stride, int n, float scale, float* dst);
   void (*store_row)(const float* src, int n, void* dst, DType dtype, int64_t stride);
-  void (*transpose_panel)(const float* rows, int64_t ld, int head_dim, float* panel);
+  // `panel_keys` rows into a panel, [head_dim][panel_keys]; zeros where a row is null.
+  void (*pack_panel)(const void* const* rows, DType dtype, int64_t stride, int head_dim, float* panel);
   // Online softmax of `shape.rows` queries over the listed panels. q is scaled by scale*log2(e). m (row maximum), l
   // (row sum in kSumLanes parts, of which the first panel_keys/2 are used) and o carry over from call to call.
   void (*forward)(const TileShape& shape, const float* q, const KeyValues& kv, const PanelRef* refs, int n,

@@ -148,6 +148,36 @@ def test_every_builder_against_fp64(kind, dtype, batch, heads, lq, lk, dim, stri
         assert worst(got, want_grad) <= allowance(base_error, want_grad, product, dt)
 
 
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("stride", ["plain", "heads_first", "dim_strided", "sliced"])
+def test_few_queries_are_rows_of_many(dtype, stride):
+    """Keys that are read once or twice are packed as they are read, others beforehand: the same bits."""
+    g = torch.Generator().manual_seed(0)
+    batch, heads, lk, dim, few = 2, 2, 333, 72, 5
+
+    def rand(*shape: int) -> torch.Tensor:
+        return strided(torch.randn(*shape, generator=g).to(DTYPES[dtype]), stride)
+
+    q, k, v = (rand(batch, n, heads, dim) for n in (500, lk, lk))
+    segments = [(rand(n, length, heads, dim), rand(n, length, heads, dim)) for n, length in ((1, 9), (batch, 70))]
+    sizes = [1, 3, 20, 40, 5, 6, 37, 100, 2, 119]
+    keep = torch.rand(heads, 1, len(sizes), generator=g) < 0.75
+    order = torch.stack([torch.randperm(lk, generator=g) for _ in range(batch * heads)]).view(batch, heads, lk).int()
+    k_sizes = torch.tensor(sizes).expand(batch, heads, -1)
+
+    def clusters(lq: int) -> AttentionPlan:
+        rows = torch.arange(lq, dtype=torch.int32).expand(batch, heads, -1)
+        q_sizes = torch.full((batch, heads, 1), lq)
+        return AttentionPlan.from_clusters(keep.expand(batch, -1, -1, -1), q_sizes, k_sizes, rows, order)
+
+    plans = (lambda lq: None, lambda lq: AttentionPlan.from_block_mask(keep, [lq], sizes), clusters)
+    for plan in plans:
+        for more in ({}, {"kv_len": torch.tensor([200, lk])}, {"segments": segments}):
+            many = vdit_fast.attention(q, k, v, plan(500), return_lse=True, **more)
+            one = vdit_fast.attention(q[:, :few], k, v, plan(few), return_lse=True, **more)
+            assert torch.equal(one[0], many[0][:, :few]) and torch.equal(one[1], many[1][:, :, :few])
+
+
 @pytest.mark.parametrize("length", [1, 7, 97, 509])
 def test_odd_lengths_against_fp64(length):
     g = torch.Generator().manual_seed(length)

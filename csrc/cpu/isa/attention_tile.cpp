@@ -5,17 +5,32 @@ namespace VDIT_NS {
 
 using vdit::KeyValues;
 
+template <class Between = Nothing>
 static void score_stage(const TileShape& shape, const float* a, int lda, const float* panels, const PanelRef* refs,
-                        int n, float* scores) {
+                        int n, float* scores, Between between = {}) {
   const int64_t panel_size = static_cast<int64_t>(shape.head_dim) * NR;
   for (int p = 0; p < n;) {
     int end = p + 1;
     while (end < n && refs[end].panel == refs[end - 1].panel + 1) ++end;
     gemm<false>(shape.rows, (end - p) * NR, shape.head_dim, a, lda, panels + refs[p].panel * panel_size, NR, panel_size,
-                scores + p * NR, kStageKeys);
+                scores + p * NR, kStageKeys, between);
     p = end;
   }
 }
+
+// Asks for the rows that are read next, a few per block of a product. Rows of one head are mostly not neighbours, which
+// hardware prefetchers do not follow, and many at once wait for each other.
+struct Asker {
+  const vdit::NextRows* next;
+  int step, at = 0;
+
+  Asker(const vdit::NextRows* rows, int calls)
+      : next(rows), step(rows == nullptr ? 0 : (rows->count + calls - 1) / calls) {}
+  void operator()() {
+    for (int i = 0; i < step && at < next->count; ++i, ++at)
+      for (int b = 0; b < next->bytes; b += 64) __builtin_prefetch(static_cast<const char*>(next->rows[at]) + b);
+  }
+};
 
 void attention_forward_tile(const TileShape& shape, const float* q, const KeyValues& kv, const PanelRef* refs, int n,
                             const int32_t* mask_bits, float* scores, float* m, float* l, float* o) {
@@ -24,7 +39,9 @@ void attention_forward_tile(const TileShape& shape, const float* q, const KeyVal
     const PanelRef* stage = refs + first;
     const int panels = n - first < kStagePanels ? n - first : kStagePanels;
     const int width = panels * NR;
-    score_stage(shape, q, row, kv.k_panels, stage, panels, scores);
+    Asker asker(kv.next, (shape.rows + MR - 1) / MR * (panels + row / NR));
+    const auto ask = [&] { asker(); };
+    score_stage(shape, q, row, kv.k_panels, stage, panels, scores, ask);
     mask_stage(shape, stage, panels, mask_bits, scores);
     for (int i = 0; i < shape.rows; ++i) {
       float* s = scores + i * kStageKeys;
@@ -51,7 +68,7 @@ void attention_forward_tile(const TileShape& shape, const float* q, const KeyVal
     for (int p = 0; p < panels;) {
       const Stretch t = next_stretch(stage, panels, p);
       gemm<true>(shape.rows, row, t.keys, scores + t.column, kStageKeys, kv.v_rows + t.key * kv.v_stride, kv.v_stride,
-                 NR, o, row);
+                 NR, o, row, ask);
       p = t.end;
     }
   }

@@ -96,8 +96,12 @@ struct Update {
       p.scales[f * p.scale_stride + at] = power(exponent);
       const float inverse = power(254 - exponent);
       if (finite)
-        each(place.dim, [=](int i, auto part, int) __attribute__((always_inline)) {
-          store_codes(to + i, encode(load(from + i), inverse), count(part));
+        steps(place.dim, [=](int i, auto part, auto vectors) __attribute__((always_inline)) {
+          const float* const x = from + i;
+          if constexpr (decltype(vectors)::value == 4)
+            encode_four({load(x), load(x + VL), load(x + 2 * VL), load(x + 3 * VL)}, inverse, to + i);
+          else
+            store_codes(to + i, encode(load(x), inverse), count(part));
         });
       else
         each(place.dim, [=](int i, auto part, int) __attribute__((always_inline)) {

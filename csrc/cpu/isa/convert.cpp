@@ -1,5 +1,6 @@
-// Rows of fp32, fp16 or bf16 to and from fp32, and keys into the panel layout; also the table of this build's kernels.
-#include "cpu/isa/float16.h"
+// Rows of fp32, fp16 or bf16 to and from fp32, keys into panels; also the table of this build's kernels.
+#include "cpu/isa/lanes16.h"
+#include "cpu/isa/panel.h"
 #include "cpu/isa/stage.h"
 
 namespace VDIT_NS {
@@ -18,17 +19,19 @@ using vdit::DType;
 template <class T>
 static void load_typed(const void* src, int64_t stride, int n, float scale, float* dst) {
   const T* s = static_cast<const T*>(src);
-  if (stride == 1) {
-    for (int i = 0; i < n; ++i) dst[i] = to_float(s[i]) * scale;
-  } else {
-    for (int i = 0; i < n; ++i) dst[i] = to_float(s[i * stride]) * scale;
-  }
+  int i = 0;
+  if (stride == 1)
+    for (; i + VL <= n; i += VL) store(dst + i, load_lanes(s + i) * scale);
+  for (; i < n; ++i) dst[i] = to_float(s[i * stride]) * scale;
 }
 
 template <class T>
 static void store_typed(const float* src, int n, void* dst, int64_t stride) {
   T* d = static_cast<T*>(dst);
-  for (int i = 0; i < n; ++i) from_float(src[i], d[i * stride]);
+  int i = 0;
+  if (stride == 1)
+    for (; i + VL <= n; i += VL) store_lanes(d + i, load(src + i));
+  for (; i < n; ++i) from_float(src[i], d[i * stride]);
 }
 
 static void load_row(const void* src, DType dtype, int64_t stride, int n, float scale, float* dst) {
@@ -47,17 +50,19 @@ static void store_row(const float* src, int n, void* dst, DType dtype, int64_t s
   }
 }
 
-// rows: NR keys, ld floats apart; panel: [head_dim][NR].
-static void transpose_panel(const float* rows, int64_t ld, int head_dim, float* panel) {
-  for (int d = 0; d < head_dim; ++d)
-    for (int j = 0; j < NR; ++j) panel[d * NR + j] = rows[j * ld + d];
+static void pack_panel(const void* const* rows, DType dtype, int64_t stride, int head_dim, float* panel) {
+  switch (dtype) {
+    case DType::f32: return pack_rows<float>(rows, stride, head_dim, panel);
+    case DType::f16: return pack_rows<f16>(rows, stride, head_dim, panel);
+    case DType::bf16: return pack_rows<bf16>(rows, stride, head_dim, panel);
+  }
 }
 
 extern const vdit::TileKernels kernels;
 const vdit::TileKernels kernels = {NR,
                                    load_row,
                                    store_row,
-                                   transpose_panel,
+                                   pack_panel,
                                    attention_forward_tile,
                                    attention_backward_tile,
                                    score_lse_tile,

@@ -32,25 +32,52 @@ static inline void store_codes(uint8_t* p, vu code, int n) {
   for (int i = 0; i < n; ++i) p[i] = uint8_t(code[i]);
 }
 
-static inline vu load_codes(const uint8_t* p, int n) {
+// Codes as signed bytes in their lanes, so that a code's sign is a lane's.
+static inline vi load_codes(const uint8_t* p, int n) {
 #if VDIT_VL == 8 && defined(__AVX2__)
-  if (n == VL) return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  if (n == VL) return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif VDIT_VL == 16 && defined(__AVX512F__)
+  if (n == VL) return (vi)_mm512_maskz_cvtepi8_epi32(kEvery, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  if (n == VL) return __builtin_convertvector((vb) * reinterpret_cast<const vb_u*>(p), vu);
+  if (n == VL) return (vi)(__builtin_convertvector((vb) * reinterpret_cast<const vb_u*>(p), vu) << 24) >> 24;
 #endif
-  vu code{};
-  for (int i = 0; i < n; ++i) code[i] = p[i];
+  vi code{};
+  for (int i = 0; i < n; ++i) code[i] = int32_t(uint32_t(p[i]) << 24) >> 24;
   return code;
 }
 
-// Codes of finite numbers of magnitude up to 448 / inverse, in the low bytes of the lanes. A number is rounded by
-// adding 2^20 times the power of two below it, at least 2^-6: the sum has no bits below those that e4m3 keeps.
-static inline vu encode(vf x, float inverse) {
-  const vu bits = (vu)(x * inverse), magnitude = bits & kMagnitude;
+// Codes without signs of finite numbers of magnitude up to 448, plus kCodeOffset. A number is rounded by adding 2^20
+// times the power of two below it, at least 2^-6: the sum has no bits below those that e4m3 keeps.
+constexpr uint32_t kCodeOffset = 1128;
+static inline vu magnitude_codes(vf x) {
+  const vu magnitude = (vu)x & kMagnitude;
   const vi power = (vi)(magnitude & kInfinite), least = splat_i(0x3c800000);
   const vu unit = (vu)(power > least ? power : least) + (20u << 23);
   const vu rounded = (vu)((vf)magnitude + (vf)unit);
-  return ((bits >> 24) & 0x80u) | ((rounded - unit) + ((unit >> 20) - 1128u));
+  return (rounded - unit) + (unit >> 20);
+}
+
+// Codes of finite numbers of magnitude up to 448 / inverse, in the low bytes of the lanes.
+static inline vu encode(vf x, float inverse) {
+  return (((vu)x >> 24) & 0x80u) | (magnitude_codes(x * inverse) - kCodeOffset);
+}
+
+// The same of four vectors, to memory. Codes meet their signs as bytes.
+static inline void encode_four(const vf (&x)[4], float inverse, uint8_t* p) {
+#if VDIT_VL == 8 && defined(__AVX2__)
+  const auto codes = [&](int i) __attribute__((always_inline)) { return (__m256i)magnitude_codes(x[i] * inverse); };
+  const __m256i offset = _mm256_set1_epi16(kCodeOffset);
+  const __m256i low = _mm256_sub_epi16(_mm256_packus_epi32(codes(0), codes(1)), offset);
+  const __m256i high = _mm256_sub_epi16(_mm256_packus_epi32(codes(2), codes(3)), offset);
+  const __m256i low_signs = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
+  const __m256i high_signs = _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]);
+  const __m256i signs = _mm256_and_si256(_mm256_packs_epi16(low_signs, high_signs), _mm256_set1_epi8(-128));
+  const __m256i bytes = _mm256_or_si256(_mm256_packus_epi16(low, high), signs);  // packed in halves: 4 of each vector
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, order));
+#else
+  for (int i = 0; i < 4; ++i) store_codes(p + i * VL, encode(x[i], inverse), VL);
+#endif
 }
 
 // The same of any numbers; what is not finite becomes NaN.
@@ -60,10 +87,11 @@ static inline vu encode_any(vf x, float inverse) {
 }
 
 // What codes stand for under the scale 1.
-static inline vf decode(vu code) {
-  const vf value = (vf)((code & 0x7fu) << 20) * 0x1p120f;  // multiplying makes subnormals right as well
-  const vu number = (vu)value | ((code & 0x80u) << 24);
-  return (vf)any_of((vu)((code & 0x7fu) == 0x7fu), kMagnitude + vu{}, number);
+static inline vf decode(vi code) {
+  constexpr uint32_t kSign = 0x80000000, kNaN = 0x7fu << 20;
+  const vu bits = (vu)(code << 20) & (kSign | kNaN);
+  const vf value = (vf)bits * 0x1p120f;  // multiplying makes subnormals right as well
+  return ((bits | kSign) == (kSign | kNaN)) ? (vf)(kMagnitude + vu{}) : value;
 }
 
 template <class T>

@@ -21,13 +21,15 @@ inline void over_lanes(int64_t n, Visit visit) {
   if (i < n) visit(i, int(n - i));
 }
 
-// Of the scale of neighbours.
-template <class T>
-int exponent_of(const T* x, int64_t n) {
+// The bits of the largest magnitude of neighbours; of finite ones only, or of infinities and NaN too.
+template <bool kFinite, class T>
+uint32_t largest_of(const T* x, int64_t n) {
   vi top{};
-  over_lanes(n, [&](int64_t i, int some)
-                    __attribute__((always_inline)) { top = largest_finite(top, load_up_to(x + i, some)); });
-  return scale_exponent(largest_lane(top));
+  over_lanes(n, [&](int64_t i, int some) __attribute__((always_inline)) {
+    const vf v = load_up_to(x + i, some);
+    top = kFinite ? largest_finite(top, v) : largest(top, v);
+  });
+  return largest_lane(top);
 }
 
 template <class T>
@@ -36,11 +38,23 @@ void to_e4m3(const vdit::PackHead& h) {
   uint8_t *codes = static_cast<uint8_t*>(h.packed), *scale = h.scales;
   for (int64_t d = 0; d < h.dim; d += h.block, ++scale) {
     const int64_t n = h.dim - d < h.block ? h.dim - d : h.block;
-    const int exponent = exponent_of(x + d, n);
+    const T* const from = x + d;
+    uint8_t* const to = codes + d;
+    uint32_t most = largest_of<false>(from, n);
+    const bool finite = most < kInfinite;
+    if (!finite) most = largest_of<true>(from, n);
+    const int exponent = scale_exponent(most);
     *scale = uint8_t(exponent);
     const float inverse = power(254 - exponent);
-    over_lanes(n, [&](int64_t i, int some) __attribute__((always_inline)) {
-      store_codes(codes + d + i, encode_any(load_up_to(x + d + i, some), inverse), some);
+    int64_t done = 0;
+    if (finite)
+      for (; done + 4 * VL <= n; done += 4 * VL) {
+        const T* const v = from + done;
+        encode_four({load_lanes(v), load_lanes(v + VL), load_lanes(v + 2 * VL), load_lanes(v + 3 * VL)}, inverse,
+                    to + done);
+      }
+    over_lanes(n - done, [&](int64_t i, int some) __attribute__((always_inline)) {
+      store_codes(to + done + i, encode_any(load_up_to(from + done + i, some), inverse), some);
     });
   }
 }

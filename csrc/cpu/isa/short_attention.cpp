@@ -1,8 +1,7 @@
 // Short sequences on a CPU: all of a sequence lies in L1 and L2, keys as transposed panels, the rest as padded rows.
 #include "kernels/short/short_attention.h"
 
-#include "cpu/isa/float16.h"
-#include "cpu/isa/vec.h"
+#include "cpu/isa/panel.h"
 
 namespace VDIT_NS {
 namespace {
@@ -60,43 +59,6 @@ void store_row(const float* from, int n, int64_t stride, T* to) {
   }
 }
 
-#if defined(__AVX__)
-// 8 x 8 floats, transposed: row d of `to` is column d of `from`.
-void transpose8(const float* from, int64_t from_ld, float* to, int64_t to_ld) {
-  __m256 r[8], s[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * from_ld);
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    r[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44);
-    r[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xee);
-    r[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44);
-    r[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * to_ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * to_ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-  }
-}
-#endif
-
-// rows: NR keys, ld floats apart; panel: [dim][NR].
-void transpose_panel(const float* rows, int64_t ld, int dim, float* panel) {
-  int d = 0;
-#if defined(__AVX__)
-  for (; d + 8 <= dim; d += 8)
-    for (int j = 0; j < NR; j += 8) transpose8(rows + j * ld + d, ld, panel + d * NR + j, NR);
-#endif
-  for (; d < dim; ++d)
-    for (int j = 0; j < NR; ++j) panel[d * NR + j] = rows[j * ld + d];
-}
-
 // How many keys query i of this sequence reads, of `keys` that exist.
 int keys_of_row(const Params& p, int i, int keys) {
   if (p.causal == 0) return keys;
@@ -135,11 +97,10 @@ bool all_finite(const float* x, int64_t n) {  // n: a multiple of VL
 }
 
 struct Scratch {
-  float *rows, *panels, *values, *queries, *scores, *out;
+  float *panels, *values, *queries, *scores, *out;
   Scratch(const Params& p, float* at) {
     const int64_t width = padded(p.dim), keys = padded(p.lk);
-    rows = at;                          // [keys][width]
-    panels = rows + keys * width;       // [keys / NR][dim][NR]
+    panels = at;                        // [keys / NR][dim][NR]
     values = panels + keys * width;     // [lk][width]
     queries = values + keys * width;    // [kTileRows][width]
     out = queries + kTileRows * width;  // [kTileRows][width]
@@ -164,13 +125,13 @@ void sequence(const Params& p, const Sequence& at, int keys, const Scratch& m) {
   if (p.lk == 1) return one_key<T>(p, at, keys);
   const int width = padded(p.dim), columns = padded(keys);
   const float scale = p.scale * kLog2e;
-  for (int j = 0; j < keys; ++j) {
-    load_row(row<T>(p.k, at, j), p.k.stride[4], p.dim, width, m.rows + int64_t(j) * width);
+  for (int j = 0; j < keys; ++j)
     load_row(row<T>(p.v, at, j), p.v.stride[4], p.dim, width, m.values + int64_t(j) * width);
+  for (int first = 0; first < columns; first += NR) {
+    const void* rows[NR];
+    for (int j = 0; j < NR; ++j) rows[j] = first + j < keys ? row<T>(p.k, at, first + j) : nullptr;
+    pack_rows<T>(rows, p.k.stride[4], p.dim, m.panels + int64_t(first) * p.dim);
   }
-  for (int64_t i = int64_t(keys) * width; i < int64_t(columns) * width; ++i) m.rows[i] = 0.0f;
-  for (int j = 0; j < columns; j += NR)
-    transpose_panel(m.rows + int64_t(j) * width, width, p.dim, m.panels + int64_t(j) * p.dim);
   // 0 * NaN is NaN: where rows read different keys, a value that is not finite must be kept from those that do not.
   const bool row_by_row = p.causal != 0 && !all_finite(m.values, int64_t(keys) * width);
   for (int first = 0; first < p.lq; first += kTileRows) {
@@ -212,7 +173,7 @@ void sequences(const Params& p, int64_t first, int64_t last, float* scratch) {
 
 int64_t short_attention_scratch(const Params& p) {
   const int64_t width = padded(p.dim), keys = padded(p.lk);
-  return 3 * keys * width + kTileRows * (2 * width + keys);
+  return 2 * keys * width + kTileRows * (2 * width + keys);
 }
 
 void short_attention(const Params& p, int64_t first, int64_t last, float* scratch) {

@@ -129,20 +129,29 @@ static void micro_tail(int m, int64_t depth, const float* a, int64_t a_row, int6
   }
 }
 
+struct Nothing {
+  void operator()() const {}
+};
+
 // c[rows x cols] (+)= a * b, cols a multiple of NR; b_panel is the distance of consecutive column panels of b.
-// Rows outer, panels inner: the strip of a stays in L1 (measured 9 % faster than the reverse).
-template <bool ACC, bool A_COLUMNS = false>
+// Rows outer, panels inner: the strip of a stays in L1 (measured 9 % faster than the reverse). `between` is called
+// after every block of c.
+template <bool ACC, bool A_COLUMNS = false, class Between = Nothing>
 static inline void gemm(int rows, int cols, int64_t depth, const float* a, int64_t a_ld, const float* b, int64_t b_row,
-                        int64_t b_panel, float* c, int64_t c_row) {
+                        int64_t b_panel, float* c, int64_t c_row, Between between = {}) {
   const int64_t a_row = A_COLUMNS ? 1 : a_ld, a_col = A_COLUMNS ? a_ld : 1;
   int i = 0;
   for (; i + MR <= rows; i += MR)
-    for (int n = 0; n < cols; n += NR)
+    for (int n = 0; n < cols; n += NR) {
       micro<MR, ACC>(depth, a + i * a_row, a_row, a_col, b + (n / NR) * b_panel, b_row, c + i * c_row + n, c_row);
+      between();
+    }
   if (i < rows)
-    for (int n = 0; n < cols; n += NR)
+    for (int n = 0; n < cols; n += NR) {
       micro_tail<MR - 1, ACC>(rows - i, depth, a + i * a_row, a_row, a_col, b + (n / NR) * b_panel, b_row,
                               c + i * c_row + n, c_row);
+      between();
+    }
 }
 
 }  // namespace VDIT_NS
