@@ -251,9 +251,6 @@ class Handle:
     def hook(self, where: str, fn: HookFn, layers: Layers = None) -> HookRemover:
         """Call a function at attention modules or blocks, from the next call on; it sees rows in the model's own order.
 
-        A hook that comes or goes begins a new generation, as what caches and planners remember was computed with other
-        hooks: do it between two steps.
-
         Args:
             where: "attention_input" (after norm and modulation), "attention_heads" (behind the softmax, before the
                 output projection), "attention_output" (after the module) or "block_output".

@@ -57,35 +57,3 @@ def test_a_forecast_step_has_what_hooks_added(name: str, granularity: str, where
         assert called[1] == 0  # what does not run calls no hook
     else:
         assert called[1] == called[0]  # behind blocks they see what is forecast
-
-
-@pytest.mark.parametrize("granularity", ["model", "block"])
-def test_a_hook_that_comes_or_goes_begins_a_new_generation(granularity: str) -> None:
-    """What a cache remembers was computed with other hooks; nothing is forgotten where nothing changes."""
-    model, inputs = tiny.build("wan_t2v")
-    with accelerate(model, Config(cache=None)) as plain:
-        stock = tiny.run(model, tiny.at(inputs, 100.0))
-        with plain.hook("attention_output", Adding()):
-            hooked = tiny.run(model, tiny.at(inputs, 500.0))
-    handle = accelerate(model, Config(cache=TaylorSeer(granularity=granularity, first_full=1, last_full=0, interval=9)))
-    found: list[tuple[int, Any]] = []
-
-    def run(t: float) -> Tensor:
-        out = tiny.run(model, tiny.at(inputs, t))
-        stats = handle.stats()
-        found.append((stats["generations"], sum(stats["cache"]["forecast"].values())))
-        return out
-
-    run(900.0), run(700.0)
-    remove = handle.hook("attention_output", Adding())
-    assert tiny.relative(run(500.0), hooked) < 1e-6
-    run(300.0)
-    for layers in ([99], "nothing"):
-        with pytest.raises(ValueError, match="layers"):
-            handle.hook("attention_output", Adding(), layers=layers)
-    run(200.0)
-    remove()
-    assert tiny.relative(run(100.0), stock) < 1e-6
-    remove()
-    run(50.0)
-    assert found == [(1, 0), (1, 1), (2, 1), (2, 2), (2, 3), (3, 3), (3, 4)]

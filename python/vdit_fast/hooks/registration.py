@@ -33,13 +33,11 @@ class HookRemover:
         return found
 
     def __call__(self) -> None:
-        present = [pair for pair in self._placed if pair[1] in pair[0].session.hooks.entries]
-        for root, entry in present:  # Handle.remove takes all out
-            root.session.hooks.entries.remove(entry)
-            root.rehook()
+        for root, entry in self._placed:
+            if entry in root.session.hooks.entries:  # Handle.remove takes all out
+                root.session.hooks.entries.remove(entry)
+                root.rehook()
         self._placed = []
-        if present:
-            present[0][0].handle.reset()  # what caches and planners remember was computed with it
 
     def __enter__(self) -> HookRemover:
         return self
@@ -79,5 +77,4 @@ def add_hook(handle: Handle, where: str, fn: HookFn, layers: Any) -> HookRemover
     for root, entry in placed:
         root.session.hooks.entries.append(entry)
         root.rehook()
-    handle.reset()  # what caches and planners remember was computed without it
     return HookRemover(placed)
