@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -89,10 +90,11 @@ def stream(
     if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
         raise ValueError(f"frames must be an integer of at least 1, or None for no end, got {frames!r}")
     sizes = tuple(latent_size) if isinstance(latent_size, tuple | list) else (latent_size,)
-    if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+    if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in sizes):
         raise ValueError(f"latent_size must be (height, width), two positive integers, got {latent_size!r}")
     if initial_latents is not None and not isinstance(initial_latents, Tensor):
         raise TypeError(f"initial_latents must be a tensor or None, got {type(initial_latents).__name__}")
+    sizes = tuple(int(n) for n in sizes)
     return _stream(target, settings, prompts, sizes, frames, initial_latents, generator, decode, dict(arguments or {}))
 
 
@@ -133,6 +135,7 @@ def _stream(
             sinks=settings.sinks,
             store=settings.store,
             max_bytes=settings.max_bytes,
+            branches=len(prompts),
         )
         branches = [{"encoder_hidden_states": prompt} for prompt in prompts]
         model = ChunkModel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -85,6 +86,25 @@ def test_every_policy(chosen: CachePolicy) -> None:
     assert stats["forecast"] == own["forecast"] and sum(own["forecast"].values()) > 0
     assert own["nbytes"] < stats["nbytes"]
     assert all(tiny.relative(a, b) < 0.1 for a, b in zip(narrow, wide, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["auto", "float8_e4m3fn"])
+@pytest.mark.parametrize("chosen", [FirstBlock, TeaCache])
+def test_what_a_refusal_of_two_branches_says_is_enough(chosen: type[CachePolicy], storage: str) -> None:
+    """What an adaptive policy compares with is kept beside the factors and not counted."""
+    model, inputs = tiny.wan()
+    knobs = {"threshold": 1e9, "first_full": 1, "last_full": 0, "storage": storage}
+    limits = [1]
+    while len(limits) < 5:
+        try:
+            with accelerate(model, Config(cache=chosen(**knobs, max_bytes=limits[-1]))):
+                generate(model, inputs, branches=2)
+            break
+        except ValueError as error:
+            needs = re.search(r"needs ([\d,]+) bytes", str(error))
+            assert needs is not None
+            limits.append(int(needs[1].replace(",", "")))
+    assert 2 <= len(limits) <= 3 and limits == sorted(set(limits))  # a second branch counts when it comes
 
 
 def test_a_refusal_names_storages_that_fit() -> None:

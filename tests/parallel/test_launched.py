@@ -124,6 +124,7 @@ ORPHAN = """
 import os, sys, time
 import torch.distributed as dist
 from vdit_fast.parallel import RankFailed
+from vdit_fast.parallel.members import keeper, kept_by_agent
 from vdit_fast.parallel.transport import Ring
 
 own = sys.argv[1:]
@@ -134,6 +135,8 @@ else:
     dist.init_process_group("gloo")
 ring = Ring(patience=3.0)
 ring.begin()
+with open(f"kept{ring.rank}", "w") as file:
+    file.write(f"{kept_by_agent()} {keeper([0, 1])}")
 open(f"ready{ring.rank}", "w").close()
 until, found = time.monotonic() + (2 if own else 30), "nothing"
 while time.monotonic() < until and found == "nothing":
@@ -170,6 +173,7 @@ def test_a_dead_launcher_is_no_dead_rank(tmp_path: Path, own: bool) -> None:
         found = (tmp_path / f"error{rank}").read_text()
         words = "-1 the launcher's agent, whose process keeps the store and is no rank's, failed: the store that"
         assert found == "nothing" if own else found.startswith(words), found
+        assert (tmp_path / f"kept{rank}").read_text() == ("False 0" if own else "True None")
 
 
 WRONG = [

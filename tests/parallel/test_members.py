@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,11 @@ LIMIT = 100
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory: pytest.TempPathFactory) -> forked_ranks.Ranks:
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forked_ranks.Ranks]:
     """Ranks that go through the cases, which are mostly waits, while the other tests of this file run."""
-    return forked_ranks.start("sequence_workers:several", tmp_path_factory.mktemp("ranks"), 2)
+    ranks = forked_ranks.start("sequence_workers:several", tmp_path_factory.mktemp("ranks"), 2)
+    yield ranks
+    ranks.kill()  # where nobody asked for what they saw
 
 
 @pytest.fixture(scope="module")

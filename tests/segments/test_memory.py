@@ -440,6 +440,15 @@ def test_bad_rows(rows: Any, error: type[Exception], match: str) -> None:
         accelerate(model).memory(rows)
 
 
+def test_rows_of_8_bits_are_looked_at_too() -> None:
+    model, _ = tiny.wan()
+    rows = torch.randn(M, 32).to(torch.float8_e4m3fn)
+    accelerate(model).memory(rows)
+    rows[0, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"1 numbers are not finite, the first at \[0, 1\]"):
+        accelerate(model).memory(rows)
+
+
 @pytest.mark.parametrize("shape", [(M, 16), (3, M, 32)])
 def test_rows_of_another_model(shape: tuple[int, ...]) -> None:
     model, inputs = tiny.wan(batch=2)

@@ -18,7 +18,7 @@ from vdit_fast.config import Config
 from vdit_fast.models.base import ServedProcessor
 from vdit_fast.planners import Window
 from vdit_fast.regions import Regions
-from vdit_fast.streaming import KVCache, SelfForcing, causal_frames
+from vdit_fast.streaming import KVCache, SelfForcing, causal_frames, checks
 from vdit_fast.subset import RAS
 
 SETTINGS = SelfForcing(cache_frames=6, timesteps=(1000, 500))
@@ -399,6 +399,17 @@ def test_a_cache_that_no_machine_holds() -> None:
         next(chunks_of(model, replace(SETTINGS, cache_frames=10**9), rest, 3))
     with pytest.raises(ValueError, match=r"altogether, but keys and values of .*; capacity=\d+ fits"):
         KVCache(layers=2, capacity=10**9, page=16, batch=1, heads=2, head_dim=16)
+
+
+def test_guided_caches_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rest = model_of("wan_t2v")
+    frame = KVCache.bytes(layers=2, capacity=1, page=16, batch=1, heads=2, head_dim=16, dtype=torch.float32)
+    monkeypatch.setattr(checks, "_device_bytes", lambda device: 20 * frame)
+    guided = replace(SETTINGS, guidance=2.0, cache_frames=11)
+    free = torch.randn_like(rest["encoder_hidden_states"])
+    with pytest.raises(ValueError, match=r"altogether for 2 branches of guidance, but .*; cache_frames=10 fits"):
+        next(chunks_of(model, guided, rest, 3, negative_prompt_embeds=free))
+    next(chunks_of(model, replace(guided, cache_frames=10), rest, 3, negative_prompt_embeds=free))
 
 
 def test_a_model_that_is_causal_by_its_configuration() -> None:

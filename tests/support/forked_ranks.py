@@ -49,11 +49,19 @@ class Ranks:
         """Exit code of every rank; all are killed where they take longer."""
         self._parent.join(seconds)
         if self.running:
-            os.killpg(self._parent.pid, signal.SIGKILL)
-            self._parent.join()
+            self.kill()
             raise AssertionError(f"the ranks did not end within {seconds} s\n{self._logs()}")
         assert self._parent.exitcode == 0, "the ranks did not start"
         return json.loads((self.folder / "codes.json").read_text())
+
+    def kill(self) -> None:
+        """End all that are still there."""
+        if self.running:
+            try:
+                os.killpg(self._parent.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not made its group yet, and no rank
+                self._parent.kill()
+            self._parent.join()
 
     def finish(self, seconds: float = 120.0) -> None:
         """Wait; every rank must end well."""

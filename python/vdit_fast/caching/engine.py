@@ -260,7 +260,8 @@ class FeatureCache:
         if "model" not in sizes and (output := self._output_size(batch)) is not None:
             sizes = {**sizes, "model": output}
         branches = 1 if self.forward is None else self.forward.step.branches
-        budget.check(self.policy, sizes, dtype, held=self.nbytes, branches=branches)
+        held = sum(stream.factor_bytes for _, stream in self._streams.values())
+        budget.check(self.policy, sizes, dtype, held=held, branches=branches)
         run.stream.granted = True
 
     def _output_size(self, batch: int) -> budget.Size | None:
@@ -269,7 +270,9 @@ class FeatureCache:
         if not self.per_token or forward is None or forward.geometry is None:
             return None
         elements = batch * forward.geometry.n_video * self.per_token
-        return budget.Size(elements, elements // (forward.latent_row or self.per_token))
+        width = forward.geometry.grid[-1]
+        row = forward.latent_row // width * width or self.per_token  # a last patch that is not whole is left out
+        return budget.Size(elements, elements // row)
 
 
 def joined_phase(*parts: Any) -> Callable[[StepContext], Hashable] | None:

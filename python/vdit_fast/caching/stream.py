@@ -98,10 +98,15 @@ class Stream:
     """What an adaptive policy has added up."""
 
     @property
+    def factor_bytes(self) -> int:
+        """Bytes of the factors."""
+        return sum(factors.nbytes for factors in self.factors.values())
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         seen = self.seen.numel() * self.seen.element_size() if self.seen is not None else 0
-        return seen + sum(factors.nbytes for factors in self.factors.values())
+        return seen + self.factor_bytes
 
     def begin(self, step: int) -> None:
         """A forward is computed at this step."""

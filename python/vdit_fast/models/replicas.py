@@ -37,8 +37,9 @@ def settle(replica: nn.Module, session: Session) -> None:
     if names:
         raise RuntimeError(
             f"DataParallel: a replica cannot run with {' and '.join(names)}, whose state and weights are the "
-            "original's; switch that off (set cache to null, or to granularity 'span', which replicas leave out), or "
-            "take a process per GPU: torchrun with vdit_fast.parallel or DistributedDataParallel"
+            "original's; end what stands there (a cache: set it to null, or to granularity 'span', which replicas "
+            "leave out; the rest: what the call that made it returned, or None passed to it), or take a process per "
+            "GPU: torchrun with vdit_fast.parallel or DistributedDataParallel"
         )
     for child in replica.modules():
         wrapper = child.__dict__.get("forward")

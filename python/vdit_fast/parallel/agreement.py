@@ -57,7 +57,7 @@ class Agreement:
         """
         if self.ranks == 1 or (not self._host and generation == self._generation):
             return
-        self._generation = generation
+        self._generation = self  # until all agree
         text = given.encode().ljust(ROOM)
         if len(text) > ROOM:
             end = digest(given).encode()
@@ -68,6 +68,7 @@ class Agreement:
         texts = [bytes(row) for row in found.tolist()]
         if any(other != text for other in texts):
             raise ValueError(self._difference([other.decode(errors="replace").rstrip() for other in texts]))
+        self._generation = generation
 
     def _difference(self, texts: list[str]) -> str:
         ranks: dict[str, list[int]] = {}

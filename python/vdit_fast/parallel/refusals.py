@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -50,7 +51,7 @@ def check_call(sampler: Any, shape: Any, arguments: Any, branches: int) -> None:
             f"sampler: a {type(sampler).__name__} has no {missing[0]!r}; wrap a diffusers scheduler in SchedulerSampler"
         )
     sizes = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
-    if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+    if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in sizes):
         raise ValueError(f"shape: {shape!r}; expected (channels, height, width) of one latent frame, positive integers")
     if not isinstance(arguments, Mapping):
         raise TypeError(

@@ -47,13 +47,16 @@ def _alive(handle: Handle, name: str) -> list[Root]:
 
 def _finite(name: str, rows: Tensor, argument: str = "rows") -> None:
     """Raise ValueError where a number is none. Reads from the device, once for all forwards."""
-    finite = rows.detach().isfinite()
-    if rows.is_meta or bool(finite.all()):
+    if rows.is_meta:
         return
-    wrong = finite.logical_not().nonzero().tolist()
+    rows = rows.detach()
+    finite = (rows.float() if rows.itemsize == 1 else rows).isfinite()
+    if bool(finite.all()):
+        return
+    wrong = finite.logical_not().nonzero()
     raise ValueError(
-        f"{name}: {argument} {list(rows.shape)}: {len(wrong):,} numbers are not finite, the first at {wrong[0]}; every "
-        "token of the video would get them. Look at what made them"
+        f"{name}: {argument} {list(rows.shape)}: {len(wrong):,} numbers are not finite, the first at "
+        f"{wrong[0].tolist()}; look at what made them"
     )
 
 

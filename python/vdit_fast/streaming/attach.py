@@ -44,6 +44,7 @@ class CachedAttention:
         store: "post_rope": keys lie in the cache rotated at their absolute frame numbers, which end with the model's
             table; "pre_rope": keys are turned in every forward to their place among the frames held.
         max_bytes: refuse larger caches (of one branch): bytes, or text such as "8 GB".
+        branches: how many there will be, one for each branch of guidance.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class CachedAttention:
         sinks: int,
         store: str,
         max_bytes: int | str | None = None,
+        branches: int = 1,
     ) -> None:
         self.session = session
         self.tables = FrameTables(module)
         self.page = page
         self.settings: dict[str, Any] = {"sinks": sinks, "store": store}
         self.capacity = capacity
+        self.branches = branches
         self.max_bytes = None if max_bytes is None else size("max_bytes", max_bytes)
         self.caches: dict[int, KVCache] = {}
         self.chunk = 0
@@ -144,7 +147,8 @@ class CachedAttention:
             needed = KVCache.bytes(**shape, store=store, dtype=k.dtype)
             if self.max_bytes is not None:
                 check_budget(needed, self.max_bytes, shape, store, k.dtype, "cache_frames")
-            check_fits(needed, self.nbytes, shape, store, k.dtype, k.device, "cache_frames")
+            if not self.caches:
+                check_fits(needed, self.branches, shape, store, k.dtype, k.device, "cache_frames")
             with torch.inference_mode(False):
                 found = KVCache(
                     **shape,

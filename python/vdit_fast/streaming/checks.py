@@ -76,20 +76,20 @@ def check_budget(
 
 def check_fits(
     needed: int,
-    held: int,
+    caches: int,
     shape: dict[str, int],
     store: str,
     dtype: torch.dtype,
     device: torch.device,
     setting: str = "capacity",
 ) -> None:
-    """Raise where the frames of a cache, beside ``held`` bytes of others, take more than all the memory of a device."""
+    """Raise where the frames of so many caches take more than all the memory of a device."""
     whole = _device_bytes(device)
-    if whole is None or held + needed <= whole:
+    if whole is None or caches * needed <= whole:
         return
-    beside = f", {held:,} of them for other caches" if held else ""
-    words = _too_many(needed, max(whole - held, 0), shape, store, dtype, setting)
-    raise ValueError(f"{device} has {whole:,} bytes of memory altogether{beside}, but {words}")
+    each = f" for {caches} branches of guidance" if caches > 1 else ""
+    words = _too_many(needed, whole // caches, shape, store, dtype, setting)
+    raise ValueError(f"{device} has {whole:,} bytes of memory altogether{each}, but {words}")
 
 
 def _too_many(needed: int, limit: int, shape: dict[str, int], store: str, dtype: torch.dtype, setting: str) -> str:

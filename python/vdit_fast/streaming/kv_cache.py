@@ -86,7 +86,9 @@ class KVCache:
         needed = self.bytes(**shape, store=store, dtype=dtype)
         if max_bytes is not None:
             check_budget(needed, size("max_bytes", max_bytes), shape, store, dtype)
-        check_fits(needed, 0, shape, store, dtype, torch.device(device or torch.get_default_device()))
+        check_fits(
+            needed, 1, shape, store, dtype, torch.device(torch.get_default_device() if device is None else device)
+        )
         self.layers, self.capacity, self.page, self.sinks = layers, capacity, page, sinks
         self.batch, self.heads, self.head_dim = batch, heads, head_dim
         self.store, self.positions, self.table = store, positions, table
