@@ -251,11 +251,13 @@ def measure(case: Case, dtype: torch.dtype, threads: int, rounds: int) -> dict[s
     moved, calls = contenders(case, dtype)
     nbytes = {"least": moved} | counted(calls)
     clock = time.thread_time if threads == 1 else time.perf_counter
-    # Pairs, since eager takes a second or more: a virtual machine may meanwhile give its free pages back to the host.
-    times: dict[str, list[float]] = {}
+    # Pairs: eager takes a second or more, in which virtual machines with free page reporting give pages back.
+    times: dict[str, list[float]] = {OWN: []}
     ratios: dict[str, list[float]] = {}
     for other in (TORCH, COMPILED):
-        times |= (pair := in_turns({name: calls[name] for name in (OWN, other)}, rounds, clock))
+        pair = in_turns({name: calls[name] for name in (OWN, other)}, rounds, clock)
+        times[OWN] += pair[OWN]
+        times[other] = pair[other]
         ratios[other] = [theirs / own for own, theirs in zip(pair[OWN], pair[other], strict=True)]
     row: dict[str, Any] = {
         "case": case.name, "dtype": str(dtype).removeprefix("torch."), "threads": threads, "rows": case.rows,

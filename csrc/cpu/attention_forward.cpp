@@ -15,10 +15,11 @@ constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kFewReads = 4;
+constexpr int64_t kLargeFloats = int64_t{2} << 20;  // 8 MiB
 
-// Packing all keys first writes and reads fp32 through memory, and pays where many items read a key. What is read
-// kFewReads times or less on the average, or once where v would be read in place, is packed by its items instead, a
-// stage at a time, which stays in the caches (measured, AMD EPYC).
+// Packing all keys first writes and reads fp32 through memory, and pays where many items read a key. Keys that are read
+// once on the average are packed by their items instead, a stage at a time, which stays in the caches; and so are those
+// read up to kFewReads times if they do not stay in the caches themselves, unless v would be read in place.
 void choose_packing(const TileIndex& tiles, int head_dim, int panel_keys, std::vector<Source>* sources) {
   for (Source& source : *sources) {
     Reads sum;
@@ -30,7 +31,9 @@ void choose_packing(const TileIndex& tiles, int head_dim, int panel_keys, std::v
     for (size_t i = 0; i < source.sequences.size(); ++i) {
       PackedSequence& s = source.sequences[i];
       const int64_t panels = (s.length + panel_keys - 1) / panel_keys;
-      const int64_t few = s.direct_v(head_dim, round_up(head_dim, panel_keys)) ? 1 : kFewReads;
+      const int row = round_up(head_dim, panel_keys);
+      const bool large = panels * panel_keys * (head_dim + row) >= kLargeFloats;
+      const int64_t few = large && !s.direct_v(head_dim, row) ? kFewReads : 1;
       s.whole = (i == 0 ? sum.panels : sum.items * panels) > few * panels;
     }
   }

@@ -263,6 +263,7 @@ class Forecast : public Call<ForecastParams> {
     const bool gated = std::any_of(gates.begin(), gates.end(), [](const Optional& g) { return g.has_value(); });
     VDIT_CHECK(!gated || x_.dim() == 3, op_, ": ", anchor_, " has shape ", shape_text(x_),
                "; with a gate, expected [batch, tokens, dim]");
+    p.out = out.mutable_data_ptr();  // first: of a copy that torch has put off, x = out is where this puts it
     AdaLNRows to{};
     std::vector<Walked> all{{"out", &out, &to}};
     if (x) all.push_back({"x", &*x, &p.x});
@@ -273,7 +274,6 @@ class Forecast : public Call<ForecastParams> {
       this->scales(factors[j], name, scales[j], numbered("scales", j), m.scale_stride);
     }
     walk(all, gated);
-    p.out = out.mutable_data_ptr();
     p.out_batch_stride = to.batch_stride;
     p.out_token_stride = to.token_stride;
     p.out_dtype = to.dtype;
