@@ -20,7 +20,8 @@ constexpr int64_t kLargeFloats = int64_t{2} << 20;  // 8 MiB
 // Packing all keys first writes and reads fp32 through memory, and pays where many items read a key. Keys that are read
 // once on the average are packed by their items instead, a stage at a time, which stays in the caches; and so are those
 // read up to kFewReads times if they do not stay in the caches themselves, unless v would be read in place.
-void choose_packing(const TileIndex& tiles, int head_dim, int panel_keys, std::vector<Source>* sources) {
+void choose_packing(const TileIndex& tiles, const TileKernels& kernels, int head_dim, std::vector<Source>* sources) {
+  const int row = round_up(head_dim, kernels.panel_keys);
   for (Source& source : *sources) {
     Reads sum;
     for (int64_t h = source.head_begin; h < source.head_end; ++h) {
@@ -30,9 +31,8 @@ void choose_packing(const TileIndex& tiles, int head_dim, int panel_keys, std::v
     }
     for (size_t i = 0; i < source.sequences.size(); ++i) {
       PackedSequence& s = source.sequences[i];
-      const int64_t panels = (s.length + panel_keys - 1) / panel_keys;
-      const int row = round_up(head_dim, panel_keys);
-      const bool large = panels * panel_keys * (head_dim + row) >= kLargeFloats;
+      const int64_t panels = (s.length + kernels.panel_keys - 1) / kernels.panel_keys;
+      const bool large = PackedSequence::floats(kernels, s.length, head_dim, row, false) >= kLargeFloats;
       const int64_t few = large && !s.direct_v(head_dim, row) ? kFewReads : 1;
       s.whole = (i == 0 ? sum.panels : sum.items * panels) > few * panels;
     }
@@ -107,9 +107,9 @@ void run_item(const AttentionParams& p, const ForwardOutputs& out, const Source&
 
 void attention_forward_cpu(const AttentionParams& p, const ForwardOutputs& out, const ParallelFor& parallel) {
   std::vector<Source> sources = list_sources(p, false);
-  const int panel_keys = tile_kernels().panel_keys;
-  const TileIndex tiles(p.plan, panel_keys);
-  choose_packing(tiles, static_cast<int>(p.q.size[3]), panel_keys, &sources);
+  const TileKernels& kernels = tile_kernels();
+  const TileIndex tiles(p.plan, kernels.panel_keys);
+  choose_packing(tiles, kernels, static_cast<int>(p.q.size[3]), &sources);
   for (size_t begin = 0; begin < sources.size();) {
     const size_t end = begin + sources_in_budget(p, sources, begin);
     pack_sources(p, &sources, begin, end, parallel);

@@ -9,8 +9,8 @@ namespace vdit {
 namespace {
 constexpr int64_t kBudgetFloats = int64_t{48} << 20;  // 192 MiB of packed keys and values at a time
 constexpr int64_t kPanelsPerTask = 64;
-// malloc maps such memory afresh for every call, and page faults cost as much as the packing.
-constexpr size_t kLargeBytes = size_t{32} << 20;  // glibc maps such memory anew each time, and its faults take long
+constexpr size_t kLargeBytes = size_t{32}
+                               << 20;  // glibc maps such memory anew each time, and its faults take as long as packing
 
 // Keys that do not exist are zeros, so that whatever lies there cannot reach a product.
 void load_rows(const TileKernels& kernels, const void* const* rows, const View4& t, int head_dim, int row, float* dst) {

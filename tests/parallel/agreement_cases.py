@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from context_cases import enable
 from torch import Tensor
-from ulysses_cases import Case, built, far
+from ulysses_cases import Case, built, far, refused
 from ulysses_cases import run as run_cases
 
 from vdit_fast.accelerate import accelerate
@@ -19,12 +19,8 @@ from vdit_fast.parallel import guidance_parallel, sequence_parallel
 from vdit_fast.parallel.agreement import Agreement
 
 
-def error_of(fn: Callable[[], Any]) -> str:
-    try:
-        fn()
-    except ValueError as error:
-        return str(error)
-    return ""
+def failed(fn: Callable[[], Any]) -> str:
+    return refused(fn, ValueError)
 
 
 def other(inputs: dict[str, Any], what: str) -> dict[str, Any]:
@@ -50,7 +46,7 @@ def sequence(what: str, later: bool) -> dict[str, Any]:
         handle.reset()
         if later:
             tiny.run(model, tiny.at(inputs, 900.0))
-        message = error_of(lambda: tiny.run(model, tiny.at(other(inputs, what), 800.0)))
+        message = failed(lambda: tiny.run(model, tiny.at(other(inputs, what), 800.0)))
         got = tiny.run(model, inputs)
     return {"message": message, "far": far([got], [want])}
 
@@ -70,7 +66,7 @@ def guidance(split: str, what: str) -> dict[str, Any]:
         handle.reset()
         for _ in range(calls):
             tiny.run(model, tiny.at(inputs, 900.0))
-        message = error_of(lambda: tiny.run(model, tiny.at(given, 800.0)))
+        message = failed(lambda: tiny.run(model, tiny.at(given, 800.0)))
         handle.reset()
         got = [tiny.run(model, inputs) for _ in range(calls)]
     return {"message": message, "far": far([got[-1]], [want])}
@@ -83,7 +79,7 @@ def context(what: str) -> dict[str, Any]:
     want = tiny.run(model, inputs)
     enable(model, ulysses_degree=2)
     handle.reset()
-    message = error_of(lambda: tiny.run(model, other(inputs, what)))
+    message = failed(lambda: tiny.run(model, other(inputs, what)))
     got = tiny.run(model, inputs)
     return {"message": message, "far": far([got], [want])}
 
@@ -104,7 +100,7 @@ def exchanges() -> dict[str, Any]:
             agree("the same", torch.device("cpu"), generation)
         found[name] = len(runs)
         long = "x" * 400 + str(dist.get_rank())  # of which a part is sent
-        found[f"{name} message"] = error_of(lambda agree=agree, long=long: agree(long, torch.device("cpu"), 7))  # type: ignore[misc]
+        found[f"{name} message"] = failed(lambda agree=agree, long=long: agree(long, torch.device("cpu"), 7))  # type: ignore[misc]
     return found
 
 

@@ -152,10 +152,10 @@ def hooks() -> dict[str, Any]:
     return {"far": far(got, want), "seen": set(seen), "message": message}
 
 
-def refused(fn: Callable[[], Any]) -> str:
+def refused(fn: Callable[[], Any], kind: type[Exception] = RuntimeError) -> str:
     try:
         fn()
-    except RuntimeError as error:
+    except kind as error:
         return str(error)
     return ""
 
